@@ -1,0 +1,47 @@
+# One image for a single machine, a Ray head and a Ray node.
+#
+#   docker build -t raylora .                                  the torch build that pip finds: CUDA on Linux
+#   docker build -t raylora --build-arg TORCH_INDEX_URL=... .  another one, such as a CPU or an older CUDA build
+#   docker run --shm-size 2g -p 127.0.0.1:8000:8000 -v raylora:/data raylora
+#
+# The HTTP port inside the container listens on every address; publish it on loopback or behind a TLS proxy.
+FROM python:3.11-slim-bookworm AS build
+ARG TORCH_INDEX_URL=""
+WORKDIR /opt/raylora
+RUN python -m venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+COPY constraints.txt pyproject.toml README.md LICENSE ./
+# torch comes first and alone, so that a change of our own code does not download it again.
+RUN pip install -c constraints.txt ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
+COPY assets assets
+COPY examples examples
+COPY storage storage
+COPY diffusion diffusion
+COPY train_jobs train_jobs
+COPY serve_app serve_app
+COPY cluster cluster
+RUN pip install -c constraints.txt -e .
+
+FROM python:3.11-slim-bookworm
+# openssh-server and rsync: the Ray cluster launcher reaches a node through them.
+RUN apt-get update \
+    && apt-get install --no-install-recommends -y openssh-server rsync \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 10001 raylora \
+    && install -d -o raylora -g raylora -m 0700 /data
+COPY --from=build /opt/venv /opt/venv
+COPY --from=build /opt/raylora /opt/raylora
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    RAYLORA_HOME=/data \
+    RAYLORA_HOST=0.0.0.0 \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER raylora
+WORKDIR /opt/raylora
+VOLUME /data
+EXPOSE 8000
+HEALTHCHECK --interval=15s --timeout=5s --start-period=180s \
+    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/livez', timeout=4)"]
+STOPSIGNAL SIGTERM
+CMD ["raylora", "up"]

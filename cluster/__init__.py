@@ -1,0 +1,1 @@
+"""Ray nodes on rented pods."""

@@ -1,0 +1,192 @@
+"""Trainable LoRA layers on a family's modules, through peft."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from diffusion.errors import LoraMismatch, SettingNotSupported
+from diffusion.families.base import Family, LoraTargets
+from diffusion.lora import ADAPTER_METADATA_KEY
+
+TRAINING_ADAPTER = "trainee"  # peft keeps adapters in ModuleDicts, where "training" is taken
+
+
+def adapter_layers(component: nn.Module) -> Iterator[Any]:
+    """peft's wrapped layers in ``component``."""
+    return (module for module in component.modules() if isinstance(module, BaseTunerLayer))
+
+
+def inject_adapter(
+    component: nn.Module, adapter_name: str, config: LoraConfig, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Wrap the target layers. With ``state`` (peft names) its layers are the targets and it gives the weights."""
+    with warnings.catch_warnings():
+        # peft wonders at a second adapter on one module; here that is the normal case.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        # Without low_cpu_mem_usage peft would first draw random weights, from the generator that training uses.
+        options = {"state_dict": state, "low_cpu_mem_usage": True} if state is not None else {}
+        inject_adapter_in_model(config, component, adapter_name=adapter_name, **options)
+    if state is not None:
+        set_peft_model_state_dict(component, state, adapter_name=adapter_name, low_cpu_mem_usage=True)
+
+
+def remove_adapter(component: nn.Module, adapter_name: str) -> None:
+    """Delete one adapter; layers left without any are unwrapped, so the module is what it was before."""
+    peft_config: dict[str, Any] = getattr(component, "peft_config", {})
+    if adapter_name not in peft_config:
+        return
+    del peft_config[adapter_name]
+    wrapped = [(n, m) for n, m in component.named_modules() if isinstance(m, BaseTunerLayer)]
+    for path, layer in wrapped:
+        if layer.active_adapters == [adapter_name]:
+            layer.set_adapter([])  # else peft activates another one by itself, with a warning
+        layer.delete_adapter(adapter_name)
+        if not layer._all_available_adapter_names():
+            parent_path, _, child = path.rpartition(".")
+            setattr(component.get_submodule(parent_path), child, layer.get_base_layer())
+    if not peft_config:
+        del component.peft_config
+
+
+class TrainableLora:
+    """LoRA layers being trained. Made by ``attach_lora``; the family's own weights stay frozen."""
+
+    def __init__(
+        self, family: Family, components: Sequence[str], rank: int, alpha: float, targets: LoraTargets
+    ) -> None:
+        self._family = family
+        self.components = tuple(components)
+        self.rank, self.alpha, self.targets = rank, alpha, targets
+
+    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
+        return ((name, self._family.lora_components[name]) for name in self.components)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """float32, in a fixed order, under the names of ``state_dict``."""
+        mark = f".{TRAINING_ADAPTER}."
+        for component, module in self._modules():
+            for name, parameter in module.named_parameters():
+                if mark in name and ".lora_" in name:
+                    yield f"{component}.{name.replace(mark, '.')}", parameter
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def train(self, mode: bool = True) -> None:
+        """Training mode for the adapted modules: turns on LoRA dropout and gradient checkpointing."""
+        for _, module in self._modules():
+            module.train(mode)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Detached views, by diffusers key names (``unet.<module>.lora_A.weight``)."""
+        return {
+            f"{component}.{key}": tensor.detach()
+            for component, module in self._modules()
+            for key, tensor in get_peft_model_state_dict(module, adapter_name=TRAINING_ADAPTER).items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy weights in place: an optimizer keeps its parameters. Raises LoraMismatch if keys or shapes differ."""
+        own = self.state_dict()
+        if {key: tensor.shape for key, tensor in own.items()} != {key: tensor.shape for key, tensor in state.items()}:
+            raise LoraMismatch("its layers or rank differ from the adapter being trained")
+        for component, module in self._modules():
+            prefix = f"{component}."
+            part = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+            set_peft_model_state_dict(module, part, adapter_name=TRAINING_ADAPTER)
+
+    def metadata(
+        self, *, title: str, steps: int | None = None, base_model: str | None = None, trigger_word: str | None = None,
+        resolution: int | None = None, created_at: datetime | None = None, extra: Mapping[str, str] | None = None,
+    ) -> dict[str, str]:  # fmt: skip
+        """For ``save_lora``: peft's settings as diffusers reads them, ``modelspec.*`` and kohya's ``ss_*`` keys.
+
+        Source of the names: github.com/Stability-AI/ModelSpec and kohya-ss/sd-scripts ``train_network.py``.
+        """
+        optional = {
+            "modelspec.date": created_at.isoformat() if created_at else None,
+            "modelspec.trigger_phrase": trigger_word,
+            "modelspec.resolution": f"{resolution}x{resolution}" if resolution else None,
+            "ss_resolution": f"({resolution}, {resolution})" if resolution else None,
+            "ss_steps": str(steps) if steps is not None else None,
+            "ss_sd_model_name": base_model,
+        }
+        return {
+            ADAPTER_METADATA_KEY: json.dumps(self._peft_settings(), sort_keys=True),
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": f"{self._family.architecture}/lora",
+            "modelspec.implementation": "diffusers",
+            "modelspec.title": title,
+            "ss_output_name": title,
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(self.rank),
+            "ss_network_alpha": f"{self.alpha:g}",
+            **{key: value for key, value in optional.items() if value is not None},
+            **(extra or {}),
+        }
+
+    def detach(self) -> None:
+        """Take the layers off; the family is as it was before ``attach_lora``."""
+        for _, module in self._modules():
+            remove_adapter(module, TRAINING_ADAPTER)
+            module.eval()
+
+    def _peft_settings(self) -> dict[str, Any]:
+        """Only what a reader needs: the full config names settings that other peft versions refuse."""
+        return {
+            f"{component}.{key}": value
+            for component in self.components
+            for key, value in {
+                "r": self.rank,
+                "lora_alpha": self.alpha,
+                "target_modules": self._family.lora_target_modules(component, self.targets),
+            }.items()
+        }
+
+
+def attach_lora(
+    family: Family,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: LoraTargets = "attention",
+    components: Sequence[str] | None = None,
+    seed: int = 0,
+) -> TrainableLora:
+    """Wrap the target layers of ``components`` (default: only the denoiser's) with new, float32, trainable LoRA layers.
+
+    A is normal with standard deviation 1/rank and B zero, as in the diffusers examples, so nothing changes until the
+    first optimizer step. ``seed`` alone decides A; the global random state is left as it was. The modules stay in
+    eval mode until ``TrainableLora.train()``. Raises SettingNotSupported.
+    """
+    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+        raise SettingNotSupported("network", "rank and alpha must be positive and dropout between 0 and 1")
+    known = family.lora_components
+    chosen = list(components) if components is not None else [next(iter(known))]
+    if not chosen or any(name not in known for name in chosen):
+        raise SettingNotSupported("network.components", f"choose from {', '.join(known)}")
+    if any(TRAINING_ADAPTER in getattr(module, "peft_config", {}) for module in known.values()):
+        raise SettingNotSupported("network", "this model already has an adapter in training")
+    with torch.random.fork_rng(devices=[]):  # peft draws on the CPU
+        torch.manual_seed(seed)
+        for name in chosen:
+            config = LoraConfig(
+                r=rank, lora_alpha=alpha, lora_dropout=dropout, init_lora_weights="gaussian",
+                target_modules=family.lora_target_modules(name, targets),
+            )  # fmt: skip
+            inject_adapter(known[name], TRAINING_ADAPTER, config)
+    lora = TrainableLora(family, chosen, rank, alpha, targets)
+    for parameter in lora.parameters():
+        parameter.data = parameter.data.float()  # half-precision weights lose small updates
+    lora.train(False)
+    return lora

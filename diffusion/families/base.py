@@ -1,0 +1,203 @@
+"""What a model family is: everything the engine and the training loop need to know about a model, and no more.
+
+Shape legend: B pictures, C latent channels, H W latent (or pixel) rows and columns, L tokens, D features.
+
+Latents cross this interface unpacked, ``[B, C, H, W]``; a family that packs them into tokens (FLUX, Qwen-Image) does
+so inside ``predict``. Timesteps cross it in the scheduler's own unit (0..1000, whole or not); a family that wants
+0..1 divides inside ``predict``. Schedulers are the diffusers classes, one instance per picture, so a flow-matching
+family differs only in ``make_schedule`` and in the training arithmetic.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+LoraTargets = Literal["attention", "all"]
+
+
+@dataclass(frozen=True)
+class TextEmbeds:
+    """Encoded prompts, one row each.
+
+    ``hidden_BLD`` per-token states; ``pooled_BD`` one vector per prompt (SDXL, SD3, FLUX); ``mask_BL`` 1 for real
+    tokens, for families whose prompts differ in length (Qwen-Image, Z-Image).
+    """
+
+    hidden_BLD: Tensor
+    pooled_BD: Tensor | None = None
+    mask_BL: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.hidden_BLD.shape[0]
+
+    def rows(self, index: slice | Sequence[int] | Tensor) -> TextEmbeds:
+        """The chosen rows, still batched."""
+        picked = index if isinstance(index, slice | Tensor) else list(index)
+        return TextEmbeds(**{name: tensor[picked] for name, tensor in self.tensors().items()})
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEmbeds:
+        """Moved, and floating-point parts cast."""
+        return TextEmbeds(
+            **{
+                name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+                for name, tensor in self.tensors().items()
+            }
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parts that are there, by field name: ``TextEmbeds(**embeds.tensors())`` gives it back (for caches)."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in parts.items() if tensor is not None}
+
+    @staticmethod
+    def cat(parts: Sequence[TextEmbeds]) -> TextEmbeds:
+        """Stacked along B. Shorter prompts are padded with zeros, which their mask marks as padding."""
+        longest = max(part.hidden_BLD.shape[1] for part in parts)
+        columns: dict[str, list[Tensor]] = {}
+        for part in parts:
+            missing = longest - part.hidden_BLD.shape[1]
+            if missing and part.mask_BL is None:
+                raise ValueError("prompts of different lengths need a mask")
+            for name, tensor in part.tensors().items():
+                if missing and name != "pooled_BD":
+                    tensor = nn.functional.pad(tensor, (0, 0, 0, missing) if name == "hidden_BLD" else (0, missing))
+                columns.setdefault(name, []).append(tensor)
+        return TextEmbeds(**{name: torch.cat(tensors) for name, tensors in columns.items()})
+
+
+class Family(ABC):
+    """One loaded model. Weights are frozen and in eval mode; nothing here is safe to call from two threads at once.
+
+    The methods under *training* keep gradients; callers that want none wrap them in ``torch.no_grad()``.
+    """
+
+    name: ClassVar[str]
+    architecture: ClassVar[str]
+    """``modelspec.architecture`` of the base model, without ``/lora``."""
+    device: torch.device
+    dtype: torch.dtype
+    size_multiple: int
+    """Both picture sides must be multiples of this many pixels."""
+    native_size: int
+    """Side in pixels of the square picture the model was trained on."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Self:
+        """From a diffusers folder. Raises ModelNotFound, UnsupportedModel."""
+
+    # -- parts
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> nn.Module:
+        """The module that ``predict`` calls, for compiling, sharding and gradient checkpointing."""
+
+    @property
+    @abstractmethod
+    def lora_components(self) -> Mapping[str, nn.Module]:
+        """Modules that can carry a LoRA, by the first part of their key names in a LoRA file."""
+
+    @abstractmethod
+    def lora_target_modules(self, component: str, kind: LoraTargets = "attention") -> list[str]:
+        """Names (suffixes) of the layers to adapt in ``component``."""
+
+    # -- text
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> TextEmbeds:
+        """One row per prompt, on the family's device. Longer prompts are cut; see ``truncated_text``."""
+
+    @abstractmethod
+    def truncated_text(self, prompt: str) -> str:
+        """The part of ``prompt`` that ``encode_prompts`` leaves out; empty when nothing is lost."""
+
+    # -- pictures and latents
+
+    @property
+    @abstractmethod
+    def native_size_px(self) -> int:
+        """Width and height of the pictures that the model was made for."""
+
+    @abstractmethod
+    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
+        """``(C, H, W)`` of one picture's latents. Raises SizeNotSupported."""
+
+    @abstractmethod
+    def encode_image_moments(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents of pictures in -1..1, without gradients.
+
+        Both are in the scaled space the denoiser works in (the VAE's shift and scaling factor are applied), so
+        ``mean + std * noise`` is a sample ready for ``add_noise``, and both can be cached.
+        """
+
+    def encode_images(self, images_BCHW: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """One sample of the scaled latents of pictures in -1..1. ``generator`` is a CPU generator."""
+        mean, std = self.encode_image_moments(images_BCHW)
+        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
+        return mean + std * noise.to(mean.device)
+
+    @abstractmethod
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Pictures ``[B, 3, H, W]``, float32 in 0..1, of scaled latents."""
+
+    def initial_noise(self, latent_shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """``[1, C, H, W]`` standard normal, drawn on the CPU so that a seed means the same on every device."""
+        noise = torch.randn((1, *latent_shape), generator=generator, dtype=self.dtype)
+        return noise.to(self.device)
+
+    # -- denoising
+
+    @property
+    @abstractmethod
+    def schedulers(self) -> tuple[str, ...]:
+        """Names that ``make_schedule`` takes."""
+
+    @abstractmethod
+    def make_schedule(self, name: str | None, steps: int, latent_shape: tuple[int, ...]) -> Any:
+        """A fresh diffusers scheduler with its timesteps set, on the CPU; None means the model's own.
+
+        Raises SettingNotSupported. ``latent_shape`` is for families whose timesteps depend on the picture's size.
+        """
+
+    @abstractmethod
+    def uses_negative_prompt(self, guidance_scale: float) -> bool:
+        """Whether this guidance needs a second denoiser row with the negative prompt."""
+
+    def combine_guidance(self, negative: Tensor, positive: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598), in the form diffusers uses."""
+        return negative + scale * (positive - negative)
+
+    @abstractmethod
+    def predict(
+        self, latents_BCHW: Tensor, timesteps_B: Tensor, text: TextEmbeds, *, guidance_B: Tensor | None = None
+    ) -> Tensor:
+        """The denoiser's raw output ``[B, C, H, W]``, in its own dtype (the inputs are cast to it).
+
+        ``guidance_B`` is for guidance-distilled models; others ignore it.
+        """
+
+    # -- training
+
+    @abstractmethod
+    def sample_timesteps(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+        """``[B]`` random training timesteps. ``generator`` is a CPU generator; the result is on the device."""
+
+    @abstractmethod
+    def add_noise(self, latents_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor) -> Tensor:
+        """The noisy latents that ``predict`` is trained on."""
+
+    @abstractmethod
+    def prediction_target(self, latents_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor) -> Tensor:
+        """What ``predict`` should have said: noise, velocity, sample or flow."""
+
+    @abstractmethod
+    def loss_weight(self, timesteps_B: Tensor, snr_gamma: float | None = None) -> Tensor:
+        """``[B]`` weights of the per-picture mean squared error; ones, or min-SNR-gamma where it applies."""

@@ -1,0 +1,1 @@
+"""HTTP side of raylora: a Ray Serve application of ingress, validation, dispatch and GPU replicas."""

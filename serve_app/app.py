@@ -1,0 +1,82 @@
+"""The graph, bound in one place: ingress -> validation, dispatch -> inference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+
+from serve_app.dispatch.deployment import Dispatcher
+from serve_app.inference.deployment import Inference
+from serve_app.ingress.deployment import Ingress
+from serve_app.settings import Settings, SettingsIncomplete
+from serve_app.validation.deployment import Validation
+
+APPLICATION = "raylora"
+INFERENCE = "Inference"
+# Small, so that the HTTP side fits beside a training on a laptop.
+CPUS_PER_REPLICA = 0.1
+# Long polls hold their places for minutes.
+INGRESS_REQUESTS_MAX = 2000
+DISPATCH_REQUESTS_MAX = 2000
+VALIDATION_REQUESTS_MAX = 8
+SHUTDOWN_S = 10.0
+GENERATION_SHUTDOWN_S = 30.0
+
+
+def build(settings: Settings) -> Application:
+    """The Serve application; also what `serve deploy` calls. Raises SettingsIncomplete before anything is started.
+
+    Where `gpus_per_replica` is open, a replica takes one GPU if the cluster has any: Ray must be initialised by then.
+    """
+    if settings.api_key is None:
+        raise SettingsIncomplete("api_key is not set")
+    settings.s3()
+    inference = _inference(settings).bind(settings)
+    dispatch = _deployment(Dispatcher, "Dispatcher", 1, DISPATCH_REQUESTS_MAX).bind(settings, inference)
+    validation = _deployment(Validation, "Validation", settings.validation_replicas, VALIDATION_REQUESTS_MAX).bind(
+        settings
+    )
+    ingress = _deployment(serve.ingress()(Ingress), "Ingress", settings.ingress_replicas, INGRESS_REQUESTS_MAX)
+    application: Application = ingress.bind(settings, validation, dispatch, inference, APPLICATION, INFERENCE)
+    return application
+
+
+def gpus_per_replica(settings: Settings) -> float:
+    """What is set; else one where the cluster has a GPU, none otherwise."""
+    if settings.gpus_per_replica is not None:
+        return settings.gpus_per_replica
+    if settings.device == "cpu" or not ray.is_initialized():
+        return 0.0
+    return 1.0 if ray.cluster_resources().get("GPU", 0.0) >= 1.0 else 0.0
+
+
+def _inference(settings: Settings) -> Any:
+    return serve.deployment(
+        Inference,
+        name=INFERENCE,
+        num_replicas=settings.inference_replicas,
+        ray_actor_options={"num_cpus": CPUS_PER_REPLICA, "num_gpus": gpus_per_replica(settings)},
+        # Health calls must find a place beside the generations.
+        max_ongoing_requests=settings.generations_per_replica + 8,
+        graceful_shutdown_timeout_s=GENERATION_SHUTDOWN_S,
+        logging_config=_json_logs(),
+    )
+
+
+def _deployment(cls: Any, name: str, replicas: int, requests_max: int) -> Any:
+    return serve.deployment(
+        cls,
+        name=name,
+        num_replicas=replicas,
+        ray_actor_options={"num_cpus": CPUS_PER_REPLICA},
+        max_ongoing_requests=requests_max,
+        graceful_shutdown_timeout_s=SHUTDOWN_S,
+        logging_config=_json_logs(),
+    )
+
+
+def _json_logs() -> dict[str, Any]:
+    return {"encoding": "JSON"}

@@ -1,0 +1,119 @@
+"""What the HTTP side needs of its neighbours. Each is a Ray handle or client in production, a plain object in tests."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol
+
+from serve_app.dispatch.replies import Fingerprint, Reply
+from serve_app.inference.plan import GenerationWork
+from storage.async_jobs import AsyncJobsApi
+
+Clock = Callable[[], datetime]
+"""Now, aware, in UTC."""
+
+
+JobsApi = AsyncJobsApi
+"""The job records: `storage.jobs_actor.JobsClient` across Ray, `storage.async_jobs.AsyncJobs` in one process."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """A training request that was understood. `spec` is a TrainSpec as JSON."""
+
+    spec: dict[str, Any]
+    ignored: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GenerationPlan:
+    """A generation request that was understood.
+
+    `spec` is a GenerateSpec as JSON whose `loras` name trainings; `lora_paths` are the adapters given by key instead.
+    """
+
+    spec: dict[str, Any]
+    lora_paths: tuple[tuple[str, float], ...]
+    warnings: tuple[str, ...]
+    from_config: bool
+
+
+class Validation(Protocol):
+    """Checks that cost time. All raise InvalidRequest or ConfigInvalid with every problem found."""
+
+    async def training(self, config: str | dict[str, Any]) -> TrainingPlan: ...
+    async def generation(self, payload: dict[str, Any]) -> GenerationPlan: ...
+    async def store_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
+        """Check and store an upload; returns the reply's fields."""
+        ...
+
+
+@dataclass(frozen=True)
+class DispatchLoad:
+    """`running`: generations that the dispatcher holds now; `slots`: how many it may hold."""
+
+    running: int
+    slots: int
+
+
+class Dispatch(Protocol):
+    """The dispatcher, and the reply table that lives beside it."""
+
+    async def wake(self) -> None:
+        """Something was queued; a hint, the dispatcher also looks by itself."""
+        ...
+
+    async def load(self) -> DispatchLoad: ...
+    async def open_reply(
+        self, tenant: str, runpod_id: str, *, kept_s: float, fingerprint: Fingerprint | None
+    ) -> str: ...
+    async def settle_reply(
+        self, tenant: str, runpod_id: str, *, output: dict[str, Any] | None = None, error: str | None = None
+    ) -> None: ...
+    async def hand_over_reply(self, tenant: str, runpod_id: str, *, to: str) -> None: ...
+    async def wait_reply(self, tenant: str, runpod_id: str, timeout_s: float) -> Reply | None: ...
+
+
+@dataclass(frozen=True)
+class InferenceHealth:
+    """`device`: cpu or cuda; `gpu_name` None without one. Memory in bytes."""
+
+    ok: bool
+    device: str
+    gpu_name: str | None
+    models_loaded: tuple[str, ...]
+    gpu_memory_total_bytes: int | None = None
+    gpu_memory_used_bytes: int | None = None
+
+
+class Inference(Protocol):
+    """A replica that makes pictures."""
+
+    def generate(self, work: GenerationWork) -> AsyncGenerator[dict[str, Any], None]:
+        """Yields `{"progress": {...}}` while at work and `{"output": {...}}` at the end.
+
+        Raises errors of `diffusion`, `storage` and `serve_app`. Closing the iterator, or cancelling its consumer,
+        stops the work at the next denoising step.
+        """
+        ...
+
+    async def health(self) -> InferenceHealth: ...
+
+
+@dataclass(frozen=True)
+class WorkerCounts:
+    """The replicas that make pictures, by RunPod's names for their states."""
+
+    idle: int = 0
+    initializing: int = 0
+    ready: int = 0
+    running: int = 0
+    throttled: int = 0
+    unhealthy: int = 0
+
+
+class Workers(Protocol):
+    async def counts(self) -> WorkerCounts: ...

@@ -1,0 +1,1 @@
+"""Hands queued generations to the inference replicas and settles their records."""

@@ -1,0 +1,59 @@
+"""The Serve shell of dispatch: one replica, which owns the reply table and hands out generations."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+from serve_app.collaborators import DispatchLoad
+from serve_app.dispatch.dispatcher import GenerationDispatcher
+from serve_app.dispatch.replies import Fingerprint, Reply, ReplyTable
+from serve_app.handles import HandleInference
+from serve_app.settings import Settings
+from storage.jobs_client import JobsClient
+
+
+class Dispatcher:
+    """Implements `serve_app.collaborators.Dispatch`. Unhealthy, and so replaced by Serve, once its loop has ended."""
+
+    def __init__(self, settings: Settings, inference: Any) -> None:
+        self._replies = ReplyTable(lambda: datetime.now(UTC))
+        self._dispatcher = GenerationDispatcher(
+            JobsClient(),
+            HandleInference(inference),
+            owner=f"dispatcher-{uuid.uuid4().hex[:12]}",
+            slots=settings.inference_replicas * settings.generations_per_replica,
+        )
+        # Serve runs constructors on the replica's event loop.
+        self._loop = asyncio.get_running_loop().create_task(self._dispatcher.run())
+
+    async def check_health(self) -> None:
+        if self._loop.done():
+            raise RuntimeError("the dispatch loop has ended")
+
+    async def wake(self) -> None:
+        self._dispatcher.wake()
+
+    async def load(self) -> DispatchLoad:
+        return self._dispatcher.load()
+
+    async def open_reply(self, tenant: str, runpod_id: str, *, kept_s: float, fingerprint: Fingerprint | None) -> str:
+        return self._replies.open(tenant, runpod_id, kept_s=kept_s, fingerprint=fingerprint)
+
+    async def settle_reply(
+        self, tenant: str, runpod_id: str, *, output: dict[str, Any] | None = None, error: str | None = None
+    ) -> None:
+        self._replies.settle(tenant, runpod_id, output=output, error=error)
+
+    async def hand_over_reply(self, tenant: str, runpod_id: str, *, to: str) -> None:
+        self._replies.hand_over(tenant, runpod_id, to=to)
+
+    async def wait_reply(self, tenant: str, runpod_id: str, timeout_s: float) -> Reply | None:
+        return await self._replies.wait(tenant, runpod_id, timeout_s)
+
+    async def __del__(self) -> None:
+        """Serve's graceful shutdown: stop handing out, end what is under way."""
+        self._loop.cancel()
+        await asyncio.gather(self._loop, return_exceptions=True)

@@ -1,0 +1,108 @@
+"""Takes queued generations, has them made, and settles their records. Plain: runs without Ray.
+
+A generation is claimed under a lease that heartbeats keep. Whatever goes wrong here, the record is either settled or
+its lease runs out, and then the jobs actor queues it again; so this loop itself never requeues anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from serve_app.collaborators import DispatchLoad, Inference, JobsApi
+from serve_app.dispatch.attempt import GenerationAttempt, Sleep
+from storage.errors import JobError, LeaseLost
+from storage.job_record import JobRecord
+from storage.job_state import JobKind
+
+logger = logging.getLogger(__name__)
+
+
+class GenerationDispatcher:
+    """At most `slots` generations at a time. `owner` names this dispatcher's leases; it must differ after a restart."""
+
+    def __init__(
+        self,
+        jobs: JobsApi,
+        inference: Inference,
+        *,
+        owner: str,
+        slots: int,
+        lease_s: float = 30.0,
+        heartbeat_s: float = 1.0,
+        poll_s: float = 2.0,
+        sleep: Sleep = asyncio.sleep,
+    ) -> None:
+        self._jobs = jobs
+        self._inference = inference
+        self._owner = owner
+        self._slots = slots
+        self._lease_s = lease_s
+        self._heartbeat_s = heartbeat_s
+        self._poll_s = poll_s
+        self._sleep = sleep
+        self._woken = asyncio.Event()
+        self._running: set[asyncio.Task[None]] = set()
+
+    def wake(self) -> None:
+        """Look for queued work now instead of at the next poll."""
+        self._woken.set()
+
+    def load(self) -> DispatchLoad:
+        return DispatchLoad(running=len(self._running), slots=self._slots)
+
+    async def run(self) -> None:
+        """Until cancelled; then the generations under way are stopped and their leases left to run out."""
+        try:
+            while True:
+                self._woken.clear()
+                await self._claim()
+                await self._until_woken()
+        finally:
+            for task in self._running:
+                task.cancel()
+            await asyncio.gather(*self._running, return_exceptions=True)
+
+    async def _claim(self) -> None:
+        free = self._slots - len(self._running)
+        if free <= 0:
+            return
+        try:
+            records = await self._jobs.claim(JobKind.GENERATION, self._owner, limit=free, lease_s=self._lease_s)
+        except JobError as error:
+            logger.warning("Generations could not be claimed: %s; trying again in %g s", error.code, self._poll_s)
+            return
+        for record in records:
+            task = asyncio.create_task(self._attend(record))
+            self._running.add(task)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._woken.set()
+
+    async def _until_woken(self) -> None:
+        waits = [asyncio.ensure_future(self._woken.wait()), asyncio.ensure_future(self._sleep(self._poll_s))]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def _attend(self, record: JobRecord) -> None:
+        """One generation from its claim to its settled record. Raises nothing but CancelledError."""
+        attempt = GenerationAttempt(
+            self._jobs,
+            self._inference,
+            record,
+            owner=self._owner,
+            lease_s=self._lease_s,
+            heartbeat_s=self._heartbeat_s,
+            sleep=self._sleep,
+        )
+        try:
+            await attempt.run()
+        except LeaseLost:
+            logger.warning("The lease of %s was lost; its work here was dropped", record.id)
+        except JobError as error:
+            logger.error("%s could not be settled: %s; its lease will run out", record.id, error.code)

@@ -1,0 +1,152 @@
+"""Every way in which the HTTP side itself refuses or fails, as one tree.
+
+    ServeError
+    +-- Unauthorized            no valid key
+    +-- RouteNotFound           no such path
+    +-- MethodNotAllowed        the path exists, the method does not
+    +-- BodyTooLarge            more bytes than the route takes
+    +-- BodyInvalid             not the JSON object that the route takes
+    +-- InvalidRequest          well-formed, but wrong; holds every problem found
+    +-- UnknownJobType          `input.type` names nothing that exists here
+    +-- RunpodJobNotFound       unknown, expired or another tenant's RunPod id
+    +-- RunpodJobNotRetryable   the job ended in a state that /retry does not take
+    +-- IdempotencyKeyReused    the same key came with another body
+    +-- ProcessNotFound         unknown or another tenant's process
+    +-- ProcessNotCancellable   unknown, another tenant's or already ended
+    +-- ProcessNotCompleted     its files do not exist yet
+    +-- LoraNotUsable           the request names an adapter that cannot be applied
+    +-- ModelNotServed          the request names a base model that is not configured
+    +-- RequestTimedOut         the work did not end in its time
+    +-- ServiceUnavailable      an internal part did not answer
+
+`code` is stable and public. What a client reads stands in `serve_app.ingress.errors`, in one table.
+Every class survives pickling, so it can cross Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from train_jobs.errors import Problem
+
+
+class ServeError(Exception):
+    """Base of the tree."""
+
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._args = args
+
+    def __reduce__(self) -> tuple[type[ServeError], tuple[Any, ...]]:
+        return (type(self), self._args)
+
+
+class Unauthorized(ServeError):
+    code = "unauthorized"
+
+
+class RouteNotFound(ServeError):
+    code = "not_found"
+
+
+class MethodNotAllowed(ServeError):
+    code = "method_not_allowed"
+
+
+class BodyTooLarge(ServeError):
+    code = "body_too_large"
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(limit_bytes)
+        self.limit_bytes = limit_bytes
+
+
+class BodyInvalid(ServeError):
+    """`reason` is one of our own sentences."""
+
+    code = "body_invalid"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class InvalidRequest(ServeError):
+    code = "invalid_request"
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems: tuple[Problem, ...] = tuple(problems)
+        super().__init__(self.problems)
+
+
+class UnknownJobType(ServeError):
+    code = "unknown_job_type"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class RunpodJobNotFound(ServeError):
+    code = "job_not_found"
+
+
+class RunpodJobNotRetryable(ServeError):
+    code = "job_not_retryable"
+
+
+class IdempotencyKeyReused(ServeError):
+    code = "idempotency_key_reused"
+
+
+class ProcessNotFound(ServeError):
+    code = "process_not_found"
+
+
+class ProcessNotCancellable(ServeError):
+    code = "process_not_cancellable"
+
+
+class ProcessNotCompleted(ServeError):
+    code = "process_not_completed"
+
+
+class LoraNotUsable(ServeError):
+    """`name` is what the request called it; `reason` is one of our own sentences."""
+
+    code = "lora_not_usable"
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+
+class ModelNotServed(ServeError):
+    code = "model_not_served"
+
+    def __init__(self, model: str, known: Iterable[str]) -> None:
+        self.known: tuple[str, ...] = tuple(sorted(known))
+        super().__init__(model, self.known)
+        self.model = model
+
+
+class RequestTimedOut(ServeError):
+    code = "timeout"
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(timeout_s)
+        self.timeout_s = timeout_s
+
+
+class ServiceUnavailable(ServeError):
+    """`part` is the name of the internal part: jobs, validation, dispatch, inference."""
+
+    code = "service_unavailable"
+
+    def __init__(self, part: str) -> None:
+        super().__init__(part)
+        self.part = part

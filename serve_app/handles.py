@@ -1,0 +1,158 @@
+"""The collaborators of `serve_app.collaborators`, over Ray Serve handles. The seam where Ray's errors become ours."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+
+from serve_app.collaborators import DispatchLoad, GenerationPlan, InferenceHealth, TrainingPlan, WorkerCounts
+from serve_app.dispatch.replies import Fingerprint, Reply
+from serve_app.errors import ServiceUnavailable
+from serve_app.inference.plan import GenerationWork
+from serve_app.ingress.errors import unwrapped
+
+CALL_TIMEOUT_S = 15.0
+VALIDATION_TIMEOUT_S = 60.0
+UPLOAD_TIMEOUT_S = 600.0
+WAIT_MARGIN_S = 10.0
+DISPATCH, INFERENCE, VALIDATION = "dispatch", "inference", "validation"
+
+
+async def answer(part: str, response: Any, timeout_s: float) -> Any:
+    """The response's value. Raises the replica's own error, or ServiceUnavailable where no replica answered in time."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await response
+    except RayTaskError as error:
+        # Without the remote traceback around it, which must not reach a client or a log.
+        raise unwrapped(error) from None
+    except TimeoutError:
+        response.cancel()
+        raise ServiceUnavailable(part) from None
+    except (RayError, RayServeException):
+        raise ServiceUnavailable(part) from None
+
+
+class HandleValidation:
+    """`Validation` over the handle of its deployment."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def training(self, config: str | dict[str, Any]) -> TrainingPlan:
+        plan: TrainingPlan = await answer(VALIDATION, self._handle.training.remote(config), VALIDATION_TIMEOUT_S)
+        return plan
+
+    async def generation(self, payload: dict[str, Any]) -> GenerationPlan:
+        plan: GenerationPlan = await answer(VALIDATION, self._handle.generation.remote(payload), VALIDATION_TIMEOUT_S)
+        return plan
+
+    async def store_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
+        reply: dict[str, Any] = await answer(
+            VALIDATION, self._handle.store_upload.remote(tenant, payload), UPLOAD_TIMEOUT_S
+        )
+        return reply
+
+
+class HandleDispatch:
+    """`Dispatch` over the handle of its deployment."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def wake(self) -> None:
+        await answer(DISPATCH, self._handle.wake.remote(), CALL_TIMEOUT_S)
+
+    async def load(self) -> DispatchLoad:
+        load: DispatchLoad = await answer(DISPATCH, self._handle.load.remote(), CALL_TIMEOUT_S)
+        return load
+
+    async def open_reply(self, tenant: str, runpod_id: str, *, kept_s: float, fingerprint: Fingerprint | None) -> str:
+        response = self._handle.open_reply.remote(tenant, runpod_id, kept_s=kept_s, fingerprint=fingerprint)
+        return str(await answer(DISPATCH, response, CALL_TIMEOUT_S))
+
+    async def settle_reply(
+        self, tenant: str, runpod_id: str, *, output: dict[str, Any] | None = None, error: str | None = None
+    ) -> None:
+        response = self._handle.settle_reply.remote(tenant, runpod_id, output=output, error=error)
+        await answer(DISPATCH, response, CALL_TIMEOUT_S)
+
+    async def hand_over_reply(self, tenant: str, runpod_id: str, *, to: str) -> None:
+        await answer(DISPATCH, self._handle.hand_over_reply.remote(tenant, runpod_id, to=to), CALL_TIMEOUT_S)
+
+    async def wait_reply(self, tenant: str, runpod_id: str, timeout_s: float) -> Reply | None:
+        response = self._handle.wait_reply.remote(tenant, runpod_id, timeout_s)
+        reply: Reply | None = await answer(DISPATCH, response, timeout_s + WAIT_MARGIN_S)
+        return reply
+
+
+class HandleInference:
+    """`Inference` over the handle of its deployment."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._streams = handle.options(stream=True)
+
+    async def generate(self, work: GenerationWork) -> AsyncGenerator[dict[str, Any], None]:
+        """Unbounded in time: the job's own time limit is kept by the dispatcher's heartbeats."""
+        response = self._streams.generate.remote(work)
+        try:
+            async for event in response:
+                yield event
+        except RayTaskError as error:
+            raise unwrapped(error) from None
+        except (RayError, RayServeException):
+            raise ServiceUnavailable(INFERENCE) from None
+        finally:
+            # Nothing to cancel after a normal end; otherwise this is what stops the replica.
+            response.cancel()
+
+    async def health(self) -> InferenceHealth:
+        health: InferenceHealth = await answer(INFERENCE, self._handle.health.remote(), CALL_TIMEOUT_S)
+        return health
+
+
+class ServeWorkers:
+    """Counts the inference replicas as Serve's controller sees them, and their work as the dispatcher does."""
+
+    def __init__(self, dispatch: HandleDispatch, application: str, deployment: str) -> None:
+        self._dispatch = dispatch
+        self._application = application
+        self._deployment = deployment
+
+    async def counts(self) -> WorkerCounts:
+        """Raises ServiceUnavailable."""
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                states, load = await asyncio.gather(asyncio.to_thread(self._replica_states), self._dispatch.load())
+        except (TimeoutError, RayError, RayServeException):
+            raise ServiceUnavailable(INFERENCE) from None
+        return worker_counts(states, load)
+
+    def _replica_states(self) -> Mapping[str, int]:
+        application = serve.status().applications.get(self._application)
+        deployment = None if application is None else application.deployments.get(self._deployment)
+        return {} if deployment is None else {str(state): count for state, count in deployment.replica_states.items()}
+
+
+def worker_counts(states: Mapping[str, int], load: DispatchLoad) -> WorkerCounts:
+    """`states`: Serve's replica states to their number. A running replica is `ready`, and `idle` where it has no work.
+
+    Serve prefers the replica with the least work, so that many replicas work as there are generations under way.
+    """
+    states = {name.rsplit(".", 1)[-1].upper(): count for name, count in states.items()}
+    ready = states.get("RUNNING", 0)
+    running = min(ready, load.running)
+    initializing = sum(states.get(name, 0) for name in ("STARTING", "RECOVERING", "UPDATING", "PENDING_MIGRATION"))
+    return WorkerCounts(
+        idle=ready - running,
+        initializing=initializing,
+        ready=ready,
+        running=running,
+        unhealthy=sum(states.values()) - ready - initializing - states.get("STOPPING", 0),
+    )

@@ -1,0 +1,1 @@
+"""The replica that makes pictures: models, adapters, engine, stored results."""

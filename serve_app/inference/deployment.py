@@ -1,0 +1,32 @@
+"""The Serve shell of inference: one replica on its GPU, its default model loaded before it counts as ready."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from serve_app.collaborators import Inference as InferencePort
+from serve_app.collaborators import InferenceHealth
+from serve_app.inference.plan import GenerationWork
+from serve_app.settings import Settings
+
+REPLICA_MODULE = "serve_app.inference.replica"
+
+
+class Inference:
+    """Implements `serve_app.collaborators.Inference`."""
+
+    def __init__(self, settings: Settings) -> None:
+        # By name, inside the replica: whoever builds the graph must not import torch.
+        build: Any = importlib.import_module(REPLICA_MODULE).build_service
+        self._service: InferencePort = build(settings)
+
+    async def generate(self, work: GenerationWork) -> AsyncGenerator[dict[str, Any], None]:
+        async with aclosing(self._service.generate(work)) as events:
+            async for event in events:
+                yield event
+
+    async def health(self) -> InferenceHealth:
+        return await self._service.health()

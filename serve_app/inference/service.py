@@ -1,0 +1,170 @@
+"""Makes the pictures of one generation: adapters in, engine, files out. Runs without Ray; imports torch."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from diffusion.engine import GeneratedImage, GenerateRequest, LoraRef
+from diffusion.images import CONTENT_TYPES, EXTENSIONS, ImageFormat, encode_image
+from serve_app.collaborators import InferenceHealth
+from serve_app.inference.engines import DeviceFacts, EngineShelf
+from serve_app.inference.lora_cache import LoraCache
+from serve_app.inference.plan import GenerationRequest, GenerationWork
+from storage.keys import Keys
+from storage.objects import ObjectStore, PutItem
+
+SEED_LIMIT = 2**63
+FORMATS: Mapping[str, ImageFormat] = {"png": "png", "jpg": "jpeg", "webp": "webp"}
+
+
+class InferenceService:
+    """One replica's work. Denoising runs on one thread of its own; the loop stays free for files and progress."""
+
+    def __init__(
+        self,
+        *,
+        store: ObjectStore,
+        keys_of: Callable[[str], Keys],
+        shelf: EngineShelf,
+        loras: LoraCache,
+        device: Callable[[], DeviceFacts],
+    ) -> None:
+        self._store = store
+        self._keys_of = keys_of
+        self._shelf = shelf
+        self._loras = loras
+        self._device = device
+        self._engine_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+
+    async def load(self, model: str) -> None:
+        """Load a model ahead of the first request. Raises DiffusionError, KeyError for an unknown alias."""
+        await asyncio.get_running_loop().run_in_executor(self._engine_thread, self._shelf.engine, model)
+
+    async def generate(self, work: GenerationWork) -> AsyncGenerator[dict[str, Any], None]:
+        """Yields `{"progress": {"step", "total_steps", "stage"}}`, then `{"output": {"images": [...]}}` once.
+
+        Raises DiffusionError and StorageError. Closing the iterator, or cancelling the task that reads it, stops the
+        engine before its next step; nothing is stored then.
+        """
+        request = GenerationRequest.model_validate(work.request)
+        async with self._loras.borrow(request.loras) as paths:
+            pictures = requested_pictures(request, paths)
+            images: list[GeneratedImage] = []
+            async with aclosing(self._rendered(str(request.spec.model), pictures)) as events:
+                async for event in events:
+                    if isinstance(event, list):
+                        images = event
+                    else:
+                        yield {"progress": event}
+        yield {"progress": {"step": 1, "total_steps": 1, "stage": "storing"}}
+        yield {"output": {"images": await self._stored(work, request, images)}}
+
+    async def health(self) -> InferenceHealth:
+        facts = await asyncio.to_thread(self._device)
+        return InferenceHealth(
+            ok=True,
+            device=facts.device,
+            gpu_name=facts.gpu_name,
+            models_loaded=self._shelf.loaded,
+            gpu_memory_total_bytes=facts.memory_total_bytes,
+            gpu_memory_used_bytes=facts.memory_used_bytes,
+        )
+
+    async def _rendered(
+        self, model: str, pictures: Sequence[GenerateRequest]
+    ) -> AsyncGenerator[dict[str, Any] | list[GeneratedImage], None]:
+        """Progress while the engine runs, then its pictures. The engine has let go of its inputs when this ends."""
+        loop = asyncio.get_running_loop()
+        stop = threading.Event()
+        events: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+
+        def on_step(step: int, total: int) -> None:
+            progress = {"step": step, "total_steps": total, "stage": "denoising"}
+            loop.call_soon_threadsafe(events.put_nowait, progress)
+
+        def run() -> list[GeneratedImage]:
+            if stop.is_set():
+                return []
+            return self._shelf.engine(model).generate(pictures, on_step=on_step, should_stop=stop.is_set)
+
+        running = loop.run_in_executor(self._engine_thread, run)
+        running.add_done_callback(lambda _: events.put_nowait(None))
+        try:
+            while (progress := await events.get()) is not None:
+                yield progress
+            yield running.result()
+        finally:
+            stop.set()
+            # The adapters' files must outlive the thread that reads them.
+            await asyncio.wait({running})
+            if not running.cancelled():
+                # Marks an error that nobody reads any more, once the reader has gone, as seen.
+                running.exception()
+
+    async def _stored(
+        self, work: GenerationWork, request: GenerationRequest, images: Sequence[GeneratedImage]
+    ) -> list[dict[str, Any]]:
+        """Encode, store and verify every picture; returns one entry each. Raises StorageError if any was not stored."""
+        keys = self._keys_of(work.tenant)
+        kind = FORMATS[request.spec.output_format]
+        encoded = await asyncio.to_thread(
+            lambda: [encode_image(image.image, kind, settings=image.settings) for image in images]
+        )
+        entries, items = [], []
+        for index, (image, data) in enumerate(zip(images, encoded, strict=True)):
+            sha256 = hashlib.sha256(data).hexdigest()
+            key = keys.image(work.process_id, index, sha256, EXTENSIONS[kind])
+            items.append(PutItem(key, data, CONTENT_TYPES[kind]))
+            entries.append(_entry(work.process_id, index, key, sha256, len(data), kind, image))
+        for outcome in await self._store.put_many(items):
+            if outcome.error is not None:
+                raise outcome.error
+        return entries
+
+
+def requested_pictures(request: GenerationRequest, paths: Sequence[Path]) -> list[GenerateRequest]:
+    """One engine request per picture: all prompts, `num_images` each; picture `i` uses seed `seed + i`."""
+    spec = request.spec
+    loras = tuple(LoraRef(path, lora.scale, lora.id) for path, lora in zip(paths, request.loras, strict=True))
+    prompts = [prompt for prompt in spec.prompts for _ in range(spec.num_images)]
+    return [
+        GenerateRequest(
+            prompt=prompt,
+            negative_prompt=spec.negative_prompt,
+            width=spec.width,
+            height=spec.height,
+            steps=spec.num_inference_steps,
+            guidance_scale=spec.guidance_scale,
+            seed=((spec.seed or 0) + index) % SEED_LIMIT,
+            loras=loras,
+            scheduler=spec.scheduler,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def _entry(
+    process_id: str, index: int, key: str, sha256: str, size_bytes: int, kind: ImageFormat, image: GeneratedImage
+) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "key": key,
+        "filename": f"{process_id}_{index:04d}.{EXTENSIONS[kind]}",
+        "sha256": sha256,
+        "size_bytes": size_bytes,
+        "content_type": CONTENT_TYPES[kind],
+        "seed": image.seed,
+        "width": image.image.width,
+        "height": image.image.height,
+        "prompt": image.settings.get("prompt", ""),
+        "settings": image.settings,
+    }
+    if image.warnings:
+        entry["warnings"] = list(image.warnings)
+    return entry

@@ -1,0 +1,55 @@
+"""The Serve shell of the ingress."""
+
+from __future__ import annotations
+
+import platform
+import socket
+from datetime import UTC, datetime
+from typing import Any
+
+from fastapi import FastAPI
+
+from serve_app.handles import HandleDispatch, HandleInference, HandleValidation, ServeWorkers
+from serve_app.ingress.api import create_app
+from serve_app.ingress.auth import KeyRing
+from serve_app.job_types.context import JobDefaults, Services
+from serve_app.settings import Settings, SettingsIncomplete
+from storage.actor import StorageClient
+from storage.jobs_client import JobsClient
+
+
+class Ingress:
+    """Hands the FastAPI application to Serve, with collaborators behind handles. Never imports torch."""
+
+    def __init__(
+        self, settings: Settings, validation: Any, dispatch: Any, inference: Any, application: str, deployment: str
+    ) -> None:
+        """`application` and `deployment` name the inference deployment, whose replicas /health counts."""
+        if settings.api_key is None:
+            raise SettingsIncomplete("api_key is not set")
+        s3 = settings.s3()
+        dispatcher = HandleDispatch(dispatch)
+        services = Services(
+            jobs=JobsClient(),
+            store=StorageClient(s3, settings.breaker()),
+            validation=HandleValidation(validation),
+            dispatch=dispatcher,
+            inference=HandleInference(inference),
+            workers=ServeWorkers(dispatcher, application, deployment),
+            clock=lambda: datetime.now(UTC),
+            bucket=s3.bucket,
+            prefix=s3.prefix,
+            worker_id=socket.gethostname(),
+            environment={"server": "raylora", "python": platform.python_version()},
+            models=tuple(settings.models),
+            defaults=JobDefaults(
+                training_timeout_s=settings.training_timeout_s,
+                generation_timeout_s=settings.generation_timeout_s,
+                attempts_max=settings.job_attempts_max,
+            ),
+            limits=settings.limits,
+        )
+        self._app = create_app(services, KeyRing({settings.default_tenant: settings.api_key}))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app

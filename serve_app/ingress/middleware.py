@@ -1,0 +1,167 @@
+"""What happens to every request before a route sees it, as plain ASGI layers.
+
+Outermost first: EdgeHeaders -> Guard -> Authentication -> BodyLimit -> routes. `proxy_middlewares` puts EdgeHeaders in
+front of Serve's own proxy too, because the proxy obeys the two headers that clients must not set before any replica
+sees the request: Serve's environment must have
+RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.ingress.middleware:proxy_middlewares when it starts.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+from collections.abc import Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.errors import BodyTooLarge
+from serve_app.ingress.auth import KeyRing
+from serve_app.ingress.errors import INTERNAL, describe, where_raised
+from serve_app.ingress.replies import error_response
+from serve_app.settings import RequestLimits
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID_HEADER = "x-request-id"
+TRACE_HEADER = "traceparent"
+# With these a client could lift Serve's timeout or keep work running after it has gone.
+REFUSED_HEADERS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
+OPEN_PATHS = frozenset({"/livez"})
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_SLASHES = re.compile(r"/{2,}")
+
+
+class EdgeHeaders:
+    """Gives the request an id, drops what clients may not set, and makes `//v2//x` the same path as `/v2/x`."""
+
+    def __init__(self, app: ASGIApp, new_id: Callable[[], str] = lambda: uuid.uuid4().hex) -> None:
+        self._app = app
+        self._new_id = new_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        offered = Headers(scope=scope)
+        request_id = _matching(_REQUEST_ID, offered.get(REQUEST_ID_HEADER)) or self._new_id()
+        trace = _matching(_TRACEPARENT, offered.get(TRACE_HEADER))
+        scope = {**scope, "path": _SLASHES.sub("/", scope["path"])}
+        if scope.get("raw_path"):
+            scope["raw_path"] = re.sub(rb"/{2,}", b"/", scope["raw_path"])
+        dropped = (*REFUSED_HEADERS, REQUEST_ID_HEADER.encode())
+        scope["headers"] = [(name, value) for name, value in scope["headers"] if name.lower() not in dropped]
+        scope["headers"].append((REQUEST_ID_HEADER.encode(), request_id.encode()))
+        scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID_HEADER] = request_id
+                if trace is not None:
+                    headers[TRACE_HEADER] = trace
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+class Guard:
+    """Turns whatever escapes the layers below into a JSON reply; logs where it came from, never its text.
+
+    An exception's text may hold a presigned URL or a path. Cancellation passes through.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def tracked_send(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, tracked_send)
+        except Exception as error:
+            if describe(error).code == INTERNAL.code:
+                log_unexpected(error, request_id_of(scope))
+            if started:
+                raise
+            await error_response(error, path=scope["path"], request_id=request_id_of(scope))(scope, receive, send)
+
+
+class Authentication:
+    """Lets a request through only with a valid key, before its body is read. Sets `scope["state"]["principal"]`."""
+
+    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            principal = self._keys.principal(Headers(scope=scope).get("authorization"))
+            scope["state"] = {**scope.get("state", {}), "principal": principal}
+        await self._app(scope, receive, send)
+
+
+class BodyLimit:
+    """Refuses a body over its route's size, by its declared length or while it arrives."""
+
+    def __init__(self, app: ASGIApp, limits: RequestLimits) -> None:
+        self._app = app
+        self._limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        limit_bytes = self._limit_bytes(scope["path"])
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and int(declared) > limit_bytes:
+            raise BodyTooLarge(limit_bytes)
+        seen_bytes = 0
+
+        async def counted_receive() -> Message:
+            nonlocal seen_bytes
+            message = await receive()
+            if message["type"] == "http.request":
+                seen_bytes += len(message.get("body", b""))
+                if seen_bytes > limit_bytes:
+                    raise BodyTooLarge(limit_bytes)
+            return message
+
+        await self._app(scope, counted_receive, send)
+
+    def _limit_bytes(self, path: str) -> int:
+        if path.endswith("/runsync"):
+            return self._limits.runsync_body_bytes_max
+        if path.endswith("/run"):
+            return self._limits.run_body_bytes_max
+        return self._limits.other_body_bytes_max
+
+
+def proxy_middlewares() -> list[Middleware]:
+    """What Serve's proxy puts in front of itself; see the module's text."""
+    return [Middleware(EdgeHeaders)]
+
+
+def request_id_of(scope: Scope) -> str:
+    return str(scope.get("state", {}).get("request_id", ""))
+
+
+def log_unexpected(error: BaseException, request_id: str) -> None:
+    """Log type and place of an error that no table row expects, without its text."""
+    logger.error("Unexpected %s in request %s at %s", type(error).__name__, request_id, where_raised(error))
+
+
+def _matching(pattern: re.Pattern[str], value: str | None) -> str | None:
+    return value if value is not None and pattern.fullmatch(value) else None

@@ -1,0 +1,82 @@
+"""The routes of `/v2/{endpoint_id}`: RunPod's serverless API. Existing clients change only their base URL."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from serve_app.errors import BodyInvalid
+from serve_app.ingress.auth import Principal
+from serve_app.ingress.envelope import read_idempotency_key
+from serve_app.ingress.middleware import request_id_of
+from serve_app.ingress.runpod_jobs import RunpodJobs, Submission
+from serve_app.settings import RequestLimits
+
+ENDPOINT = "/v2/{endpoint_id}"
+
+
+def runpod_router(jobs: RunpodJobs, limits: RequestLimits) -> APIRouter:
+    """The endpoint id is taken as it comes: one server is one endpoint, under any name."""
+    router = APIRouter(prefix=ENDPOINT, tags=["runpod"])
+
+    @router.post("/run")
+    async def run(request: Request) -> dict[str, Any]:
+        return await jobs.run(await _submission(request, None))
+
+    @router.post("/runsync")
+    async def runsync(request: Request) -> dict[str, Any]:
+        return await jobs.runsync(await _submission(request, wait_s(request, limits)))
+
+    @router.get("/status/{job_id}")
+    @router.post("/status/{job_id}")
+    async def status(request: Request, job_id: str) -> dict[str, Any]:
+        return await jobs.status(tenant_of(request), request_id_of(request.scope), job_id)
+
+    @router.get("/status-sync/{job_id}")
+    @router.post("/status-sync/{job_id}")
+    async def status_sync(request: Request, job_id: str) -> dict[str, Any]:
+        held_s = wait_s(request, limits)
+        return await jobs.status(tenant_of(request), request_id_of(request.scope), job_id, wait_s=held_s)
+
+    @router.post("/cancel/{job_id}")
+    async def cancel(request: Request, job_id: str) -> dict[str, Any]:
+        return await jobs.cancel(tenant_of(request), job_id)
+
+    @router.post("/retry/{job_id}")
+    async def retry(request: Request, job_id: str) -> dict[str, Any]:
+        return await jobs.retry(tenant_of(request), job_id)
+
+    @router.post("/purge-queue")
+    async def purge_queue(request: Request) -> dict[str, Any]:
+        return await jobs.purge_queue(tenant_of(request))
+
+    @router.get("/health")
+    async def health(request: Request) -> dict[str, Any]:
+        return await jobs.health(tenant_of(request))
+
+    return router
+
+
+def tenant_of(request: Request) -> str:
+    """Set by Authentication, which every route but /livez is behind."""
+    principal: Principal = request.scope["state"]["principal"]
+    return principal.tenant
+
+
+def wait_s(request: Request, limits: RequestLimits) -> float:
+    """`?wait=` in ms, in seconds and within RunPod's range. Raises BodyInvalid where it is not a number."""
+    text = request.query_params.get("wait")
+    if text is None:
+        return limits.runsync_wait_default_s
+    if not (text.isascii() and text.isdigit() and len(text) <= 12):
+        raise BodyInvalid("wait must be a number of milliseconds")
+    return min(max(int(text) / 1000, limits.wait_min_s), limits.wait_max_s)
+
+
+async def _submission(request: Request, held_s: float | None) -> Submission:
+    return Submission(
+        tenant=tenant_of(request),
+        request_id=request_id_of(request.scope),
+        body=await request.body(),
+        idempotency_key=read_idempotency_key(request.headers.get("idempotency-key")),
+        wait_s=held_s,
+    )

@@ -1,0 +1,294 @@
+"""RunPod's operations over job types and job records. Knows no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from serve_app.dispatch.replies import Fingerprint
+from serve_app.errors import RequestTimedOut, RunpodJobNotFound, RunpodJobNotRetryable, ServiceUnavailable
+from serve_app.ingress.envelope import RunEnvelope, read_envelope
+from serve_app.ingress.errors import INTERNAL, describe
+from serve_app.ingress.middleware import log_unexpected
+from serve_app.ingress.replies import runpod_error
+from serve_app.ingress.runpod_view import (
+    SYNC_PREFIX,
+    execution_ms,
+    is_expired,
+    record_view,
+    reply_view,
+    runpod_status,
+    stamped,
+)
+from serve_app.job_types import HANDLERS, STARTS_WORK, job_type_of
+from serve_app.job_types.context import (
+    ACCEPTED_PREFIX,
+    Finished,
+    Following,
+    JobContext,
+    Services,
+    is_accepted_only,
+    public_runpod_id,
+)
+from serve_app.job_types.results import accepted_message, presented_output
+from storage.errors import JobNotCancellable, JobNotFound
+from storage.job_record import JobRecord
+from storage.job_state import JobKind, JobState
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A /run or /runsync call. `wait_s` None is /run."""
+
+    tenant: str
+    request_id: str
+    body: bytes
+    idempotency_key: str | None
+    wait_s: float | None
+
+
+class RunpodJobs:
+    """One per ingress process. Work that was begun goes on when its client has gone."""
+
+    def __init__(self, services: Services, new_uuid: Callable[[], uuid.UUID] = uuid.uuid4) -> None:
+        self._services = services
+        self._new_uuid = new_uuid
+        self._tasks: set[asyncio.Task[str]] = set()
+
+    async def run(self, call: Submission) -> dict[str, Any]:
+        """`{"id", "status": "IN_QUEUE"}`, soon, whatever the job type does.
+
+        The answer waits for the job's acceptance for `run_answer_s`, so that an id is normally given for a record
+        that exists. Raises BodyInvalid, InvalidRequest (envelope), IdempotencyKeyReused, ServiceUnavailable.
+        """
+        runpod_id, task = await self._begin(call)
+        if task is not None:
+            await asyncio.wait({task}, timeout=self._services.limits.run_answer_s)
+            runpod_id = task.result() if task.done() else runpod_id
+        return {"id": runpod_id, "status": "IN_QUEUE"}
+
+    async def runsync(self, call: Submission) -> dict[str, Any]:
+        """The status object, final if the job ends within `wait_s`. Raises like `run`."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + (call.wait_s or 0.0)
+        runpod_id, task = await self._begin(call)
+        if task is not None:
+            await asyncio.wait({task}, timeout=max(0.0, until - loop.time()))
+            runpod_id = task.result() if task.done() else runpod_id
+        return await self.status(call.tenant, call.request_id, runpod_id, wait_s=max(0.0, until - loop.time()))
+
+    async def status(self, tenant: str, request_id: str, runpod_id: str, *, wait_s: float = 0.0) -> dict[str, Any]:
+        """The status object, once it is final or `wait_s` has passed. Raises RunpodJobNotFound."""
+        services, loop = self._services, asyncio.get_running_loop()
+        until = loop.time() + wait_s
+        reply = await services.dispatch.wait_reply(tenant, runpod_id, wait_s)
+        if reply is not None:
+            return reply_view(runpod_id, reply, services.clock(), services.worker_id)
+        record = await self._record(tenant, runpod_id)
+        remaining_s = until - loop.time()
+        if remaining_s > 0 and not record.state.is_terminal and not is_accepted_only(record):
+            record = await services.jobs.wait(record.id, tenant=tenant, timeout_s=remaining_s, until="final")
+        return await self._view(record, request_id)
+
+    async def cancel(self, tenant: str, runpod_id: str) -> dict[str, Any]:
+        """Asks the job to stop. A job that has ended is told as it ended. Raises RunpodJobNotFound."""
+        reply = await self._services.dispatch.wait_reply(tenant, runpod_id, 0.0)
+        if reply is not None:
+            return {"id": runpod_id, "status": reply.status}
+        record = await self._record(tenant, runpod_id)
+        if is_accepted_only(record):
+            return {"id": runpod_id, "status": runpod_status(record)}
+        try:
+            await self._services.jobs.request_cancel(record.id, tenant=tenant)
+        except JobNotCancellable:
+            ended = await self._services.jobs.get(record.id, tenant=tenant)
+            return {"id": runpod_id, "status": runpod_status(ended)}
+        return {"id": runpod_id, "status": "CANCELLED"}
+
+    async def retry(self, tenant: str, runpod_id: str) -> dict[str, Any]:
+        """Queues a FAILED or TIMED_OUT job again. Raises RunpodJobNotFound, RunpodJobNotRetryable, JobNotRetryable."""
+        if await self._services.dispatch.wait_reply(tenant, runpod_id, 0.0) is not None:
+            raise RunpodJobNotRetryable
+        record = await self._record(tenant, runpod_id)
+        if is_accepted_only(record):
+            raise RunpodJobNotRetryable
+        await self._wake_for(await self._services.jobs.retry(record.id, tenant=tenant))
+        return {"id": runpod_id, "status": "IN_QUEUE"}
+
+    async def purge_queue(self, tenant: str) -> dict[str, Any]:
+        return {"removed": await self._services.jobs.purge_queue(tenant), "status": "completed"}
+
+    async def health(self, tenant: str) -> dict[str, Any]:
+        """Counted, not estimated: the tenant's records by state, the replicas as Serve knows them."""
+        jobs = self._services.jobs
+        counts, retried, workers = await asyncio.gather(
+            jobs.counts(tenant), jobs.retried(tenant), self._services.workers.counts()
+        )
+        return {
+            "jobs": {
+                "completed": counts[JobState.COMPLETED],
+                "failed": counts[JobState.FAILED] + counts[JobState.TIMED_OUT],
+                "inProgress": counts[JobState.STARTING] + counts[JobState.RUNNING],
+                "inQueue": counts[JobState.QUEUED],
+                "retried": retried,
+            },
+            "workers": {
+                "idle": workers.idle,
+                "initializing": workers.initializing,
+                "ready": workers.ready,
+                "running": workers.running,
+                "throttled": workers.throttled,
+                "unhealthy": workers.unhealthy,
+            },
+        }
+
+    async def close(self) -> None:
+        """Give work under way its chance to end, then stop it."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self._services.limits.run_answer_s)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _begin(self, call: Submission) -> tuple[str, asyncio.Task[str] | None]:
+        """The job's id, and its task; no task where the same request was sent before."""
+        services, limits = self._services, self._services.limits
+        envelope = read_envelope(call.body)
+        sync = call.wait_s is not None
+        runpod_id = f"{SYNC_PREFIX if sync else ''}{self._new_uuid()}-u1"
+        digest = hashlib.sha256(call.body).hexdigest()
+        known = await services.dispatch.open_reply(
+            call.tenant,
+            runpod_id,
+            kept_s=limits.runsync_result_kept_s if sync else limits.run_result_kept_s,
+            fingerprint=self._fingerprint(call, envelope, digest),
+        )
+        if known != runpod_id:
+            return known, None
+        context = JobContext(
+            tenant=call.tenant,
+            request_id=call.request_id,
+            runpod_id=runpod_id,
+            body_sha256=digest,
+            idempotency_key=call.idempotency_key,
+            policy=envelope.job_policy(),
+        )
+        task = asyncio.create_task(self._execute(context, envelope.input))
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return runpod_id, task
+
+    def _ended(self, task: asyncio.Task[str]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.warning("The reply of a job could not be kept: %s", describe(error).code)
+
+    def _fingerprint(self, call: Submission, envelope: RunEnvelope, digest: str) -> Fingerprint | None:
+        """The client's key; else, for /run of types that start work, the body itself for a short time."""
+        limits = self._services.limits
+        if call.idempotency_key is not None:
+            key = f"key:{call.idempotency_key}"
+            return Fingerprint(key, digest, limits.idempotency_kept_s, named_by_client=True)
+        name = envelope.input.get("type", "generate" if "prompt" in envelope.input else None)
+        if call.wait_s is None and name in STARTS_WORK and limits.same_body_window_s > 0:
+            return Fingerprint(f"body:{digest}", digest, limits.same_body_window_s, named_by_client=False)
+        return None
+
+    async def _execute(self, context: JobContext, payload: dict[str, Any]) -> str:
+        """Run the job type and keep its reply. Returns the id under which the job is found."""
+        services = self._services
+        began = services.clock()
+        error: str | None = None
+        try:
+            outcome = await self._handled(context, payload)
+        except Exception as failure:  # noqa: BLE001 whatever went wrong, the client polls this id for an answer
+            public = describe(failure)
+            if public.code == INTERNAL.code:
+                log_unexpected(failure, context.request_id)
+            output, error = runpod_error(public, context.request_id), public.message
+        else:
+            if isinstance(outcome, Following) and not is_accepted_only(outcome.record):
+                return await self._followed(context, outcome.record)
+            output = await self._output_of(outcome)
+        now = services.clock()
+        output = stamped(
+            output,
+            request_id=context.request_id,
+            worker_id=services.worker_id,
+            runpod_id=context.runpod_id,
+            duration_ms=round((now - began).total_seconds() * 1000),
+            timestamp=now,
+        )
+        await services.dispatch.settle_reply(context.tenant, context.runpod_id, output=output, error=error)
+        return context.runpod_id
+
+    async def _handled(self, context: JobContext, payload: dict[str, Any]) -> Finished | Following:
+        timeout_s = self._services.limits.quick_job_timeout_s
+        handler = HANDLERS[job_type_of(payload)]
+        try:
+            async with asyncio.timeout(timeout_s) as limit:
+                return await handler(self._services, context, payload)
+        except TimeoutError:
+            if limit.expired():
+                raise RequestTimedOut(timeout_s) from None
+            raise
+
+    async def _output_of(self, outcome: Finished | Following) -> dict[str, Any]:
+        if isinstance(outcome, Finished):
+            return outcome.output
+        await self._wake_for(outcome.record)
+        return {**accepted_message(outcome.record), **outcome.notes}
+
+    async def _followed(self, context: JobContext, record: JobRecord) -> str:
+        """From here on the record answers for the job, under the id of the request that first made it."""
+        found_as = public_runpod_id(record) or context.runpod_id
+        await self._services.dispatch.hand_over_reply(context.tenant, context.runpod_id, to=found_as)
+        await self._wake_for(record)
+        return found_as
+
+    async def _wake_for(self, record: JobRecord) -> None:
+        if record.kind is not JobKind.GENERATION:
+            return
+        try:
+            await self._services.dispatch.wake()
+        except ServiceUnavailable:
+            # The record is queued; the dispatcher finds it at its next look.
+            return
+
+    async def _record(self, tenant: str, runpod_id: str) -> JobRecord:
+        """Raises RunpodJobNotFound: unknown, another tenant's, or no longer kept."""
+        record = await self._found(tenant, runpod_id)
+        if record is None or is_expired(record, self._services.clock(), self._services.limits):
+            raise RunpodJobNotFound
+        return record
+
+    async def _found(self, tenant: str, runpod_id: str) -> JobRecord | None:
+        for name in (runpod_id, f"{ACCEPTED_PREFIX}{runpod_id}"):
+            try:
+                record = await self._services.jobs.get_by_runpod_id(name, tenant=tenant)
+            except JobNotFound:
+                continue
+            # An id that spells out the prefix is not one that was given to anybody.
+            return record if public_runpod_id(record) == runpod_id else None
+        return None
+
+    async def _view(self, record: JobRecord, request_id: str) -> dict[str, Any]:
+        now = self._services.clock()
+        output = await presented_output(self._services, record)
+        if output is not None:
+            output = stamped(
+                output,
+                request_id=request_id,
+                worker_id=record.worker_id,
+                runpod_id=public_runpod_id(record),
+                duration_ms=execution_ms(record, now),
+                timestamp=record.finished_at or now,
+            )
+        return record_view(record, now, output)

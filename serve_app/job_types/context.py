@@ -1,0 +1,111 @@
+"""What a job type gets to work with, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from serve_app.collaborators import Clock, Dispatch, Inference, JobsApi, Validation, Workers
+from serve_app.settings import RequestLimits
+from storage.job_record import JobRecord
+from storage.keys import Keys
+from storage.objects import ObjectStore
+
+
+@dataclass(frozen=True)
+class JobDefaults:
+    """What the records of this installation start with. Times in seconds."""
+
+    training_timeout_s: float = 7200.0
+    generation_timeout_s: float = 600.0
+    attempts_max: int = 3
+
+
+@dataclass(frozen=True)
+class Services:
+    """Everything that a request may use. `worker_id` names this process in replies; `models` are the aliases served."""
+
+    jobs: JobsApi
+    store: ObjectStore
+    validation: Validation
+    dispatch: Dispatch
+    inference: Inference
+    workers: Workers
+    clock: Clock
+    bucket: str
+    prefix: str
+    worker_id: str
+    environment: dict[str, str]
+    models: tuple[str, ...]
+    defaults: JobDefaults = field(default_factory=JobDefaults)
+    limits: RequestLimits = field(default_factory=RequestLimits)
+
+    def keys_of(self, tenant: str) -> Keys:
+        """Raises InvalidKey for a tenant whose name cannot be part of a key."""
+        return Keys(self.prefix, tenant)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """RunPod's `policy`, in seconds. `low_priority` jobs run when nothing else waits."""
+
+    execution_timeout_s: float | None = None
+    ttl_s: float | None = None
+    low_priority: bool = False
+
+    @property
+    def priority(self) -> int:
+        return -1 if self.low_priority else 0
+
+
+@dataclass(frozen=True)
+class JobContext:
+    """The request around a job type's input. `body_sha256` is the hex digest of the whole body as sent."""
+
+    tenant: str
+    request_id: str
+    runpod_id: str
+    body_sha256: str
+    idempotency_key: str | None = None
+    policy: Policy = field(default_factory=Policy)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The job is done; `output` is its reply."""
+
+    output: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Following:
+    """A record stands behind the job from here on. `notes`: what else the acceptance tells, such as warnings."""
+
+    record: JobRecord
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+Outcome = Finished | Following
+Handler = Callable[[Services, JobContext, dict[str, Any]], Awaitable[Outcome]]
+
+ACCEPTED_PREFIX = "accepted:"
+
+
+def runpod_id_of(context: JobContext, *, waits: bool) -> str:
+    """How a record notes the RunPod job that made it.
+
+    With `waits` the RunPod job lasts as long as the record's work. Without, the RunPod job was only the acceptance: it
+    is COMPLETED from the start, and the process goes on by itself. The record keeps which of the two it was, so that a
+    restart changes no answer.
+    """
+    return context.runpod_id if waits else f"{ACCEPTED_PREFIX}{context.runpod_id}"
+
+
+def is_accepted_only(record: JobRecord) -> bool:
+    return (record.runpod_id or "").startswith(ACCEPTED_PREFIX)
+
+
+def public_runpod_id(record: JobRecord) -> str | None:
+    """The RunPod id that the client knows."""
+    return None if record.runpod_id is None else record.runpod_id.removeprefix(ACCEPTED_PREFIX)

@@ -1,0 +1,92 @@
+"""`generate`: finds the adapters, chooses what was left open, and queues."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from serve_app.errors import LoraNotUsable
+from serve_app.inference.plan import GenerationRequest, ResolvedLora
+from serve_app.job_types.context import Following, JobContext, Services, runpod_id_of
+from serve_app.job_types.files import latest_lora
+from serve_app.job_types.loras import stored_loras
+from serve_app.validation.validator import parse_payload
+from storage.errors import JobNotFound, ObjectNotFound
+from storage.job_record import JOB_ID_PATTERN, NewJob
+from storage.job_state import JobKind, JobState
+from train_jobs.spec import GenerateSpec
+
+
+class WaitChoice(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    wait: bool | None = None
+
+
+async def generate(services: Services, context: JobContext, payload: dict[str, Any]) -> Following:
+    """Raises InvalidRequest, ConfigInvalid, ModelNotServed, LoraNotUsable, StorageError, JobError."""
+    wait = parse_payload(WaitChoice, payload).wait
+    plan = await services.validation.generation(payload)
+    spec = GenerateSpec.model_validate(plan.spec)
+    by_id = [await _lora_by_id(services, context.tenant, use.id, use.scale) for use in spec.loras]
+    by_path = [await _lora_by_path(services, context.tenant, path, scale) for path, scale in plan.lora_paths]
+    request = GenerationRequest(spec=spec, loras=(*by_id, *by_path))
+    record = await services.jobs.create(
+        NewJob(
+            kind=JobKind.GENERATION,
+            tenant=context.tenant,
+            request=request.as_json(),
+            # A prompt's RunPod job is the picture itself; a config's was, in the older API, only its acceptance.
+            runpod_id=runpod_id_of(context, waits=not plan.from_config if wait is None else wait),
+            idempotency_key=context.idempotency_key,
+            body_sha256=context.body_sha256,
+            timeout_s=context.policy.execution_timeout_s or services.defaults.generation_timeout_s,
+            ttl_s=context.policy.ttl_s,
+            attempts_max=services.defaults.attempts_max,
+            priority=context.policy.priority,
+        )
+    )
+    return Following(record, notes={"warnings": list(plan.warnings)})
+
+
+async def _lora_by_id(services: Services, tenant: str, lora_id: str, scale: float) -> ResolvedLora:
+    """`lora_id` is a training's process id, or the id or file name of a stored adapter; the newest one wins."""
+    stored = await _of_training(services, tenant, lora_id) if re.match(JOB_ID_PATTERN, lora_id) else None
+    if stored is None:
+        stored = await _by_name(services, tenant, lora_id)
+    if stored is None:
+        raise LoraNotUsable(lora_id, "there is no such training or adapter")
+    return ResolvedLora(id=lora_id, key=stored["key"], sha256=stored.get("sha256"), scale=scale)
+
+
+async def _of_training(services: Services, tenant: str, process_id: str) -> dict[str, Any] | None:
+    try:
+        record = await services.jobs.get(process_id, tenant=tenant)
+    except JobNotFound:
+        return None
+    if record.kind is not JobKind.TRAINING:
+        raise LoraNotUsable(process_id, "it is not a training")
+    if record.state is not JobState.COMPLETED:
+        raise LoraNotUsable(process_id, "its training has not completed")
+    return latest_lora(record.output)
+
+
+async def _by_name(services: Services, tenant: str, name: str) -> dict[str, Any] | None:
+    async for _, stored in stored_loras(services, tenant):
+        if name in {stored.get("id"), stored.get("filename"), str(stored.get("filename")).removesuffix(".safetensors")}:
+            return stored
+    return None
+
+
+async def _lora_by_path(services: Services, tenant: str, path: str, scale: float) -> ResolvedLora:
+    """`path`: a key, or `s3://<bucket>/<key>`, inside the tenant's prefix."""
+    key = path.removeprefix(f"s3://{services.bucket}/")
+    if not services.keys_of(tenant).owns(key) or not key.endswith(".safetensors"):
+        raise LoraNotUsable(path, "it is not one of your .safetensors files")
+    try:
+        info = await services.store.head(key)
+    except ObjectNotFound:
+        raise LoraNotUsable(path, "there is no such file") from None
+    return ResolvedLora(id=None, key=key, sha256=info.sha256, scale=scale)

@@ -1,0 +1,80 @@
+"""A job record as the process object that the older API speaks of. Pure."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from serve_app.job_types.context import public_runpod_id
+from storage.job_record import JobRecord
+from storage.job_state import JobState
+from storage.keys import Keys
+
+OLDER_STATUS = {
+    JobState.QUEUED: "starting",
+    JobState.STARTING: "starting",
+    JobState.RUNNING: "running",
+    JobState.COMPLETED: "completed",
+    JobState.FAILED: "failed",
+    JobState.TIMED_OUT: "failed",
+    JobState.CANCELLED: "cancelled",
+}
+METRICS = ("loss", "smoothed_loss", "steps_per_s", "stage")
+
+
+def process_status(record: JobRecord) -> str:
+    return OLDER_STATUS[record.state]
+
+
+def process_object(record: JobRecord, keys: Keys, bucket: str, now: datetime) -> dict[str, Any]:
+    """Every field is always there. Times are ISO 8601 in UTC, `elapsed_time` and `eta` seconds, `progress` percent."""
+    step, total = _count(record.progress.get("step")), _count(record.progress.get("total_steps"))
+    return {
+        "id": record.id,
+        "type": record.kind.value,
+        "status": process_status(record),
+        "config": record.request,
+        "created_at": record.created_at.isoformat(),
+        "updated_at": record.updated_at.isoformat(),
+        "output_path": f"s3://{bucket}/{keys.process_prefix(record.id)}",
+        "error": error_text(record),
+        "worker_id": record.worker_id,
+        "job_id": public_runpod_id(record),
+        "metrics": {name: record.progress[name] for name in METRICS if name in record.progress},
+        "progress": progress_percent(record, step, total),
+        "step": step,
+        "total_steps": total,
+        "eta": None if record.state.is_terminal else record.progress.get("eta_s"),
+        "elapsed_time": elapsed_s(record, now),
+        "gpu_id": record.progress.get("gpu_id"),
+    }
+
+
+def error_text(record: JobRecord) -> str | None:
+    """Why the job did not complete, None where it did or may yet."""
+    if record.state is JobState.TIMED_OUT and record.started_at is not None:
+        return f"Request timeout after {record.timeout_s:g} seconds"
+    if record.error is not None:
+        return record.error.message
+    if record.state is JobState.TIMED_OUT:
+        return "The job waited longer than its time to live"
+    return "The job failed" if record.state is JobState.FAILED else None
+
+
+def elapsed_s(record: JobRecord, now: datetime) -> float | None:
+    """Seconds that the present attempt has run, None before it starts."""
+    if record.started_at is None:
+        return None
+    return max(0.0, ((record.finished_at or now) - record.started_at).total_seconds())
+
+
+def progress_percent(record: JobRecord, step: int | None, total: int | None) -> float:
+    if record.state is JobState.COMPLETED:
+        return 100.0
+    if step is None or not total:
+        return 0.0
+    return round(min(100.0, 100.0 * step / total), 2)
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -1,0 +1,79 @@
+"""`train`: everything that can be known to be wrong is refused before anything is queued."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from serve_app.collaborators import TrainingPlan
+from serve_app.errors import InvalidRequest
+from serve_app.job_types.context import Following, JobContext, Services, runpod_id_of
+from serve_app.validation.validator import parse_payload
+from storage.datasets import latest_manifest
+from storage.job_record import NewJob
+from storage.job_state import JobKind
+from train_jobs.errors import DatasetEmpty, Problem
+from train_jobs.spec import TrainSpec
+
+IMAGE_CONTENT = "image/"
+
+
+class TrainPayload(BaseModel):
+    """`config` and `yaml_config` are the same; YAML text or a mapping."""
+
+    model_config = ConfigDict(extra="allow")
+
+    config: str | dict[str, Any] | None = None
+    yaml_config: str | dict[str, Any] | None = None
+    wait: bool = False
+
+    @property
+    def given(self) -> str | dict[str, Any]:
+        """Raises InvalidRequest unless exactly one is there."""
+        found = [value for value in (self.config, self.yaml_config) if value is not None]
+        if len(found) != 1:
+            raise InvalidRequest([Problem("config", "give the training config as config or yaml_config", "missing")])
+        return found[0]
+
+
+async def train(services: Services, context: JobContext, payload: dict[str, Any]) -> Following:
+    """Raises ConfigInvalid, InvalidRequest, ModelNotServed, DatasetNotFound, DatasetEmpty, StorageError, JobError."""
+    request = parse_payload(TrainPayload, payload)
+    plan = await services.validation.training(request.given)
+    spec = await _with_datasets(services, context.tenant, plan)
+    record = await services.jobs.create(
+        NewJob(
+            kind=JobKind.TRAINING,
+            tenant=context.tenant,
+            request=spec,
+            runpod_id=runpod_id_of(context, waits=request.wait),
+            idempotency_key=context.idempotency_key,
+            body_sha256=context.body_sha256,
+            timeout_s=context.policy.execution_timeout_s or services.defaults.training_timeout_s,
+            ttl_s=context.policy.ttl_s,
+            attempts_max=services.defaults.attempts_max,
+            priority=context.policy.priority,
+        )
+    )
+    return Following(record, notes={"ignored": list(plan.ignored), "warnings": list(plan.warnings)})
+
+
+async def _with_datasets(services: Services, tenant: str, plan: TrainingPlan) -> dict[str, Any]:
+    """The spec with each dataset's newest upload pinned, so that a later upload does not change this training."""
+    spec = TrainSpec.model_validate(plan.spec)
+    keys = services.keys_of(tenant)
+    names = [dataset.dataset for dataset in spec.datasets if dataset.dataset is not None]
+    manifests = await asyncio.gather(*(latest_manifest(services.store, keys, name) for name in names))
+    for manifest in manifests:
+        if not any((file.content_type or "").startswith(IMAGE_CONTENT) for file in manifest.files):
+            raise DatasetEmpty(manifest.folder)
+    newest = {manifest.folder: manifest.upload_id for manifest in manifests}
+    datasets = tuple(
+        dataset.model_copy(update={"upload_id": dataset.upload_id or newest[dataset.dataset]})
+        if dataset.dataset is not None
+        else dataset
+        for dataset in spec.datasets
+    )
+    return spec.model_copy(update={"datasets": datasets}).model_dump(mode="json")

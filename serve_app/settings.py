@@ -1,0 +1,185 @@
+"""Every setting of the HTTP side, each with its one default.
+
+Precedence: constructor arguments, then the environment (``RAYLORA_<FIELD>``), then the file named by
+``RAYLORA_CONFIG`` (TOML, or YAML by its suffix), then the defaults below. Nothing else reads the environment.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+    YamlConfigSettingsSource,
+)
+
+from storage.jobs_config import JobsConfig
+from storage.settings import BreakerSettings, RecordsSettings, S3Settings
+
+CONFIG_FILE_VARIABLE = "RAYLORA_CONFIG"
+TINY_MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny" / "model"
+MIB = 1024 * 1024
+
+
+class SettingsIncomplete(ValueError):
+    """The settings lack something without which this part cannot start; the text names the field."""
+
+
+class RequestLimits(BaseModel):
+    """Sizes and waits at the HTTP edge. Sizes and waits follow RunPod's published limits."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run_body_bytes_max: int = Field(default=10 * MIB, gt=0)
+    runsync_body_bytes_max: int = Field(default=20 * MIB, gt=0)
+    other_body_bytes_max: int = Field(default=1 * MIB, gt=0)
+    runsync_wait_default_s: float = Field(default=90.0, gt=0)
+    wait_min_s: float = Field(default=1.0, gt=0)
+    wait_max_s: float = Field(default=300.0, gt=0)
+    # The JavaScript client gives up on /run after 3 s and would submit again.
+    run_answer_s: float = Field(default=2.0, gt=0)
+    quick_job_timeout_s: float = Field(default=600.0, gt=0)
+    same_body_window_s: float = Field(default=10.0, ge=0)
+    idempotency_kept_s: float = Field(default=24 * 3600.0, gt=0)
+    run_result_kept_s: float = Field(default=1800.0, gt=0)
+    runsync_result_kept_s: float = Field(default=60.0, ge=60)
+    url_expires_s: int = Field(default=3600, gt=0)
+
+
+class Settings(BaseSettings):
+    """The whole configuration of one installation; frozen and picklable, so it travels to every replica as it is."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="RAYLORA_", env_nested_delimiter="__", frozen=True, extra="forbid", hide_input_in_errors=True
+    )
+
+    home: Path = Field(default_factory=lambda: Path.home() / ".raylora")
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, gt=0, lt=65536)
+    dashboard_port: int = Field(default=8265, gt=0, lt=65536)
+    # None: the instance starts a Ray of its own. "auto" or HOST:PORT: it joins a cluster that runs already.
+    ray_address: str | None = None
+    object_store_bytes: int = Field(default=512 * MIB, ge=80 * MIB)
+
+    api_key: SecretStr | None = None
+    default_tenant: str = Field(default="default", pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+
+    models: dict[str, str] = Field(default_factory=lambda: {"tiny": str(TINY_MODEL)}, min_length=1)
+    default_model: str = "tiny"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    gpus_per_replica: float | None = Field(default=None, ge=0)
+    gpus_per_training_worker: float | None = Field(default=None, ge=0)
+    training_workers: int = Field(default=1, ge=1)
+    training_slots: int = Field(default=1, ge=1)
+    ingress_replicas: int = Field(default=1, ge=1)
+    validation_replicas: int = Field(default=1, ge=1)
+    inference_replicas: int = Field(default=1, ge=1)
+    # Two, so that one request's download and upload overlap the other's denoising.
+    generations_per_replica: int = Field(default=2, ge=1)
+    lora_cache_bytes_max: int = Field(default=20 * 1024 * MIB, gt=0)
+
+    s3_backend: Literal["rclone", "moto", "aws"] = "rclone"
+    s3_endpoint_url: str | None = None
+    s3_public_endpoint_url: str | None = None
+    s3_bucket: str = "raylora"
+    s3_prefix: str = "raylora"
+    s3_region: str = "us-east-1"
+    s3_access_key_id: SecretStr | None = None
+    s3_secret_access_key: SecretStr | None = None
+    # None: a free port, chosen at the first start and kept, so that signed URLs outlive a restart.
+    s3_port: int | None = Field(default=None, gt=0, lt=65536)
+    records_url: str | None = None
+
+    training_timeout_s: float = Field(default=7200.0, gt=0)
+    generation_timeout_s: float = Field(default=600.0, gt=0)
+    job_attempts_max: int = Field(default=3, ge=1)
+    limits: RequestLimits = Field(default_factory=RequestLimits)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings, env_settings, *_file_source(settings_cls))
+
+    @model_validator(mode="after")
+    def _default_model_is_listed(self) -> Settings:
+        if self.default_model not in self.models:
+            raise ValueError(f"default_model {self.default_model!r} is not one of models: {sorted(self.models)}")
+        return self
+
+    def uses_embedded_s3(self) -> bool:
+        """True where no S3 server is named, so that the stack starts its own on ``s3_port``."""
+        return self.s3_endpoint_url is None and self.s3_access_key_id is None
+
+    def with_s3(self, s3: S3Settings) -> Settings:
+        """These settings pointing at ``s3``: how the stack hands over the server that it started."""
+        return self.model_copy(
+            update={
+                "s3_backend": s3.backend,
+                "s3_endpoint_url": s3.endpoint_url,
+                "s3_public_endpoint_url": s3.public_endpoint_url,
+                "s3_bucket": s3.bucket,
+                "s3_prefix": s3.prefix,
+                "s3_region": s3.region,
+                "s3_access_key_id": s3.access_key_id,
+                "s3_secret_access_key": s3.secret_access_key,
+            }
+        )
+
+    def s3(self) -> S3Settings:
+        """Where objects live. Raises SettingsIncomplete where no credentials are set (embedded server not started)."""
+        if self.s3_access_key_id is None or self.s3_secret_access_key is None:
+            raise SettingsIncomplete("s3_access_key_id and s3_secret_access_key are not set")
+        return S3Settings(
+            backend=self.s3_backend,
+            endpoint_url=self.s3_endpoint_url,
+            public_endpoint_url=self.s3_public_endpoint_url,
+            bucket=self.s3_bucket,
+            prefix=self.s3_prefix,
+            region=self.s3_region,
+            access_key_id=self.s3_access_key_id,
+            secret_access_key=self.s3_secret_access_key,
+        )
+
+    def breaker(self) -> BreakerSettings:
+        return BreakerSettings()
+
+    def records(self) -> RecordsSettings:
+        return RecordsSettings(url=self.records_url or f"sqlite:///{self.home / 'records.db'}")
+
+    def jobs_config(self) -> JobsConfig:
+        """What the jobs actor starts with. Raises SettingsIncomplete like ``s3``."""
+        return JobsConfig(
+            records=self.records(),
+            s3=self.s3(),
+            breaker=self.breaker(),
+            models=self.models,
+            training_slots=self.training_slots,
+            training_workers=self.training_workers,
+            gpus_per_training_worker=self.gpus_per_training_worker,
+        )
+
+
+def _file_source(settings_cls: type[BaseSettings]) -> tuple[PydanticBaseSettingsSource, ...]:
+    """The source for the file that RAYLORA_CONFIG names; a named file that is missing is an error, not a default."""
+    name = os.environ.get(CONFIG_FILE_VARIABLE)
+    if not name:
+        return ()
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise SettingsIncomplete(f"{CONFIG_FILE_VARIABLE} names a file that does not exist")
+    if path.suffix in {".yaml", ".yml"}:
+        return (YamlConfigSettingsSource(settings_cls, yaml_file=path),)
+    return (TomlConfigSettingsSource(settings_cls, toml_file=path),)

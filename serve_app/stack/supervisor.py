@@ -1,0 +1,271 @@
+"""The process that is an instance: ``python -m serve_app.stack.supervisor``.
+
+It starts the embedded S3 server, Ray and the Serve application, waits, and ends exactly what it started. It is a
+session of its own, so a Ctrl-C in the terminal reaches the command line first, which then asks it to stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import ExitStack
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+import psutil
+
+from serve_app.settings import Settings
+from serve_app.stack.errors import AlreadyRunning, DiskFull, InstanceError, ModelMissing, PortTaken, StartFailed
+from serve_app.stack.instance import INSTANCE_VARIABLE, Instance, InstanceState, Phase
+from serve_app.stack.ports import is_free, remembered
+from storage.embedded import EmbeddedS3
+
+logger = logging.getLogger("raylora.supervisor")
+
+FREE_DISK_MIN_MB = 1024
+# Unix socket paths end at 107 bytes and Ray puts about 70 of its own behind this folder.
+RAY_FOLDER_MAX_CHARS = 36
+
+
+class Supervisor:
+    """Starts, watches and stops one instance. Ends on SIGTERM or SIGINT, or when the process ``while_pid`` does."""
+
+    def __init__(self, settings: Settings, instance: Instance, while_pid: int | None = None) -> None:
+        self._settings = settings
+        self._instance = instance
+        self._owner = psutil.Process(while_pid) if while_pid else None
+        self._asked = threading.Event()
+        self._cleanup = ExitStack()
+
+    def run(self) -> None:
+        """Run until asked to stop. Raises InstanceError when the instance cannot start."""
+        self._install_signals()
+        with self._instance.lock():
+            stale = self._instance.end_processes()
+            if stale:
+                logger.warning("ended %d processes that an earlier run of this instance left behind", stale)
+            try:
+                self._start()
+                if not self._should_stop():
+                    self._write("ready", "ready")
+                while not self._should_stop():
+                    time.sleep(0.5)
+                self._write("stopping", "stopping")
+            finally:
+                self._stop()
+            self._instance.clear_state()
+
+    def report_failure(self, error: InstanceError) -> None:
+        """Leave the reason where the command line that waits for the start reads it."""
+        self._write("failed", "failed", error)
+
+    def _install_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._asked.set())
+
+    def _should_stop(self) -> bool:
+        return self._asked.is_set() or (self._owner is not None and not self._owner.is_running())
+
+    def _start(self) -> None:
+        settings = self._settings
+        for stage, step in (
+            ("checking", self._check),
+            ("starting the watchdog", self._start_watchdog),
+            ("starting storage", self._start_storage),
+            ("starting Ray", self._start_ray),
+            ("starting the application", self._start_application),
+        ):
+            if self._should_stop():
+                return
+            self._write("starting", stage)
+            started_at = time.monotonic()
+            step()
+            logger.info("%s took %.1f s", stage, time.monotonic() - started_at)
+        logger.info("listening on %s:%d", settings.host, settings.port)
+
+    def _write(self, phase: Phase, stage: str, error: InstanceError | None = None) -> None:
+        settings = self._settings
+        self._instance.write_state(
+            InstanceState(
+                pid=os.getpid(),
+                pid_created_at=psutil.Process().create_time(),
+                phase=phase,
+                stage=stage,
+                http_url=f"http://{settings.host}:{settings.port}",
+                dashboard_url=f"http://127.0.0.1:{settings.dashboard_port}",
+                error_code=error.code if error else None,
+                error_message=str(error) if error else None,
+            )
+        )
+
+    def _check(self) -> None:
+        settings = self._settings
+        for port, variable, host in (
+            (settings.port, "RAYLORA_PORT", settings.host),
+            (settings.dashboard_port, "RAYLORA_DASHBOARD_PORT", "127.0.0.1"),
+        ):
+            if variable == "RAYLORA_DASHBOARD_PORT" and settings.ray_address is not None:
+                continue
+            if not is_free(port, host):
+                raise PortTaken(port, variable)
+        free_mb = shutil.disk_usage(self._instance.home).free // 2**20
+        if free_mb < FREE_DISK_MIN_MB:
+            raise DiskFull(self._instance.home, free_mb, FREE_DISK_MIN_MB)
+        for name, path in settings.models.items():
+            looks_local = path.startswith(("/", ".", "~"))
+            if looks_local and not (Path(path).expanduser() / "model_index.json").is_file():
+                raise ModelMissing(name)
+
+    def _start_watchdog(self) -> None:
+        watchdog = subprocess.Popen(
+            [sys.executable, "-m", "serve_app.stack.watchdog", str(self._instance.home)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            text=True,
+        )
+
+        def dismiss() -> None:
+            try:
+                watchdog.communicate("done\n", timeout=10)
+            except subprocess.TimeoutExpired:
+                logger.warning("the watchdog did not end by itself")
+                watchdog.kill()
+
+        self._cleanup.callback(dismiss)
+        self._cleanup.callback(self._end_leftovers, watchdog.pid)
+
+    def _end_leftovers(self, watchdog_pid: int) -> None:
+        ended = self._instance.end_processes(spare=frozenset({watchdog_pid}))
+        if ended:
+            logger.warning("ended %d processes that had outlived Ray's own shutdown", ended)
+
+    def _start_storage(self) -> None:
+        if not self._settings.uses_embedded_s3():
+            return
+        port = self._settings.s3_port or remembered(self._instance.home / "s3-port")
+        if not is_free(port):
+            raise PortTaken(port, "RAYLORA_S3_PORT")
+        server = EmbeddedS3(self._instance.home / "s3", port)
+        server.start()
+        self._cleanup.callback(server.stop)
+        self._settings = self._settings.with_s3(server.settings())
+
+    def _start_ray(self) -> None:
+        # Read by Serve's proxy when it starts: it strips headers that no client may set, before any replica sees them.
+        os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "serve_app.ingress.middleware:proxy_middlewares"
+        import ray
+
+        settings = self._settings
+        common = {"namespace": "raylora", "log_to_driver": False, "configure_logging": False}
+        if settings.ray_address is not None:
+            ray.init(address=settings.ray_address, **common)
+        else:
+            ray.init(
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                dashboard_port=settings.dashboard_port,
+                object_store_memory=settings.object_store_bytes,
+                _temp_dir=str(ray_folder(self._instance.home)),
+                **common,
+            )
+        self._cleanup.callback(ray.shutdown)
+        # Ray's driver installs a SIGTERM handler of its own, which would end this process without a shutdown.
+        self._install_signals()
+
+    def _start_application(self) -> None:
+        from ray import serve
+
+        from serve_app.app import build
+        from storage.actor import StorageClient
+        from storage.jobs_actor import ensure_jobs_actor
+        from train_jobs.launcher import RayJobLauncher
+
+        settings = self._settings
+        storage = StorageClient(settings.s3(), settings.breaker())
+        asyncio.run(storage.ensure_bucket())
+        ensure_jobs_actor(settings.jobs_config(), RayJobLauncher(f"http://127.0.0.1:{settings.dashboard_port}"))
+        serve.start(http_options={"host": settings.host, "port": settings.port})
+        serve.run(build(settings), name="raylora", route_prefix="/", blocking=False)
+        self._cleanup.callback(serve.shutdown)
+
+    def _stop(self) -> None:
+        """Undo the start in reverse. A step that fails is logged and the rest still runs."""
+        while True:
+            try:
+                self._cleanup.close()
+            except Exception:
+                # ExitStack has already removed the failing callback; the others must still run.
+                logger.exception("a step of the shutdown failed")
+                continue
+            return
+
+
+def ray_folder(home: Path) -> Path:
+    """Where Ray keeps its session: inside the instance, or a short link to it where the path would be too long."""
+    inside = home / "ray"
+    inside.mkdir(exist_ok=True, mode=0o700)
+    if len(str(inside)) <= RAY_FOLDER_MAX_CHARS:
+        return inside
+    digest = hashlib.sha256(str(home).encode()).hexdigest()[:10]
+    short = Path(tempfile.gettempdir()) / f"rl-{os.getuid()}-{digest}"
+    if short.is_symlink() and short.readlink() != inside:
+        short.unlink()
+    if not short.exists():
+        short.symlink_to(inside)
+    return short
+
+
+def configure_logging(instance: Instance) -> None:
+    handler = RotatingFileHandler(instance.log_file, maxBytes=10 * 2**20, backupCount=3)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run one raylora instance in this process.")
+    parser.add_argument("--while-pid", type=int, help="stop when this process ends")
+    args = parser.parse_args()
+    # Ray writes its cluster token and its logs with the process's own mask.
+    os.umask(0o077)
+    settings = Settings()
+    instance = Instance(settings.home)
+    instance.prepare()
+    configure_logging(instance)
+    key, _ = instance.ensure_api_key(settings.api_key)
+    settings = settings.model_copy(update={"api_key": key, "home": instance.home})
+    os.environ[INSTANCE_VARIABLE] = str(instance.home)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # `python` in a submitted job's command must be this environment's, also where nobody activated it.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    supervisor = Supervisor(settings, instance, args.while_pid)
+    try:
+        supervisor.run()
+    except AlreadyRunning:
+        # The state file is the other supervisor's.
+        logger.exception("not started")
+        return 1
+    except InstanceError as exc:
+        logger.exception("the instance did not start")
+        supervisor.report_failure(exc)
+        return 1
+    except Exception as exc:
+        logger.exception("the instance did not start")
+        supervisor.report_failure(StartFailed(type(exc).__name__, instance.log_file))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

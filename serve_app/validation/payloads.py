@@ -1,0 +1,93 @@
+"""The `input` of the two job types with many fields, as schemas. What is not listed is a warning, not an error."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+FILES_MAX = 100
+
+
+class LoraChoice(BaseModel):
+    """An adapter: `id` of the training it comes from, or `path` of its file within the tenant's storage."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    id: str | None = Field(default=None, min_length=1, max_length=200)
+    path: str | None = Field(default=None, min_length=1, max_length=1200)
+    scale: float = Field(default=1.0, ge=-8.0, le=8.0)
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> "LoraChoice":
+        if (self.id is None) == (self.path is None):
+            raise ValueError("give either id or path")
+        return self
+
+
+class GeneratePayload(BaseModel):
+    """The `prompt` form. `lora` and `model_path` are the short forms of one entry of `loras`."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, protected_namespaces=())
+
+    type: Literal["generate"] | None = None
+    wait: bool | None = None
+    prompt: str = Field(min_length=1, max_length=2000)
+    negative_prompt: str | None = None
+    model: str | None = None
+    width: int | None = None
+    height: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int | None = None
+    num_images: int | None = None
+    scheduler: str | None = None
+    output_format: str | None = None
+    loras: list[LoraChoice] = Field(default_factory=list, max_length=8)
+    lora: LoraChoice | None = None
+    model_path: str | None = Field(default=None, min_length=1, max_length=1200)
+    init_image: Any = None
+    mask: Any = None
+    strength: Any = None
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _a_text_is_an_id(cls, value: Any) -> Any:
+        return {"id": value} if isinstance(value, str) else value
+
+    @field_validator("loras", mode="before")
+    @classmethod
+    def _texts_are_ids(cls, value: Any) -> Any:
+        if value is None:
+            return []
+        return [{"id": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+
+    def choices(self) -> list[LoraChoice]:
+        """All adapters named in any of the three ways."""
+        short = [] if self.lora is None else [self.lora]
+        by_path = [] if self.model_path is None else [LoraChoice(path=self.model_path)]
+        return [*self.loras, *short, *by_path]
+
+
+class UploadFile(BaseModel):
+    """One file, its bytes in base64."""
+
+    model_config = ConfigDict(extra="allow")
+
+    filename: str = Field(min_length=1, max_length=200)
+    content: str | None = Field(default=None, repr=False)
+    url: str | None = None
+    content_type: str | None = Field(default=None, max_length=100)
+
+
+class UploadPayload(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["upload_training_data", "upload_training_files"] | None = None
+    training_name: str = Field(pattern=r"^[a-zA-Z0-9_-]+$", max_length=100)
+    dataset_folder: str | None = Field(default=None, pattern=r"^[a-zA-Z0-9_-][a-zA-Z0-9._-]*$", max_length=150)
+    trigger_word: str | None = Field(default=None, max_length=100)
+    cleanup_existing: bool = True
+    files: list[UploadFile] = Field(min_length=1, max_length=FILES_MAX)
+
+    @property
+    def folder(self) -> str:
+        return self.dataset_folder or self.training_name

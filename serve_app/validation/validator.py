@@ -1,0 +1,137 @@
+"""Checks requests: plain and synchronous, for a worker thread. Reports every problem of a request at once."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from serve_app.collaborators import GenerationPlan, TrainingPlan
+from serve_app.errors import InvalidRequest, ModelNotServed
+from serve_app.validation.payloads import GeneratePayload
+from train_jobs.aitoolkit import parse_generate_yaml, parse_train_yaml
+from train_jobs.errors import ConfigInvalid, Problem
+from train_jobs.spec import GenerateSpec, problems_of, spec_from_json
+
+MIB = 1024 * 1024
+CONFIG_BYTES_MAX = 10 * MIB
+SEED_LIMIT = 2**32
+NOT_OFFERED = ("init_image", "mask", "strength")
+# Fields of the prompt form that are fields of GenerateSpec by the same name.
+SPEC_FIELDS = (
+    "negative_prompt",
+    "model",
+    "width",
+    "height",
+    "num_inference_steps",
+    "guidance_scale",
+    "seed",
+    "num_images",
+    "scheduler",
+    "output_format",
+)
+
+P = TypeVar("P", bound=BaseModel)
+
+
+class Validator:
+    """`models`: the aliases that this installation serves."""
+
+    def __init__(
+        self,
+        models: Collection[str],
+        default_model: str,
+        random_seed: Callable[[], int] = lambda: secrets.randbelow(SEED_LIMIT),
+    ) -> None:
+        self._models = frozenset(models)
+        self._default_model = default_model
+        self._random_seed = random_seed
+
+    def training(self, config: str | dict[str, Any]) -> TrainingPlan:
+        """Raises ConfigInvalid, ModelNotServed, InvalidRequest (size)."""
+        _check_config_size(config)
+        parsed = parse_train_yaml(config)
+        self._check_model(parsed.spec.model)
+        return TrainingPlan(
+            spec=parsed.spec.model_dump(mode="json"),
+            ignored=tuple(item.path for item in parsed.ignored),
+            warnings=tuple(f"{warning.path}: {warning.message}" for warning in parsed.warnings),
+        )
+
+    def generation(self, payload: dict[str, Any]) -> GenerationPlan:
+        """Raises ConfigInvalid, InvalidRequest, ModelNotServed. A seed left open is chosen here: it is known then."""
+        config = payload.get("config", payload.get("yaml_config"))
+        plan = self._from_prompt(payload) if config is None else self._from_config(config)
+        spec = dict(plan.spec)
+        spec["model"] = spec["model"] or self._default_model
+        spec["seed"] = self._random_seed() if spec["seed"] is None else spec["seed"]
+        self._check_model(spec["model"])
+        return GenerationPlan(spec, plan.lora_paths, plan.warnings, plan.from_config)
+
+    def _from_config(self, config: Any) -> GenerationPlan:
+        _check_config_size(config)
+        parsed = parse_generate_yaml(config)
+        warnings = tuple(f"{warning.path}: {warning.message}" for warning in parsed.warnings)
+        return GenerationPlan(parsed.spec.model_dump(mode="json"), (), warnings, from_config=True)
+
+    def _from_prompt(self, payload: dict[str, Any]) -> GenerationPlan:
+        request = parse_payload(GeneratePayload, payload)
+        refused = [
+            Problem(name, "is not offered by this server", "unsupported")
+            for name in NOT_OFFERED
+            if getattr(request, name) is not None
+        ]
+        if refused:
+            raise InvalidRequest(refused)
+        values = {name: getattr(request, name) for name in SPEC_FIELDS if getattr(request, name) is not None}
+        if values.get("seed") == -1:
+            del values["seed"]
+        if values.get("output_format") == "jpeg":
+            values["output_format"] = "jpg"
+        choices = request.choices()
+        values["loras"] = [{"id": choice.id, "scale": choice.scale} for choice in choices if choice.id is not None]
+        spec = _generate_spec({**values, "prompts": [request.prompt]})
+        return GenerationPlan(
+            spec=spec.model_dump(mode="json"),
+            lora_paths=tuple((choice.path, choice.scale) for choice in choices if choice.path is not None),
+            warnings=unknown_fields(request),
+            from_config=False,
+        )
+
+    def _check_model(self, model: str) -> None:
+        if model not in self._models:
+            raise ModelNotServed(model, self._models)
+
+
+def parse_payload(kind: type[P], payload: dict[str, Any]) -> P:
+    """`payload` as `kind`. Raises InvalidRequest with every problem; offending values are not repeated."""
+    try:
+        return kind.model_validate(payload)
+    except ValidationError as invalid:
+        raise InvalidRequest(problems_of(invalid)) from None
+
+
+def unknown_fields(request: BaseModel) -> tuple[str, ...]:
+    """A warning for each field that the schema does not know."""
+    return tuple(f"Unknown field '{name[:100]}' was ignored" for name in sorted(request.model_extra or {}))
+
+
+def _generate_spec(values: dict[str, Any]) -> GenerateSpec:
+    """Problems are reported by the names of the prompt form."""
+    try:
+        return spec_from_json(GenerateSpec, values)
+    except ConfigInvalid as invalid:
+        raise InvalidRequest(
+            Problem("prompt" if p.path.startswith("prompts") else p.path, p.message, p.code) for p in invalid.problems
+        ) from None
+
+
+def _check_config_size(config: Any) -> None:
+    if not isinstance(config, str | dict):
+        raise InvalidRequest([Problem("config", "must be YAML text or a mapping", "invalid_value")])
+    text = config if isinstance(config, str) else json.dumps(config)
+    if len(text.encode("utf-8", "surrogatepass")) > CONFIG_BYTES_MAX:
+        raise InvalidRequest([Problem("config", f"is over {CONFIG_BYTES_MAX // MIB} MB", "too_large")])

@@ -1,0 +1,355 @@
+"""The Ray shell around the store: one storage actor on each node, one breaker for all of them.
+
+`StorageClient` is what other code holds. It can be pickled, and finds (or creates) the actor of the node that it is
+used on, so that bulk bytes stay on the node. Actors are named in a namespace that is always given explicitly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import ray
+import tenacity
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from storage.blocking import BlockingStorage
+from storage.errors import StorageError, StorageMisconfigured, StorageUnavailable
+from storage.loop_thread import LoopThread
+from storage.objects import ObjectInfo, PutItem, PutOutcome, StorageHealth
+from storage.s3 import S3Store, local_breaker
+from storage.settings import MIB, BreakerSettings, S3Settings
+from storage.shared_breaker import (
+    Remote,
+    RemoteUnreachableError,
+    Report,
+    SharedBreaker,
+    SharedGate,
+    SharedPermit,
+    SharedState,
+)
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+__all__ = ["NAMESPACE", "BlockingStorage", "BreakerShell", "StorageClient", "StorageShell", "storage_actor_name"]
+
+NAMESPACE = "raylora"
+BREAKER_NAME = "breaker"
+# Ray copies bytes into its messages, but shares the memory of an array with every process on the node.
+ARRAY_FROM_BYTES = MIB
+TASK_RETRIES_MAX = 3
+RESOLVE_ATTEMPTS_MAX = 5
+HEALTH_GRACE_S = 5.0
+HEALTH_CALLS_MAX = 4
+
+Payload = bytes | np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class BreakerShell:
+    """The breaker of the cluster, as an actor."""
+
+    def __init__(self, settings: BreakerSettings) -> None:
+        self._breaker = SharedBreaker(local_breaker(settings), secrets.token_hex(8))
+
+    async def report(self, reports: Sequence[Report]) -> SharedState:
+        return self._breaker.report(reports)
+
+    async def admit(self) -> SharedPermit | SharedState:
+        return self._breaker.admit()
+
+
+class _RemoteBreaker:
+    """Implements `storage.shared_breaker.Remote` over the breaker actor, which it creates when it is missing."""
+
+    def __init__(self, settings: BreakerSettings, namespace: str) -> None:
+        self._settings = settings
+        self._namespace = namespace
+        self._handle: Any = None
+
+    async def report(self, reports: Sequence[Report]) -> SharedState:
+        state: SharedState = await self._call("report", reports)
+        return state
+
+    async def admit(self) -> SharedPermit | SharedState:
+        answer: SharedPermit | SharedState = await self._call("admit")
+        return answer
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        try:
+            if self._handle is None:
+                self._handle = await asyncio.to_thread(self._resolve)
+            return await getattr(self._handle, method).remote(*arguments)
+        except (RayError, ValueError) as error:
+            self._handle = None
+            raise RemoteUnreachableError from error
+
+    def _resolve(self) -> Any:
+        return (
+            ray.remote(BreakerShell)
+            .options(
+                name=BREAKER_NAME,
+                namespace=self._namespace,
+                lifetime="detached",
+                get_if_exists=True,
+                max_restarts=-1,
+                num_cpus=0,
+            )
+            .remote(self._settings)
+        )
+
+
+class StorageShell:
+    """The store of one node, as an actor.
+
+    Ray gives each concurrency group an event loop of its own, but the store belongs to one loop: it lives on a
+    thread of ours, and every method runs there.
+    """
+
+    def __init__(self, settings: S3Settings, breaker: BreakerSettings, namespace: str) -> None:
+        self._fingerprint = fingerprint(settings, breaker)
+        self._thread = LoopThread("storage")
+        remote = _RemoteBreaker(breaker, namespace) if breaker.shared else None
+        self._store, self._reporting = self._thread.run_blocking(_open(settings, breaker, remote))
+
+    @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
+    async def health(self) -> StorageHealth:
+        return await self._thread.run(self._store.health())
+
+    @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
+    async def identify(self) -> str:
+        return self._fingerprint
+
+    async def put(self, key: str, data: Payload, content_type: str | None) -> ObjectInfo:
+        return await self._thread.run(self._store.put(key, _unpacked(data), content_type=content_type))
+
+    async def put_many(self, items: Sequence[tuple[str, Payload, str | None]]) -> list[PutOutcome]:
+        unpacked = [PutItem(key, _unpacked(data), content_type) for key, data, content_type in items]
+        return await self._thread.run(self._store.put_many(unpacked))
+
+    async def get(self, key: str, expected_sha256: str | None) -> Payload:
+        return _packed(await self._thread.run(self._store.get(key, expected_sha256=expected_sha256)))
+
+    async def head(self, key: str) -> ObjectInfo:
+        return await self._thread.run(self._store.head(key))
+
+    async def exists(self, key: str) -> bool:
+        return await self._thread.run(self._store.exists(key))
+
+    async def delete(self, key: str) -> None:
+        await self._thread.run(self._store.delete(key))
+
+    async def delete_many(self, keys: Sequence[str]) -> int:
+        return await self._thread.run(self._store.delete_many(keys))
+
+    async def copy(self, source: str, target: str) -> ObjectInfo:
+        return await self._thread.run(self._store.copy(source, target))
+
+    async def upload_file(self, path: Path, key: str, content_type: str | None) -> ObjectInfo:
+        return await self._thread.run(self._store.upload_file(path, key, content_type=content_type))
+
+    async def download_file(self, key: str, path: Path, expected_sha256: str | None) -> ObjectInfo:
+        return await self._thread.run(self._store.download_file(key, path, expected_sha256=expected_sha256))
+
+    async def presign_get(self, key: str, expires_s: int, filename: str | None) -> str:
+        return await self._thread.run(self._store.presign_get(key, expires_s=expires_s, filename=filename))
+
+    async def presign_put(self, key: str, expires_s: int, content_type: str | None) -> str:
+        return await self._thread.run(self._store.presign_put(key, expires_s=expires_s, content_type=content_type))
+
+    async def ensure_bucket(self) -> None:
+        await self._thread.run(self._store.ensure_bucket())
+
+    async def list(self, prefix: str, start_after: str | None, limit: int | None) -> Any:
+        return await self._thread.run(self._store.list(prefix, start_after=start_after, limit=limit))
+
+
+class StorageClient:
+    """Implements `ObjectStore` over this node's storage actor.
+
+    Use it where Ray is initialised, from any event loop. A call whose actor died is repeated on its successor;
+    every operation is safe to repeat. Raises StorageUnavailable when no actor answers, StorageMisconfigured when
+    this node's actor was created with other settings.
+    """
+
+    def __init__(
+        self, settings: S3Settings, breaker: BreakerSettings | None = None, *, namespace: str = NAMESPACE
+    ) -> None:
+        self._settings = settings
+        self._breaker = breaker or BreakerSettings()
+        self._namespace = namespace
+        self._handle: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _client, (self._settings, self._breaker, self._namespace)
+
+    async def put(self, key: str, data: bytes, *, content_type: str | None = None) -> ObjectInfo:
+        info: ObjectInfo = await self._call("put", key, _packed(data), content_type)
+        return info
+
+    async def put_many(self, items: Sequence[PutItem]) -> list[PutOutcome]:
+        packed = [(item.key, _packed(item.data), item.content_type) for item in items]
+        outcomes: list[PutOutcome] = await self._call("put_many", packed)
+        return outcomes
+
+    async def get(self, key: str, *, expected_sha256: str | None = None) -> bytes:
+        return _unpacked(await self._call("get", key, expected_sha256))
+
+    async def head(self, key: str) -> ObjectInfo:
+        info: ObjectInfo = await self._call("head", key)
+        return info
+
+    async def exists(self, key: str) -> bool:
+        return bool(await self._call("exists", key))
+
+    async def delete(self, key: str) -> None:
+        await self._call("delete", key)
+
+    async def delete_many(self, keys: Sequence[str]) -> int:
+        return int(await self._call("delete_many", list(keys)))
+
+    async def copy(self, source: str, target: str) -> ObjectInfo:
+        info: ObjectInfo = await self._call("copy", source, target)
+        return info
+
+    async def upload_file(self, path: Path, key: str, *, content_type: str | None = None) -> ObjectInfo:
+        """`path` is read by the actor, which shares this node's file system."""
+        info: ObjectInfo = await self._call("upload_file", _absolute(path), key, content_type)
+        return info
+
+    async def download_file(self, key: str, path: Path, *, expected_sha256: str | None = None) -> ObjectInfo:
+        """`path` is written by the actor, which shares this node's file system."""
+        info: ObjectInfo = await self._call("download_file", key, _absolute(path), expected_sha256)
+        return info
+
+    async def presign_get(self, key: str, *, expires_s: int = 3600, filename: str | None = None) -> str:
+        return str(await self._call("presign_get", key, expires_s, filename))
+
+    async def presign_put(self, key: str, *, expires_s: int = 3600, content_type: str | None = None) -> str:
+        return str(await self._call("presign_put", key, expires_s, content_type))
+
+    async def health(self) -> StorageHealth:
+        try:
+            async with asyncio.timeout(self._settings.health_deadline_s + HEALTH_GRACE_S):
+                health: StorageHealth = await self._call("health")
+                return health
+        except StorageError as error:
+            return StorageHealth(False, "unknown", self._settings.backend, detail=error.code)
+        except TimeoutError:
+            return StorageHealth(False, "unknown", self._settings.backend, detail="storage_timeout")
+
+    async def ensure_bucket(self) -> None:
+        await self._call("ensure_bucket")
+
+    async def list(self, prefix: str, *, start_after: str | None = None, limit: int | None = None) -> list[ObjectInfo]:
+        found: Any = await self._call("list", prefix, start_after, limit)
+        return found  # type: ignore[no-any-return]
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type((ActorDiedError, ActorUnavailableError)),
+            stop=tenacity.stop_after_attempt(RESOLVE_ATTEMPTS_MAX),
+            wait=tenacity.wait_random_exponential(multiplier=0.1, max=2),
+            reraise=True,
+        )
+        try:
+            async for trial in retrying:
+                with trial:
+                    return await self._call_once(method, *arguments)
+        except RayActorError as error:
+            raise StorageUnavailable(method, 1.0) from error
+        raise AssertionError("tenacity either returns or raises")
+
+    async def _call_once(self, method: str, *arguments: Any) -> Any:
+        handle = self._handle
+        if handle is None:
+            handle = self._handle = await self._resolve()
+        try:
+            return await _answer(getattr(handle, method).remote(*arguments))
+        except RayActorError:
+            self._handle = None
+            raise
+
+    async def _resolve(self) -> Any:
+        handle = await asyncio.to_thread(self._get_or_create)
+        if await _answer(handle.identify.remote()) != fingerprint(self._settings, self._breaker):
+            raise StorageMisconfigured("this node's storage actor was created with other settings")
+        return handle
+
+    def _get_or_create(self) -> Any:
+        node_id = ray.get_runtime_context().get_node_id()
+        return (
+            ray.remote(concurrency_groups={"health": HEALTH_CALLS_MAX})(StorageShell)
+            .options(
+                name=storage_actor_name(node_id),
+                namespace=self._namespace,
+                lifetime="detached",
+                get_if_exists=True,
+                max_restarts=-1,
+                max_task_retries=TASK_RETRIES_MAX,
+                num_cpus=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+                max_concurrency=self._settings.max_concurrency,
+            )
+            .remote(self._settings, self._breaker, self._namespace)
+        )
+
+
+def storage_actor_name(node_id: str) -> str:
+    return f"storage@{node_id}"
+
+
+def fingerprint(settings: S3Settings, breaker: BreakerSettings) -> str:
+    """Tells settings apart without giving away the secrets in them."""
+    parts = (settings.model_dump_json(), breaker.model_dump_json())
+    keys = (settings.access_key_id, settings.secret_access_key)
+    revealed = "\n".join((*parts, *("" if key is None else key.get_secret_value() for key in keys)))
+    return hashlib.sha256(revealed.encode()).hexdigest()
+
+
+async def _open(
+    settings: S3Settings, breaker: BreakerSettings, remote: Remote | None
+) -> tuple[S3Store, asyncio.Task[None] | None]:
+    """On the loop that the store is to live on. The task reports to the shared breaker and has to be kept."""
+    if remote is None:
+        return S3Store(settings, breaker), None
+    gate = SharedGate(local_breaker(breaker), remote, sync_interval_s=breaker.sync_interval_s)
+    return S3Store(settings, breaker, gate=gate), asyncio.create_task(gate.run())
+
+
+async def _answer(ref: Any) -> Any:
+    """The result of a call, our errors as they were raised. Cancelling cancels the call."""
+    try:
+        return await ref
+    except asyncio.CancelledError:
+        ray.cancel(ref)
+        raise
+    except RayTaskError as error:
+        if isinstance(error.cause, Exception):
+            raise error.cause from None
+        raise
+
+
+def _client(settings: S3Settings, breaker: BreakerSettings, namespace: str) -> StorageClient:
+    return StorageClient(settings, breaker, namespace=namespace)
+
+
+def _packed(data: bytes) -> Payload:
+    return np.frombuffer(data, dtype=np.uint8) if len(data) >= ARRAY_FROM_BYTES else data
+
+
+def _unpacked(payload: Payload) -> bytes:
+    return payload if isinstance(payload, bytes) else payload.tobytes()
+
+
+def _absolute(path: Path) -> Path:
+    """The actor's working directory is another one."""
+    return path.absolute()

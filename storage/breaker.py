@@ -1,0 +1,131 @@
+"""A circuit breaker that lets exactly one probe through.
+
+    closed --failure_threshold consecutive failures--> open --recovery_s--> half-open --probe succeeds--> closed
+                                                        ^                       |
+                                                        +-----probe fails-------+
+
+Plain state and an injected monotonic clock: no I/O, no locks. It belongs to one event loop (or one thread). It
+serves alike as the breaker of one storage actor and as the one that all of them share.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class BreakerState(StrEnum):
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half_open"
+
+
+class Outcome(StrEnum):
+    """What a call says about the backend. NEUTRAL: nothing, for example because it was cancelled."""
+
+    SUCCESS = "success"
+    FAILURE = "failure"
+    NEUTRAL = "neutral"
+
+
+@dataclass(frozen=True)
+class Permit:
+    """Leave for one call. `generation` ages with every transition; `probe` is the half-open call's number."""
+
+    generation: int
+    probe: int | None = None
+
+
+@dataclass(frozen=True)
+class BreakerSnapshot:
+    """`retry_after_s` is 0 when a call would be admitted now."""
+
+    state: BreakerState
+    generation: int
+    consecutive_failures: int
+    retry_after_s: float
+
+
+class BreakerOpenError(Exception):
+    """No call now. Internal: callers of storage see StorageUnavailable."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(retry_after_s)
+        self.retry_after_s = retry_after_s
+
+
+class CircuitBreaker:
+    """Every permit from `admit` is settled once, with an outcome.
+
+    A result from an older generation is ignored: a call that began before the breaker opened says nothing about
+    the backend now. A probe that is not settled within `probe_timeout_s` is given up, and the next call probes.
+    """
+
+    def __init__(
+        self,
+        failure_threshold: int,
+        recovery_s: float,
+        probe_timeout_s: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._failure_threshold = failure_threshold
+        self._recovery_s = recovery_s
+        self._probe_timeout_s = probe_timeout_s
+        self._clock = clock
+        self._state = BreakerState.CLOSED
+        self._generation = 0
+        self._consecutive_failures = 0
+        self._opened_at = 0.0
+        self._probes_started = 0
+        self._probe: int | None = None
+        self._probe_started_at = 0.0
+
+    def admit(self) -> Permit:
+        """Raises BreakerOpenError."""
+        wait_s = self._wait_s()
+        if wait_s > 0:
+            raise BreakerOpenError(wait_s)
+        if self._state is BreakerState.CLOSED:
+            return Permit(self._generation)
+        if self._state is BreakerState.OPEN:
+            self._enter(BreakerState.HALF_OPEN)
+        self._probes_started += 1
+        self._probe = self._probes_started
+        self._probe_started_at = self._clock()
+        return Permit(self._generation, self._probe)
+
+    def settle(self, permit: Permit, outcome: Outcome) -> None:
+        if permit.generation != self._generation or permit.probe != self._probe:
+            return
+        self._probe = None
+        if outcome is Outcome.SUCCESS:
+            self._consecutive_failures = 0
+            if self._state is BreakerState.HALF_OPEN:
+                self._enter(BreakerState.CLOSED)
+        elif outcome is Outcome.FAILURE:
+            self._consecutive_failures += 1
+            if self._state is BreakerState.HALF_OPEN or self._consecutive_failures >= self._failure_threshold:
+                self._opened_at = self._clock()
+                self._enter(BreakerState.OPEN)
+
+    def snapshot(self) -> BreakerSnapshot:
+        return BreakerSnapshot(self._state, self._generation, self._consecutive_failures, self._wait_s())
+
+    def _wait_s(self) -> float:
+        match self._state:
+            case BreakerState.CLOSED:
+                return 0.0
+            case BreakerState.OPEN:
+                return max(0.0, self._opened_at + self._recovery_s - self._clock())
+            case BreakerState.HALF_OPEN:
+                if self._probe is None:
+                    return 0.0
+                return max(0.0, self._probe_started_at + self._probe_timeout_s - self._clock())
+
+    def _enter(self, state: BreakerState) -> None:
+        self._state = state
+        self._generation += 1
+        self._probe = None

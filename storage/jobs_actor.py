@@ -1,0 +1,119 @@
+"""The Ray shell of the job life cycle: one named actor for the cluster. Its clients are in `storage.jobs_client`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from datetime import datetime
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from storage.actor import NAMESPACE, StorageClient
+from storage.async_jobs import Until
+from storage.blocking_jobs import BlockingJobs
+from storage.errors import JobsUnavailable
+from storage.job_record import JobRecord
+from storage.jobs import Jobs
+from storage.jobs_client import ACTOR_NAME, JobsClient
+from storage.jobs_config import JobsConfig
+from storage.jobs_service import JobsService
+from storage.loop_thread import LoopThread
+from storage.objects import ObjectStore
+from storage.training_queue import TrainingLauncher
+
+__all__ = ["ACTOR_NAME", "BlockingJobs", "JobsActor", "JobsClient", "JobsConfig", "ensure_jobs_actor"]
+
+logger = logging.getLogger(__name__)
+
+LONG_POLLS_MAX = 1000
+CALLS_MAX = 256
+START_TIMEOUT_S = 120.0
+HEAD_NODE = "node:__internal_head__"
+
+
+class JobsActor:
+    """The actor's body. Ray gives each concurrency group an event loop of its own, but the service belongs to one:
+    it lives on a thread of ours, and every method runs there.
+    """
+
+    def __init__(self, config: JobsConfig, launcher: TrainingLauncher, store: ObjectStore | None) -> None:
+        self._config = config
+        self._thread = LoopThread("jobs")
+        # Begun here and not at the first call: after a restart nobody may call for a while, and trainings are waiting.
+        self._serving = self._thread.run_blocking(_serve(config, launcher, store))
+
+    async def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the method of `Jobs` of that name."""
+        return await self._thread.run(self._serving.call(name, args, kwargs))
+
+    # Long polls have places of their own, so that however many they are, a heartbeat finds one.
+    @ray.method(concurrency_group="long_polls")  # type: ignore[untyped-decorator]
+    async def wait(
+        self, job_id: str, tenant: str | None, timeout_s: float, until: Until, since: datetime | None
+    ) -> JobRecord:
+        return await self._thread.run(self._serving.wait(job_id, tenant, timeout_s, until, since))
+
+    async def config(self) -> JobsConfig:
+        return self._config
+
+
+class _Serving:
+    """A service that opens and runs in the background. Calls wait until it has looked for records to restore."""
+
+    def __init__(self, service: JobsService) -> None:
+        self._jobs = service.jobs
+        self._opened = asyncio.create_task(service.open())
+        self._running = asyncio.create_task(self._run(service))
+
+    async def _run(self, service: JobsService) -> None:
+        await asyncio.shield(self._opened)
+        await service.run()
+
+    async def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        await asyncio.shield(self._opened)
+        return await self._jobs.call(getattr(Jobs, name), *args, **kwargs)
+
+    async def wait(
+        self, job_id: str, tenant: str | None, timeout_s: float, until: Until, since: datetime | None
+    ) -> JobRecord:
+        await asyncio.shield(self._opened)
+        return await self._jobs.wait(job_id, tenant=tenant, timeout_s=timeout_s, until=until, since=since)
+
+
+async def _serve(config: JobsConfig, launcher: TrainingLauncher, store: ObjectStore | None) -> _Serving:
+    return _Serving(JobsService(config, launcher, store or StorageClient(config.s3, config.breaker)))
+
+
+def ensure_jobs_actor(
+    config: JobsConfig, launcher: TrainingLauncher, *, store: ObjectStore | None = None, namespace: str = NAMESPACE
+) -> JobsClient:
+    """Start the jobs actor where there is none, and wait until it answers.
+
+    `launcher` and `store` are pickled into the actor; without `store` it uses the storage actor of its node. An actor
+    that already runs keeps its configuration. Raises JobsUnavailable when it does not come up.
+    """
+    options: dict[str, Any] = {
+        "name": ACTOR_NAME,
+        "namespace": namespace,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "max_restarts": -1,
+        # Repeating a call is the clients' business: they alone know how long their caller will wait.
+        "max_task_retries": 0,
+        "num_cpus": 0,
+        "max_concurrency": CALLS_MAX,
+    }
+    if config.records.url.startswith("sqlite"):
+        # The database is a file of the head node; restarted anywhere else, the actor would find an empty one.
+        options["resources"] = {HEAD_NODE: 0.001}
+    actor_class = ray.remote(concurrency_groups={"long_polls": LONG_POLLS_MAX})(JobsActor)
+    actor = actor_class.options(**options).remote(config, launcher, store)
+    try:
+        running: JobsConfig = ray.get(actor.config.remote(), timeout=START_TIMEOUT_S)
+    except (RayActorError, GetTimeoutError) as error:
+        raise JobsUnavailable("start") from error
+    if running != config:
+        logger.warning("the jobs actor runs already, with another configuration than the one given now")
+    return JobsClient(namespace=namespace)

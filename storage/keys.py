@@ -1,0 +1,187 @@
+"""Where objects lie.
+
+    <prefix>/<tenant>/datasets/<folder>/<upload_id>/<filename>
+    <prefix>/<tenant>/staging/<upload_id>/<filename>
+    <prefix>/<tenant>/processes/<process_id>/{lora,checkpoints/<step>,samples,images,logs}/...
+    <prefix>/processes/<process_id>.json                     mirror of a job record, all tenants
+
+Every part is one validated segment, so a key cannot leave its tenant; every prefix ends with "/", so `matt`
+never matches `matt2`. Pure: no I/O.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from storage.errors import InvalidKey
+
+SEGMENT_BYTES_MAX = 200
+KEY_BYTES_MAX = 1024
+STEP_DIGITS = 9
+MANIFEST_NAME = "manifest.json"
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_PUNCTUATION_OF_FILES = frozenset(" ._-+=@,()[]!'&~")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_EXTENSION = re.compile(r"[A-Za-z0-9]{1,10}")
+_SIBLINGS_OF_TENANTS = frozenset({"processes", "dataset", "datasets", "results"})
+
+
+def check_name(value: str, what: str) -> str:
+    """An identifier as one segment: ASCII letters, digits, ``. _ -``, not starting with a dot or a dash.
+
+    Raises InvalidKey.
+    """
+    if not _NAME.fullmatch(value):
+        raise InvalidKey(value, f"{what} must be letters, digits, '.', '_' or '-' and start with a letter or digit")
+    return _bounded(value, what)
+
+
+def check_filename(value: str) -> str:
+    """A file's name as one segment: letters and digits of any script, plain punctuation, no leading dot.
+
+    Compatibility forms (full-width dots and slashes) are refused: some servers write them for the plain ones.
+    Raises InvalidKey.
+    """
+    if not value or value != value.strip() or value.startswith("."):
+        raise InvalidKey(value, "a filename must not be empty, start with a dot or have spaces around it")
+    if unicodedata.normalize("NFKC", value) != value:
+        raise InvalidKey(value, "a filename must be in its normal Unicode form")
+    if not all(_allowed_in_filename(character) for character in value):
+        raise InvalidKey(value, "a filename must be letters, digits, spaces and plain punctuation")
+    return _bounded(value, "a filename")
+
+
+def check_key(key: str) -> str:
+    """Any key that can be sent to any backend, older layouts included. Raises InvalidKey."""
+    if len(_utf8(key)) > KEY_BYTES_MAX:
+        raise InvalidKey(key, f"a key must be at most {KEY_BYTES_MAX} bytes")
+    for segment in key.split("/"):
+        if segment in {"", ".", ".."}:
+            raise InvalidKey(key, "a key must have no empty or relative segments")
+        if "\\" in segment or not segment.isprintable():
+            raise InvalidKey(key, "a key must have no backslash or control characters")
+        _bounded(segment, "a segment")
+    return key
+
+
+def check_prefix(prefix: str) -> str:
+    """A listing's prefix: a key followed by "/". Raises InvalidKey."""
+    if not prefix.endswith("/"):
+        raise InvalidKey(prefix, "a prefix must end with '/'")
+    check_key(prefix[:-1])
+    return prefix
+
+
+def _allowed_in_filename(character: str) -> bool:
+    return character in _PUNCTUATION_OF_FILES or unicodedata.category(character)[0] in "LMN"
+
+
+def _bounded(segment: str, what: str) -> str:
+    if len(_utf8(segment)) > SEGMENT_BYTES_MAX:
+        raise InvalidKey(segment, f"{what} must be at most {SEGMENT_BYTES_MAX} bytes")
+    return segment
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidKey(text, "a key must be valid Unicode") from error
+
+
+class Keys:
+    """The keys of one tenant. Every method raises InvalidKey for a part that may not be one."""
+
+    def __init__(self, prefix: str, tenant: str) -> None:
+        self._prefix = "/".join(check_name(segment, "a prefix's segment") for segment in prefix.split("/"))
+        if check_name(tenant, "a tenant").lower() in _SIBLINGS_OF_TENANTS:
+            raise InvalidKey(tenant, "this tenant's name is reserved")
+        self.tenant = tenant
+        self.tenant_prefix = f"{self._prefix}/{tenant}/"
+
+    def owns(self, key: str) -> bool:
+        """Whether `key` is a usable key of this tenant."""
+        try:
+            check_key(key)
+        except InvalidKey:
+            return False
+        return key.startswith(self.tenant_prefix)
+
+    def datasets_prefix(self) -> str:
+        return f"{self.tenant_prefix}datasets/"
+
+    def dataset_manifests_prefix(self, folder: str) -> str:
+        """Below it are the uploads of a folder: their files and, last of all written, their manifests."""
+        return f"{self.datasets_prefix()}{check_name(folder, 'a folder')}/"
+
+    def dataset_file(self, folder: str, upload_id: str, filename: str) -> str:
+        if check_filename(filename).lower() == MANIFEST_NAME:
+            raise InvalidKey(filename, f"{MANIFEST_NAME} is reserved")
+        return f"{self._upload(folder, upload_id)}{filename}"
+
+    def dataset_manifest(self, folder: str, upload_id: str) -> str:
+        return f"{self._upload(folder, upload_id)}{MANIFEST_NAME}"
+
+    def staging_prefix(self, upload_id: str) -> str:
+        return f"{self.tenant_prefix}staging/{check_name(upload_id, 'an upload id')}/"
+
+    def staging_file(self, upload_id: str, filename: str) -> str:
+        """Where a presigned upload lands before it is verified."""
+        return f"{self.staging_prefix(upload_id)}{check_filename(filename)}"
+
+    def process_prefix(self, process_id: str) -> str:
+        return f"{self.tenant_prefix}processes/{check_name(process_id, 'a process id')}/"
+
+    def lora_file(self, process_id: str, filename: str) -> str:
+        return f"{self.process_prefix(process_id)}lora/{check_filename(filename)}"
+
+    def checkpoints_prefix(self, process_id: str) -> str:
+        return f"{self.process_prefix(process_id)}checkpoints/"
+
+    def checkpoint_file(self, process_id: str, step: int, filename: str) -> str:
+        """`step` is zero-padded, so that key order is step order."""
+        return f"{self.checkpoints_prefix(process_id)}{_number(step, STEP_DIGITS)}/{check_filename(filename)}"
+
+    def samples_prefix(self, process_id: str) -> str:
+        return f"{self.process_prefix(process_id)}samples/"
+
+    def sample_image(self, process_id: str, step: int, index: int, ext: str) -> str:
+        name = f"{_number(step, STEP_DIGITS)}_{_number(index, 4)}.{_extension(ext)}"
+        return f"{self.samples_prefix(process_id)}{name}"
+
+    def training_log(self, process_id: str, name: str) -> str:
+        return f"{self.process_prefix(process_id)}logs/{check_filename(name)}"
+
+    def images_prefix(self, process_id: str) -> str:
+        return f"{self.process_prefix(process_id)}images/"
+
+    def image(self, process_id: str, index: int, sha256: str, ext: str) -> str:
+        """The content's hash is in the key, so an image is never overwritten by another one."""
+        if not _SHA256.fullmatch(sha256):
+            raise InvalidKey(sha256, "a sha256 must be 64 lower-case hex digits")
+        return f"{self.images_prefix(process_id)}{_number(index, 4)}_{sha256}.{_extension(ext)}"
+
+    def process_records_prefix(self) -> str:
+        """The mirror of the job records, of all tenants."""
+        return f"{self._prefix}/processes/"
+
+    def process_record(self, process_id: str) -> str:
+        return f"{self.process_records_prefix()}{check_name(process_id, 'a process id')}.json"
+
+    def _upload(self, folder: str, upload_id: str) -> str:
+        return f"{self.dataset_manifests_prefix(folder)}{check_name(upload_id, 'an upload id')}/"
+
+
+def _number(value: int, digits: int) -> str:
+    if not 0 <= value < 10**digits:
+        raise InvalidKey(str(value), f"a number must be between 0 and {10**digits - 1}")
+    return f"{value:0{digits}d}"
+
+
+def _extension(ext: str) -> str:
+    plain = ext.removeprefix(".")
+    if not _EXTENSION.fullmatch(plain):
+        raise InvalidKey(ext, "an extension must be 1 to 10 letters or digits")
+    return plain.lower()

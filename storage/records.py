@@ -1,0 +1,435 @@
+"""Job records in SQL: SQLite in WAL mode by default, PostgreSQL by its URL. The only module that knows SQLAlchemy.
+
+`Records` opens transactions; a `RecordsTx` reads and writes rows inside one. The rules of the life cycle are in
+`storage.jobs`. Each write of a job also queues it in the outbox of the mirror, in the same transaction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import exc as sa_exc
+
+from storage.errors import JobError, RecordConflict, RecordsFailed, RecordsMisconfigured, RecordsUnavailable
+from storage.job_record import JobRecord, Submission
+from storage.job_state import LEASED_STATES, TERMINAL_STATES, JobKind, JobState
+
+BUSY_TIMEOUT_S = 30.0
+
+
+class UtcDateTime(sa.TypeDecorator[datetime]):
+    """Aware datetimes, stored in UTC and aware again when read, also on SQLite, which keeps no time zone."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+_metadata = sa.MetaData()
+_json = sa.JSON(none_as_null=True)
+
+jobs = sa.Table(
+    "jobs",
+    _metadata,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("id", sa.String(32), nullable=False, unique=True),
+    sa.Column("tenant", sa.String(255), nullable=False),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("request", _json, nullable=False),
+    sa.Column("source", sa.String(16), nullable=False),
+    sa.Column("runpod_id", sa.String(255)),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("queued_at", UtcDateTime, nullable=False),
+    sa.Column("updated_at", UtcDateTime, nullable=False),
+    sa.Column("started_at", UtcDateTime),
+    sa.Column("finished_at", UtcDateTime),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("attempts_max", sa.Integer, nullable=False),
+    sa.Column("lease_owner", sa.String(255)),
+    sa.Column("lease_expires_at", UtcDateTime),
+    sa.Column("cancel_requested", sa.Boolean, nullable=False),
+    sa.Column("cancel_requested_at", UtcDateTime),
+    sa.Column("progress", _json, nullable=False),
+    sa.Column("output", _json),
+    sa.Column("error", _json),
+    sa.Column("settled_by", sa.String(255)),
+    sa.Column("submission_id", sa.String(255)),
+    sa.Column("worker_id", sa.String(255)),
+    sa.Column("timeout_s", sa.Float, nullable=False),
+    sa.Column("ttl_s", sa.Float),
+    sa.Column("priority", sa.Integer, nullable=False),
+    # Derived from the record at each write, so that a sweep is one indexed comparison.
+    sa.Column("run_deadline_at", UtcDateTime),
+    sa.Column("expires_at", UtcDateTime),
+    sa.UniqueConstraint("tenant", "runpod_id"),
+    sa.Index("jobs_by_queue", "kind", "state", "priority", "queued_at"),
+    sa.Index("jobs_by_tenant", "tenant", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)
+_DERIVED = ("seq", "run_deadline_at", "expires_at")
+_FIXED = ("id", "tenant", "kind", "request", "source", "runpod_id", "created_at")
+
+idempotency = sa.Table(
+    "idempotency",
+    _metadata,
+    sa.Column("tenant", sa.String(255), primary_key=True),
+    sa.Column("key", sa.String(255), primary_key=True),
+    sa.Column("body_sha256", sa.String(64), nullable=False),
+    sa.Column("job_id", sa.ForeignKey("jobs.id"), nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+)
+
+turns = sa.Table(
+    "turns",
+    _metadata,
+    sa.Column("kind", sa.String(16), primary_key=True),
+    sa.Column("tenant", sa.String(255), primary_key=True),
+    sa.Column("turn", sa.Integer, nullable=False),
+)
+
+submissions = sa.Table(
+    "submissions",
+    _metadata,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("submission_id", sa.String(255), nullable=False, unique=True),
+    sa.Column("job_id", sa.ForeignKey("jobs.id"), nullable=False, index=True),
+)
+
+outbox = sa.Table(
+    "outbox",
+    _metadata,
+    # AUTOINCREMENT: a number that is never given twice tells a newer entry of the same job from the one just written.
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("job_id", sa.ForeignKey("jobs.id"), nullable=False, unique=True),
+    sa.Column("failures", sa.Integer, nullable=False, default=0),
+    sqlite_autoincrement=True,
+)
+
+flags = sa.Table("flags", _metadata, sa.Column("name", sa.String(64), primary_key=True))
+
+
+@dataclass(frozen=True)
+class IdempotencyEntry:
+    body_sha256: str
+    job_id: str
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class OutboxEntry:
+    seq: int
+    record: JobRecord
+
+
+def map_error(error: sa_exc.SQLAlchemyError, operation: str) -> JobError:
+    """The one seam where SQLAlchemy's errors become ours."""
+    match error:
+        case sa_exc.IntegrityError():
+            return RecordConflict(operation)
+        case sa_exc.ArgumentError() | sa_exc.NoSuchModuleError():
+            return RecordsMisconfigured(type(error).__name__)
+        case sa_exc.OperationalError() | sa_exc.InterfaceError() | sa_exc.TimeoutError() | sa_exc.DisconnectionError():
+            return RecordsUnavailable(operation)
+        case _:
+            return RecordsFailed(operation, type(error).__name__)
+
+
+class Records:
+    """The database of job records. Safe to use from many threads.
+
+    Raises RecordsMisconfigured for a URL that cannot be used, RecordsUnavailable while the database cannot be
+    reached or is locked for longer than BUSY_TIMEOUT_S, RecordConflict when a unique value is taken, and RecordsFailed
+    for every other error of the database.
+    """
+
+    def __init__(self, url: str) -> None:
+        with _mapped("open"):
+            self._engine = _open_engine(url)
+            self._writer = self._engine.execution_options(sqlite_begin="IMMEDIATE")
+            _metadata.create_all(self._writer)
+        # SQLite lets one writer in and makes the others poll with growing sleeps; a lock hands over at once.
+        self._write_lock = threading.Lock()
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextlib.contextmanager
+    def write(self, operation: str) -> Iterator[RecordsTx]:
+        """One transaction that takes the write lock at its beginning; committed at the end, undone by any error."""
+        with self._write_lock, _mapped(operation), self._writer.begin() as connection:
+            yield RecordsTx(connection)
+
+    @contextlib.contextmanager
+    def read(self, operation: str) -> Iterator[RecordsTx]:
+        """One consistent view of the database that waits for no writer."""
+        with _mapped(operation), self._engine.begin() as connection:
+            yield RecordsTx(connection)
+
+
+@contextlib.contextmanager
+def _mapped(operation: str) -> Iterator[None]:
+    try:
+        yield
+    except sa_exc.SQLAlchemyError as error:
+        raise map_error(error, operation) from error
+
+
+def _open_engine(url: str) -> sa.Engine:
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        return sa.create_engine(parsed, hide_parameters=True, pool_pre_ping=True)
+    if not parsed.database or parsed.database == ":memory:":
+        raise RecordsMisconfigured("an SQLite database needs a file, or its records end with the process")
+    Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = sa.create_engine(parsed, hide_parameters=True, connect_args={"timeout": BUSY_TIMEOUT_S})
+    sa.event.listen(engine, "connect", _prepare_sqlite)
+    sa.event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _: object) -> None:
+    # The driver would otherwise begin transactions by itself, deferred, and fail at the upgrade to a write lock.
+    connection.isolation_level = None
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get('sqlite_begin', 'DEFERRED')}")
+
+
+class RecordsTx:
+    """Reads and writes of one transaction."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection = connection
+
+    # --- jobs
+
+    def get(self, job_id: str, *, lock: bool = False) -> JobRecord | None:
+        """`lock` keeps the row until the end of the transaction, where the database locks rows and not the whole."""
+        query = sa.select(jobs).where(jobs.c.id == job_id)
+        return self._one(query.with_for_update() if lock else query)
+
+    def by_runpod_id(self, tenant: str, runpod_id: str) -> JobRecord | None:
+        return self._one(sa.select(jobs).where(jobs.c.tenant == tenant, jobs.c.runpod_id == runpod_id))
+
+    def insert(self, record: JobRecord) -> None:
+        self._connection.execute(sa.insert(jobs).values(_row(record)))
+        self._queue_mirror(record.id)
+
+    def save(self, record: JobRecord, *, mirror: bool = True) -> None:
+        """Write what may change of a job that exists."""
+        row = {name: value for name, value in _row(record).items() if name not in _FIXED}
+        self._connection.execute(sa.update(jobs).where(jobs.c.id == record.id).values(row))
+        if mirror:
+            self._queue_mirror(record.id)
+
+    def insert_missing(self, record: JobRecord) -> bool:
+        """Insert a record that came from the mirror, unless one of that id is here. Returns whether it was inserted."""
+        if self.get(record.id) is not None:
+            return False
+        self._connection.execute(sa.insert(jobs).values(_row(record)))
+        return True
+
+    def page(
+        self,
+        tenant: str,
+        *,
+        kind: JobKind | None,
+        states: Sequence[JobState] | None,
+        limit: int,
+        before: tuple[datetime, int] | None,
+    ) -> list[tuple[int, JobRecord]]:
+        """Up to `limit` records newest first, each with its row number, from just after the row `before`."""
+        query = sa.select(jobs).where(jobs.c.tenant == tenant)
+        if kind is not None:
+            query = query.where(jobs.c.kind == kind.value)
+        if states is not None:
+            query = query.where(jobs.c.state.in_([state.value for state in states]))
+        if before is not None:
+            created_at, seq = before
+            query = query.where(
+                sa.or_(jobs.c.created_at < created_at, sa.and_(jobs.c.created_at == created_at, jobs.c.seq < seq))
+            )
+        query = query.order_by(jobs.c.created_at.desc(), jobs.c.seq.desc()).limit(limit)
+        return [(row.seq, _record(row)) for row in self._connection.execute(query)]
+
+    def counts(self, *, tenant: str | None, kind: JobKind | None) -> dict[JobState, int]:
+        query = sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)
+        return {JobState(state): count for state, count in self._connection.execute(_scoped(query, tenant, kind))}
+
+    def retried(self, *, tenant: str | None, kind: JobKind | None) -> int:
+        query = sa.select(sa.func.count()).select_from(jobs).where(jobs.c.attempt > 1)
+        return int(self._connection.execute(_scoped(query, tenant, kind)).scalar_one())
+
+    def queued_of(self, tenant: str, kind: JobKind | None) -> list[JobRecord]:
+        query = sa.select(jobs).where(jobs.c.state == JobState.QUEUED.value).with_for_update()
+        return self._all(_scoped(query, tenant, kind))
+
+    def leased_by(self, kind: JobKind, owner: str) -> list[JobRecord]:
+        """The jobs whose lease `owner` holds, oldest first."""
+        states = [state.value for state in LEASED_STATES]
+        query = sa.select(jobs).where(jobs.c.kind == kind.value, jobs.c.state.in_(states), jobs.c.lease_owner == owner)
+        return self._all(query.order_by(jobs.c.seq))
+
+    # --- queue
+
+    def next_queued(self, kind: JobKind, limit: int) -> list[JobRecord]:
+        """The queued jobs whose turn it is: by priority, then tenant after tenant, each tenant's own in order."""
+        rank = sa.func.row_number().over(
+            partition_by=(jobs.c.tenant, jobs.c.priority), order_by=(jobs.c.queued_at, jobs.c.seq)
+        )
+        queue = (
+            sa.select(jobs.c.seq, rank.label("rank"), sa.func.coalesce(turns.c.turn, 0).label("turn"))
+            .select_from(
+                jobs.outerjoin(turns, sa.and_(turns.c.kind == jobs.c.kind, turns.c.tenant == jobs.c.tenant)),
+            )
+            .where(jobs.c.kind == kind.value, jobs.c.state == JobState.QUEUED.value)
+            .subquery()
+        )
+        return self._all(
+            sa.select(jobs)
+            .join(queue, queue.c.seq == jobs.c.seq)
+            .order_by(jobs.c.priority.desc(), queue.c.rank, queue.c.turn, jobs.c.queued_at, jobs.c.seq)
+            .limit(limit)
+        )
+
+    def take_turn(self, kind: JobKind, tenant: str) -> None:
+        """Put a tenant that was just served behind the others."""
+        last = self._connection.execute(sa.select(sa.func.max(turns.c.turn)).where(turns.c.kind == kind.value)).scalar()
+        here = sa.and_(turns.c.kind == kind.value, turns.c.tenant == tenant)
+        self._connection.execute(sa.delete(turns).where(here))
+        self._connection.execute(sa.insert(turns).values(kind=kind.value, tenant=tenant, turn=(last or 0) + 1))
+
+    def overdue(self, now: datetime, *, cancel_grace_s: float, timeout_grace_s: float, limit: int) -> list[JobRecord]:
+        """Jobs that a sweep has to look at: a lease that ran out, a time limit passed, a cancel not answered."""
+        answered_by = now - timedelta(seconds=cancel_grace_s)
+        ended_by = now - timedelta(seconds=timeout_grace_s)
+        leased = jobs.c.state.in_([state.value for state in LEASED_STATES])
+        overdue = sa.or_(
+            sa.and_(leased, jobs.c.lease_expires_at <= now),
+            sa.and_(leased, jobs.c.cancel_requested_at <= answered_by),
+            sa.and_(leased, jobs.c.run_deadline_at <= ended_by),
+            sa.and_(leased, jobs.c.expires_at <= ended_by),
+            sa.and_(jobs.c.state == JobState.QUEUED.value, jobs.c.expires_at <= now),
+        )
+        open_states = jobs.c.state.not_in([state.value for state in TERMINAL_STATES])
+        return self._all(sa.select(jobs).where(open_states, overdue).order_by(jobs.c.seq).limit(limit))
+
+    # --- idempotency keys
+
+    def key(self, tenant: str, key: str) -> IdempotencyEntry | None:
+        query = sa.select(idempotency).where(idempotency.c.tenant == tenant, idempotency.c.key == key)
+        row = self._connection.execute(query).one_or_none()
+        return None if row is None else IdempotencyEntry(row.body_sha256, row.job_id, row.created_at)
+
+    def put_key(self, tenant: str, key: str, entry: IdempotencyEntry) -> None:
+        self._connection.execute(
+            sa.insert(idempotency).values(
+                tenant=tenant, key=key, body_sha256=entry.body_sha256, job_id=entry.job_id, created_at=entry.created_at
+            )
+        )
+
+    def drop_keys(self, before: datetime) -> None:
+        self._connection.execute(sa.delete(idempotency).where(idempotency.c.created_at <= before))
+
+    # --- submissions
+
+    def open_submission(self, submission_id: str, job_id: str) -> None:
+        """Remember a Ray job until `close_submission`. A submission id belongs to one job for ever."""
+        known = self._connection.execute(
+            sa.select(submissions.c.job_id).where(submissions.c.submission_id == submission_id)
+        ).scalar_one_or_none()
+        if known is None:
+            self._connection.execute(sa.insert(submissions).values(submission_id=submission_id, job_id=job_id))
+        elif known != job_id:
+            raise RecordConflict("open_submission")
+
+    def close_submission(self, submission_id: str) -> None:
+        self._connection.execute(sa.delete(submissions).where(submissions.c.submission_id == submission_id))
+
+    def submissions(self) -> list[Submission]:
+        """In the order in which they were opened."""
+        rows = self._connection.execute(sa.select(submissions).order_by(submissions.c.seq))
+        return [Submission(submission_id=row.submission_id, job_id=row.job_id) for row in rows]
+
+    # --- outbox of the mirror, and flags
+
+    def outbox(self, limit: int) -> list[OutboxEntry]:
+        """What the mirror has yet to hold, those that failed least first, so that one bad record blocks no other."""
+        query = (
+            sa.select(jobs, outbox.c.seq.label("outbox_seq"))
+            .join(outbox, outbox.c.job_id == jobs.c.id)
+            .order_by(outbox.c.failures, outbox.c.seq)
+            .limit(limit)
+        )
+        return [OutboxEntry(row.outbox_seq, _record(row)) for row in self._connection.execute(query)]
+
+    def settle_outbox(self, *, written: Sequence[int], failed: Sequence[int]) -> None:
+        """Remove the entries that were written. An entry queued again meanwhile has a new number and stays."""
+        self._connection.execute(sa.delete(outbox).where(outbox.c.seq.in_(written)))
+        self._connection.execute(
+            sa.update(outbox).where(outbox.c.seq.in_(failed)).values(failures=outbox.c.failures + 1)
+        )
+
+    def outbox_size(self) -> int:
+        return int(self._connection.execute(sa.select(sa.func.count()).select_from(outbox)).scalar_one())
+
+    def has_flag(self, name: str) -> bool:
+        return self._connection.execute(sa.select(flags).where(flags.c.name == name)).one_or_none() is not None
+
+    def set_flag(self, name: str) -> None:
+        if not self.has_flag(name):
+            self._connection.execute(sa.insert(flags).values(name=name))
+
+    def _queue_mirror(self, job_id: str) -> None:
+        self._connection.execute(sa.delete(outbox).where(outbox.c.job_id == job_id))
+        self._connection.execute(sa.insert(outbox).values(job_id=job_id, failures=0))
+
+    def _one(self, query: sa.Select[Any]) -> JobRecord | None:
+        row = self._connection.execute(query).one_or_none()
+        return None if row is None else _record(row)
+
+    def _all(self, query: sa.Select[Any]) -> list[JobRecord]:
+        return [_record(row) for row in self._connection.execute(query)]
+
+
+def _scoped(query: sa.Select[Any], tenant: str | None, kind: JobKind | None) -> sa.Select[Any]:
+    if tenant is not None:
+        query = query.where(jobs.c.tenant == tenant)
+    return query if kind is None else query.where(jobs.c.kind == kind.value)
+
+
+_RECORD_COLUMNS = tuple(column.name for column in jobs.columns if column.name not in _DERIVED)
+
+
+def _record(row: sa.Row[Any]) -> JobRecord:
+    return JobRecord.model_validate({name: row._mapping[name] for name in _RECORD_COLUMNS})
+
+
+def _row(record: JobRecord) -> dict[str, Any]:
+    row = record.model_dump()
+    row["kind"], row["state"] = record.kind.value, record.state.value
+    row["run_deadline_at"] = _after(record.started_at, record.timeout_s)
+    row["expires_at"] = _after(record.queued_at, record.ttl_s)
+    return row
+
+
+def _after(start: datetime | None, seconds: float | None) -> datetime | None:
+    return None if start is None or seconds is None else start + timedelta(seconds=seconds)

@@ -1,0 +1,307 @@
+"""The one owner of retries: deadline( retry( slot( breaker( attempt timeout( call and its body ))))).
+
+An open breaker is not retried. Attempts and total time are both bounded, waits have full jitter
+(https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/), and a budget shared by all calls
+keeps retries from multiplying the load on a backend that is already failing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import tenacity
+
+from storage.breaker import BreakerOpenError, BreakerSnapshot, CircuitBreaker, Outcome, Permit
+from storage.errors import StorageError, StorageFailed, StorageTimeout, StorageUnavailable
+from storage.settings import S3Settings
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class TransientFaultError(Exception):
+    """An attempt failed in a way that another attempt may not. Internal to storage.
+
+    `reason` is one of our own words. `counts`: the breaker hears of it. `timed_out`: nobody knows whether the
+    backend acted. `final` is raised, instead of StorageFailed, when no attempt is left.
+    """
+
+    def __init__(
+        self, reason: str, *, counts: bool = True, timed_out: bool = False, final: StorageError | None = None
+    ) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.counts = counts
+        self.timed_out = timed_out
+        self.final = final
+
+
+class Admission(Protocol):
+    """Leave for one attempt. Settled once."""
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether this attempt decides if the breaker closes."""
+        ...
+
+    def settle(self, outcome: Outcome) -> None: ...
+
+
+class Gate(Protocol):
+    """Who decides whether an attempt may be made, and hears how it went. Nothing is held while it runs."""
+
+    async def admit(self) -> Admission:
+        """Raises BreakerOpenError."""
+        ...
+
+    def snapshot(self) -> BreakerSnapshot: ...
+
+
+class LocalGate:
+    """The breaker of this process alone."""
+
+    def __init__(self, breaker: CircuitBreaker) -> None:
+        self._breaker = breaker
+
+    async def admit(self) -> LocalAdmission:
+        return LocalAdmission(self._breaker, self._breaker.admit())
+
+    def snapshot(self) -> BreakerSnapshot:
+        return self._breaker.snapshot()
+
+
+@dataclass(frozen=True)
+class LocalAdmission:
+    """Implements `Admission`."""
+
+    breaker: CircuitBreaker
+    permit: Permit
+
+    @property
+    def is_probe(self) -> bool:
+        return self.permit.probe is not None
+
+    def settle(self, outcome: Outcome) -> None:
+        self.breaker.settle(self.permit, outcome)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Bounds of one operation.
+
+    The n-th wait is uniform between 0 and min(backoff_max_s, backoff_initial_s * 2^(n - 1)) seconds.
+    """
+
+    attempts_max: int
+    attempt_timeout_s: float
+    deadline_s: float
+    backoff_initial_s: float
+    backoff_max_s: float
+    throughput_min_bytes_per_s: int
+
+    @classmethod
+    def of(cls, settings: S3Settings) -> Policy:
+        return cls(
+            attempts_max=settings.attempts_max,
+            attempt_timeout_s=settings.attempt_timeout_s,
+            deadline_s=settings.deadline_s,
+            backoff_initial_s=settings.backoff_initial_s,
+            backoff_max_s=settings.backoff_max_s,
+            throughput_min_bytes_per_s=settings.throughput_min_bytes_per_s,
+        )
+
+
+class RetryBudget:
+    """Tokens for retries, shared by all operations: 5 a retry, 10 after a timeout.
+
+    A success pays back what its own last retry cost, or 1. botocore's standard mode has the same numbers
+    (`botocore.retries.standard.RetryQuotaChecker`).
+    """
+
+    RETRY_COST = 5
+    TIMEOUT_COST = 10
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._available = capacity
+
+    def take(self, *, timed_out: bool) -> int:
+        """What was taken; 0 when too little is left."""
+        cost = self.TIMEOUT_COST if timed_out else self.RETRY_COST
+        if cost > self._available:
+            return 0
+        self._available -= cost
+        return cost
+
+    def give_back(self, taken: int) -> None:
+        self._available = min(self._capacity, self._available + max(1, taken))
+
+
+@dataclass
+class Attempt:
+    """Given to each attempt. `ambiguous`: an earlier one may have had its effect, so look before writing again."""
+
+    number: int
+    ambiguous: bool
+    probe: bool
+    _throughput_min_bytes_per_s: int
+    _scopes: tuple[asyncio.Timeout, ...] = field(repr=False)
+    observed: bool = True
+
+    def allow_for(self, size_bytes: int) -> None:
+        """Extend the attempt and the deadline by the time that so many bytes may take."""
+        for scope in self._scopes:
+            when = scope.when()
+            if when is not None:
+                scope.reschedule(when + size_bytes / self._throughput_min_bytes_per_s)
+
+    def made_no_call(self) -> None:
+        """The attempt succeeded without asking the backend: its success says nothing about it."""
+        self.observed = False
+
+
+@dataclass
+class _Run:
+    """What one operation remembers between its attempts."""
+
+    operation: str
+    deadline: asyncio.Timeout
+    attempts: int = 0
+    ambiguous: bool = False
+    taken: int = 0
+
+
+class Resilience:
+    """Runs operations against one backend under one policy. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        gate: Gate,
+        policy: Policy,
+        budget: RetryBudget,
+        *,
+        max_concurrency: int,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self.gate = gate
+        self.policy = policy
+        self._budget = budget
+        self._slots = asyncio.Semaphore(max_concurrency)
+        self._sleep = sleep
+
+    async def call(
+        self,
+        operation: str,
+        attempt: Callable[[Attempt], Awaitable[T]],
+        *,
+        size_bytes: int = 0,
+        deadline_s: float | None = None,
+        needs_slot: bool = True,
+    ) -> T:
+        """Run `attempt` until it succeeds, raises anything but TransientFaultError, or the bounds are reached.
+
+        `size_bytes` is what an attempt is known to move. `needs_slot` False is for calls that must not wait behind
+        the others. Raises StorageUnavailable, StorageTimeout, StorageFailed, a fault's `final` error, and whatever
+        `attempt` raises.
+        """
+        extra_s = size_bytes / self.policy.throughput_min_bytes_per_s
+        total_s = (self.policy.deadline_s if deadline_s is None else deadline_s) + extra_s
+        try:
+            async with asyncio.timeout(total_s) as deadline:
+                run = _Run(operation, deadline)
+                return await self._retried(run, attempt, extra_s, needs_slot=needs_slot)
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise
+            raise StorageTimeout(operation, total_s) from error
+        except BreakerOpenError as error:
+            raise StorageUnavailable(operation, error.retry_after_s) from error
+        except TransientFaultError as fault:
+            raise self._last_word(run, fault, total_s) from fault
+
+    async def _retried(
+        self, run: _Run, attempt: Callable[[Attempt], Awaitable[T]], extra_s: float, *, needs_slot: bool
+    ) -> T:
+        policy = self.policy
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(lambda error: self._may_retry(run, error)),
+            stop=tenacity.stop_after_attempt(policy.attempts_max),
+            wait=tenacity.wait_random_exponential(multiplier=policy.backoff_initial_s, max=policy.backoff_max_s),
+            sleep=self._sleep,
+            reraise=True,
+        )
+        async for trial in retrying:
+            with trial:
+                async with self._slot(needs_slot):
+                    result = await self._attempted(run, attempt, extra_s)
+        self._budget.give_back(run.taken)
+        return result
+
+    async def _attempted(self, run: _Run, attempt: Callable[[Attempt], Awaitable[T]], extra_s: float) -> T:
+        admission = await self.gate.admit()
+        run.attempts += 1
+        outcome = Outcome.NEUTRAL
+        try:
+            async with asyncio.timeout(self.policy.attempt_timeout_s + extra_s) as limit:
+                state = Attempt(
+                    number=run.attempts,
+                    ambiguous=run.ambiguous,
+                    probe=admission.is_probe,
+                    _throughput_min_bytes_per_s=self.policy.throughput_min_bytes_per_s,
+                    _scopes=(limit, run.deadline),
+                )
+                result = await attempt(state)
+            outcome = Outcome.SUCCESS if state.observed else Outcome.NEUTRAL
+            return result
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            outcome = Outcome.FAILURE
+            raise TransientFaultError("timeout", timed_out=True) from error
+        except asyncio.CancelledError:
+            # Our own deadline cuts an attempt by cancelling it; that is the backend's failure, not the caller's wish.
+            outcome = Outcome.FAILURE if run.deadline.expired() else Outcome.NEUTRAL
+            raise
+        except TransientFaultError as fault:
+            outcome = Outcome.FAILURE if fault.counts else Outcome.NEUTRAL
+            raise
+        except StorageError:
+            # The backend answered, if only to refuse.
+            outcome = Outcome.SUCCESS if state.observed else Outcome.NEUTRAL
+            raise
+        finally:
+            admission.settle(outcome)
+
+    def _may_retry(self, run: _Run, error: BaseException) -> bool:
+        if not isinstance(error, TransientFaultError):
+            return False
+        run.ambiguous = True
+        if run.attempts >= self.policy.attempts_max:
+            return False
+        run.taken = self._budget.take(timed_out=error.timed_out)
+        logger.info(
+            "storage attempt failed",
+            extra={"operation": run.operation, "attempt": run.attempts, "reason": error.reason, "retry": run.taken > 0},
+        )
+        return run.taken > 0
+
+    def _last_word(self, run: _Run, fault: TransientFaultError, total_s: float) -> StorageError:
+        if fault.final is not None:
+            return fault.final
+        if fault.timed_out:
+            return StorageTimeout(run.operation, total_s)
+        return StorageFailed(run.operation, run.attempts, fault.reason)
+
+    @asynccontextmanager
+    async def _slot(self, needed: bool) -> AsyncIterator[None]:
+        if not needed:
+            yield
+            return
+        async with self._slots:
+            yield

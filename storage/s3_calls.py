@@ -1,0 +1,138 @@
+"""Single S3 calls, mapped to our errors, and what several of them together say about an object.
+
+To be used inside one attempt of `Resilience.call`: nothing here retries or bounds its own time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from datetime import UTC
+from typing import Any, Protocol
+
+from storage.digests import Digest
+from storage.errors import IntegrityError, ObjectNotFound
+from storage.objects import ObjectInfo
+from storage.resilience import Attempt, TransientFaultError
+from storage.s3_faults import mapped
+from storage.settings import MIB
+
+Answer = Mapping[str, Any]
+
+SHA256_METADATA = "sha256"
+
+
+class Clients(Protocol):
+    """Opens the clients when they are first needed."""
+
+    async def internal(self) -> Any:
+        """The client that works."""
+        ...
+
+    async def public(self) -> Any:
+        """The client that signs URLs for the address that others can reach."""
+        ...
+
+
+class S3Calls:
+    """The calls on one bucket. `operation` is what our caller is doing, for the errors."""
+
+    def __init__(self, clients: Clients, bucket: str) -> None:
+        self._clients = clients
+        self._bucket = bucket
+
+    async def send(self, operation: str, key: str | None, method: str, parameters: Mapping[str, Any]) -> Answer:
+        """`key` None: the call concerns the bucket, so that 404 means the bucket is missing."""
+        with mapped(operation, key):
+            client = await self._clients.internal()
+            answer: Answer = await getattr(client, method)(Bucket=self._bucket, **parameters)
+            return answer
+
+    async def presigned(self, operation: str, method: str, parameters: Mapping[str, str], expires_s: int) -> str:
+        with mapped(operation, None):
+            client = await self._clients.public()
+            target = {"Bucket": self._bucket, **parameters}
+            url: str = await client.generate_presigned_url(method, Params=target, ExpiresIn=expires_s)
+            return url
+
+    async def check_bucket(self, operation: str) -> None:
+        """Raises StorageMisconfigured when it does not exist."""
+        await self.send(operation, None, "head_bucket", {})
+
+    async def head(self, operation: str, key: str) -> Answer:
+        return await self.send(operation, key, "head_object", {"Key": key})
+
+    async def read(self, operation: str, key: str, state: Attempt, *, byte_range: str | None = None) -> bytes:
+        """The whole body, of the length that was announced."""
+        ranged = {} if byte_range is None else {"Range": byte_range}
+        answer = await self.send(operation, key, "get_object", {"Key": key, **ranged})
+        size_bytes = int(answer["ContentLength"])
+        state.allow_for(size_bytes)
+        with mapped(operation, key):
+            async with answer["Body"] as body:
+                data: bytes = await body.read()
+        if len(data) != size_bytes:
+            raise TransientFaultError("truncated")
+        return data
+
+    async def stored(self, operation: str, key: str, digest: Digest) -> ObjectInfo | None:
+        """The object, if it is there and has these bytes."""
+        try:
+            answer = await self.head(operation, key)
+        except ObjectNotFound:
+            return None
+        if int(answer["ContentLength"]) != digest.size_bytes:
+            return None
+        if not digest.confirmed_by(answer["ETag"]) and await self._sha256_of(operation, key) != digest.sha256:
+            return None
+        return info_of(key, answer, sha256=digest.sha256)
+
+    async def verified(self, operation: str, key: str, digest: Digest) -> ObjectInfo:
+        """As `stored`, but it has to be."""
+        info = await self.stored(operation, key, digest)
+        if info is None:
+            raise corrupted(key, digest.sha256, "other bytes")
+        return info
+
+    async def is_copy(self, operation: str, original: Answer, source: str, target: str) -> bool:
+        """Whether `target` holds the bytes of `source`, whose HEAD gave `original`."""
+        try:
+            copied = await self.head(operation, target)
+        except ObjectNotFound:
+            return False
+        if original["ContentLength"] != copied["ContentLength"]:
+            return False
+        if original["ETag"] == copied["ETag"]:
+            return True
+        return await self._sha256_of(operation, source) == await self._sha256_of(operation, target)
+
+    async def _sha256_of(self, operation: str, key: str) -> str:
+        answer = await self.send(operation, key, "get_object", {"Key": key})
+        sha256 = hashlib.sha256()
+        with mapped(operation, key):
+            async with answer["Body"] as body:
+                async for chunk in body.iter_chunks(MIB):
+                    sha256.update(chunk)
+        return sha256.hexdigest()
+
+
+def corrupted(key: str, expected: str, actual: str) -> TransientFaultError:
+    """Another attempt may bring the right bytes; the backend's health is not in doubt."""
+    return TransientFaultError("corrupted", counts=False, final=IntegrityError(key, expected, actual))
+
+
+def description(sha256: str, content_type: str | None) -> dict[str, Any]:
+    """What is stored beside the bytes."""
+    typed = {} if content_type is None else {"ContentType": content_type}
+    return {"Metadata": {SHA256_METADATA: sha256}, **typed}
+
+
+def info_of(key: str, answer: Answer, *, sha256: str | None = None) -> ObjectInfo:
+    """From the answer of a HEAD. `sha256` when it has just been proved."""
+    return ObjectInfo(
+        key=key,
+        size_bytes=int(answer["ContentLength"]),
+        sha256=sha256 or answer.get("Metadata", {}).get(SHA256_METADATA),
+        modified_at=answer["LastModified"].astimezone(UTC),
+        content_type=answer.get("ContentType"),
+    )

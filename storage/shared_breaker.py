@@ -1,0 +1,214 @@
+"""One breaker for the whole cluster, as one storage actor sees it. Plain: the Ray calls come in as a `Remote`.
+
+Every attempt has to pass two breakers. The local one decides at once and alone. Of the shared one a copy of its
+state decides, and outcomes are reported to it in the background, each report bringing the state back. It is asked
+before the call only when it is due for a probe, so that the cluster sends one probe and not one for each node. When
+it cannot be reached, the local breaker decides alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from storage.breaker import BreakerOpenError, BreakerSnapshot, BreakerState, CircuitBreaker, Outcome, Permit
+
+logger = logging.getLogger(__name__)
+
+REPORTS_MAX = 1000
+
+
+@dataclass(frozen=True)
+class SharedState:
+    """`epoch` changes when the shared breaker starts anew, and its generations with it."""
+
+    epoch: str
+    breaker: BreakerSnapshot
+
+
+@dataclass(frozen=True)
+class SharedPermit:
+    """Leave for one call by the shared breaker of `epoch`."""
+
+    epoch: str
+    permit: Permit
+
+
+@dataclass(frozen=True)
+class Report:
+    permit: SharedPermit
+    outcome: Outcome
+
+
+class SharedBreaker:
+    """One circuit breaker at which outcomes from everywhere arrive."""
+
+    def __init__(self, breaker: CircuitBreaker, epoch: str) -> None:
+        self._breaker = breaker
+        self._epoch = epoch
+
+    def report(self, reports: Sequence[Report]) -> SharedState:
+        """Outcomes that began under another epoch are dropped, as those of older generations are."""
+        for report in reports:
+            if report.permit.epoch == self._epoch:
+                self._breaker.settle(report.permit.permit, report.outcome)
+        return SharedState(self._epoch, self._breaker.snapshot())
+
+    def admit(self) -> SharedPermit | SharedState:
+        """A permit when a call may be made now, else the state that forbids it."""
+        try:
+            return SharedPermit(self._epoch, self._breaker.admit())
+        except BreakerOpenError:
+            return SharedState(self._epoch, self._breaker.snapshot())
+
+
+class RemoteUnreachableError(Exception):
+    """The shared breaker cannot be asked."""
+
+
+class Remote(Protocol):
+    """A `SharedBreaker` elsewhere. Both raise RemoteUnreachableError."""
+
+    async def report(self, reports: Sequence[Report]) -> SharedState: ...
+
+    async def admit(self) -> SharedPermit | SharedState: ...
+
+
+class SharedGate:
+    """Implements `storage.resilience.Gate`. Belongs to one event loop, on which `run` has to run as a task.
+
+    `timeout_s` bounds each call to the remote.
+    """
+
+    def __init__(
+        self,
+        local: CircuitBreaker,
+        remote: Remote,
+        *,
+        sync_interval_s: float,
+        timeout_s: float = 2.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._local = local
+        self._remote = remote
+        self._sync_interval_s = sync_interval_s
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._state: SharedState | None = None
+        self._closed_until = 0.0
+        self._reports: deque[Report] = deque(maxlen=REPORTS_MAX)
+        self._urgent = asyncio.Event()
+
+    async def admit(self) -> SharedAdmission:
+        """Raises BreakerOpenError when either breaker is open."""
+        local = self._local.admit()
+        try:
+            shared = await self._admitted_by_shared()
+        except BaseException:
+            self._local.settle(local, Outcome.NEUTRAL)
+            raise
+        return SharedAdmission(self, local, shared)
+
+    def snapshot(self) -> BreakerSnapshot:
+        """Of the breaker that forbids calls for longer."""
+        local = self._local.snapshot()
+        if self._state is None or self._state.breaker.state is BreakerState.CLOSED:
+            return local
+        shared = replace(self._state.breaker, retry_after_s=max(0.0, self._closed_until - self._clock()))
+        return max(shared, local, key=lambda snapshot: snapshot.retry_after_s)
+
+    def settle(self, local: Permit, shared: SharedPermit | None, outcome: Outcome) -> None:
+        """Tell the local breaker now, and the shared one soon."""
+        self._local.settle(local, outcome)
+        if shared is None:
+            return
+        report = Report(shared, outcome)
+        repeats = outcome is Outcome.SUCCESS and self._reports and self._reports[-1] == report
+        if not repeats:
+            self._reports.append(report)
+        if outcome is Outcome.FAILURE or shared.permit.probe is not None:
+            self._urgent.set()
+        if outcome is Outcome.SUCCESS and shared.permit.probe is not None:
+            self._foresee_closed(shared)
+
+    async def run(self) -> None:
+        """Report and obey until cancelled."""
+        while True:
+            await self.sync()
+            try:
+                async with asyncio.timeout(self._sync_interval_s):
+                    await self._urgent.wait()
+            except TimeoutError:
+                continue
+
+    async def sync(self) -> None:
+        """One report, and the state that comes back."""
+        self._urgent.clear()
+        reports = list(self._reports)
+        self._reports.clear()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                self._apply(await self._remote.report(reports))
+        except (RemoteUnreachableError, TimeoutError):
+            self._lose_remote()
+
+    async def _admitted_by_shared(self) -> SharedPermit | None:
+        state = self._state
+        if state is None:
+            return None
+        if state.breaker.state is BreakerState.CLOSED:
+            return SharedPermit(state.epoch, Permit(state.breaker.generation))
+        wait_s = self._closed_until - self._clock()
+        if wait_s > 0:
+            raise BreakerOpenError(wait_s)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                answer = await self._remote.admit()
+        except (RemoteUnreachableError, TimeoutError):
+            self._lose_remote()
+            return None
+        if isinstance(answer, SharedPermit):
+            return answer
+        self._apply(answer)
+        raise BreakerOpenError(answer.breaker.retry_after_s)
+
+    def _apply(self, state: SharedState) -> None:
+        """Replies can overtake one another: an older generation of the same epoch is no news."""
+        known = self._state
+        if known is not None and known.epoch == state.epoch and state.breaker.generation < known.breaker.generation:
+            return
+        if known is None or known.breaker.state is not state.breaker.state:
+            logger.info("the shared breaker is %s", state.breaker.state)
+        self._state = state
+        self._closed_until = self._clock() + state.breaker.retry_after_s
+
+    def _foresee_closed(self, probe: SharedPermit) -> None:
+        """What the shared breaker will say of our probe's success, without waiting to hear it."""
+        closed = BreakerSnapshot(BreakerState.CLOSED, probe.permit.generation + 1, 0, 0.0)
+        self._apply(SharedState(probe.epoch, closed))
+
+    def _lose_remote(self) -> None:
+        if self._state is not None:
+            logger.warning("the shared breaker cannot be reached, the local one decides alone")
+        self._state = None
+
+
+@dataclass(frozen=True)
+class SharedAdmission:
+    """Implements `storage.resilience.Admission`. `shared` None: the shared breaker was not there to ask."""
+
+    gate: SharedGate
+    local: Permit
+    shared: SharedPermit | None
+
+    @property
+    def is_probe(self) -> bool:
+        return self.local.probe is not None or (self.shared is not None and self.shared.permit.probe is not None)
+
+    def settle(self, outcome: Outcome) -> None:
+        self.gate.settle(self.local, self.shared, outcome)

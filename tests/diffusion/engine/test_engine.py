@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion.engine import Engine, GenerateRequest
+from diffusion.errors import Cancelled, OutOfGpuMemory, SettingNotSupported, SizeNotSupported
+from diffusion.families import StableDiffusion1, load_family
+from diffusion.families.discrete import SCHEDULERS
+
+TOLERANCE = 1e-4
+PLAIN = GenerateRequest(prompt="a red ring", width=64, height=64, steps=4, guidance_scale=7.5, seed=3)
+
+
+def stock_pixels(pipeline: Any, request: GenerateRequest) -> Tensor:
+    """[3, H, W] in 0..1 from the stock pipeline."""
+    pixels = pipeline(
+        request.prompt, negative_prompt=request.negative_prompt, width=request.width, height=request.height,
+        num_inference_steps=request.steps, guidance_scale=request.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(request.seed), output_type="np",
+    ).images[0]  # fmt: skip
+    return torch.from_numpy(np.asarray(pixels)).permute(2, 0, 1)
+
+
+def pixels(engine: Engine, *requests: GenerateRequest) -> list[Tensor]:
+    return [rendered.pixels_CHW for rendered in engine.render(requests)]
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(("guidance_scale", "negative_prompt"), [(1.0, ""), (7.5, ""), (7.5, "blue")])
+def test_a_picture_equals_the_stock_pipelines(
+    kind: str, guidance_scale: float, negative_prompt: str, model_folders: dict[str, Path],
+    load_stock: Callable[[Path], Any],
+) -> None:  # fmt: skip
+    engine = Engine(load_family(model_folders[kind], device="cpu", dtype=torch.float32))
+    request = dataclasses.replace(PLAIN, steps=3, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
+    expected = stock_pixels(load_stock(model_folders[kind]), request)
+    assert expected.std() > 0.01  # not a flat picture, which anything would equal
+    assert difference(pixels(engine, request)[0], expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", list(SCHEDULERS))
+def test_every_scheduler_equals_its_stock_class(name: str, family: StableDiffusion1, stock: Any) -> None:
+    stock.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(stock.scheduler.config)
+    request = dataclasses.replace(PLAIN, scheduler=name, steps=4)
+    [made] = pixels(Engine(family), request)
+    assert difference(made, stock_pixels(stock, request)) < TOLERANCE
+
+
+def test_a_size_other_than_the_models_own_equals_the_stock_pipelines(family: StableDiffusion1, stock: Any) -> None:
+    request = dataclasses.replace(PLAIN, width=72, height=40)
+    [made] = pixels(Engine(family), request)
+    assert made.shape == (3, 40, 72)
+    assert difference(made, stock_pixels(stock, request)) < TOLERANCE
+
+
+def test_pictures_of_a_mixed_batch_equal_the_same_pictures_alone(family: StableDiffusion1) -> None:
+    mixed = [
+        PLAIN,
+        dataclasses.replace(PLAIN, seed=4, steps=2, guidance_scale=1.0),
+        dataclasses.replace(PLAIN, prompt="two", negative_prompt="grey", steps=6, scheduler="euler_a"),
+        dataclasses.replace(PLAIN, prompt="three", width=32, seed=9),
+        dataclasses.replace(PLAIN, seed=12, guidance_scale=3.0, scheduler="unipc", steps=4),
+    ]
+    engine = Engine(family)
+    together = pixels(engine, *mixed)
+    for request, made in zip(mixed, together, strict=True):
+        assert difference(made, pixels(engine, request)[0]) < TOLERANCE
+    assert difference(together[0], together[4]) > 100 * TOLERANCE
+
+
+def test_pictures_that_join_a_full_batch_later_are_the_same(family: StableDiffusion1) -> None:
+    requests = [dataclasses.replace(PLAIN, seed=seed, steps=steps) for seed, steps in enumerate((4, 2, 5, 1, 3))]
+    calls: list[int] = []
+    at_once = pixels(Engine(family), *requests)
+    watch = family.unet.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0]) // 2))
+    in_turn = pixels(Engine(family, batch_max=2), *requests)
+    watch.remove()
+    assert calls == [2, 2, 2, 2, 2, 2, 2, 1]  # 15 steps: a place is taken again in the iteration after it is left
+    assert max(difference(a, b) for a, b in zip(at_once, in_turn, strict=True)) < TOLERANCE
+
+
+def test_the_image_is_the_pixels_rounded_as_the_stock_pipeline_rounds(family: StableDiffusion1, stock: Any) -> None:
+    [made] = Engine(family).generate([PLAIN])
+    expected = stock(
+        PLAIN.prompt, num_inference_steps=4, generator=torch.Generator("cpu").manual_seed(3), width=64, height=64
+    ).images[0]
+    assert made.image.size == (64, 64)
+    assert np.abs(np.asarray(made.image).astype(int) - np.asarray(expected).astype(int)).max() <= 1
+    assert (made.seed, made.settings["prompt"], made.settings["steps"]) == (3, "a red ring", 4)
+    assert made.warnings == ()
+
+
+def test_no_requests_make_no_pictures(family: StableDiffusion1) -> None:
+    assert Engine(family).generate([]) == []
+
+
+def test_a_prompt_past_the_tokenizers_limit_is_cut_and_said(family: StableDiffusion1) -> None:
+    long = "x " * 75 + "tail end"
+    engine = Engine(family)
+    [made] = engine.generate([dataclasses.replace(PLAIN, prompt=long, steps=1)])
+    assert made.warnings == ("the prompt is too long; left out: tail end",)
+    [made] = engine.generate([dataclasses.replace(PLAIN, negative_prompt=long, steps=1)])
+    assert made.warnings == ("the negative prompt is too long; left out: tail end",)
+    [made] = engine.generate([dataclasses.replace(PLAIN, prompt="x " * 75, steps=1)])
+    assert made.warnings == ()
+
+
+@pytest.mark.parametrize(("width", "height"), [(60, 64), (64, 0), (64, -8), (4, 64)])
+def test_a_size_the_model_cannot_make_is_refused_before_any_work(
+    width: int, height: int, family: StableDiffusion1
+) -> None:
+    steps: list[int] = []
+    with pytest.raises(SizeNotSupported, match="multiples of 8"):
+        Engine(family).generate(
+            [PLAIN, dataclasses.replace(PLAIN, width=width, height=height)], on_step=lambda step, _: steps.append(step)
+        )
+    assert steps == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [
+        ({"scheduler": "magic"}, "scheduler"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 1001}, "steps"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_a_setting_outside_the_models_range_is_refused(
+    changes: dict[str, Any], setting: str, family: StableDiffusion1
+) -> None:
+    with pytest.raises(SettingNotSupported) as caught:
+        Engine(family).generate([dataclasses.replace(PLAIN, **changes)])
+    assert caught.value.setting == setting
+
+
+def test_steps_are_counted_over_all_pictures(family: StableDiffusion1) -> None:
+    seen: list[tuple[int, int]] = []
+    Engine(family).generate(
+        [dataclasses.replace(PLAIN, steps=3), dataclasses.replace(PLAIN, steps=1)],
+        on_step=lambda step, total: seen.append((step, total)),
+    )
+    assert seen == [(2, 4), (3, 4), (4, 4)]
+
+
+def test_a_stop_is_obeyed_between_two_steps_and_the_engine_goes_on_working(family: StableDiffusion1) -> None:
+    engine = Engine(family)
+    [before] = pixels(engine, PLAIN)
+    seen: list[int] = []
+    with pytest.raises(Cancelled) as caught:
+        engine.generate([PLAIN], on_step=lambda step, _: seen.append(step), should_stop=lambda: len(seen) == 2)
+    assert (caught.value.step, caught.value.total, seen) == (2, 4, [1, 2])
+    assert torch.equal(pixels(engine, PLAIN)[0], before)
+
+
+def test_making_a_picture_leaves_the_global_random_state_alone(family: StableDiffusion1) -> None:
+    before = torch.get_rng_state()
+    Engine(family).generate([dataclasses.replace(PLAIN, scheduler="euler_a")])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_modules_in_training_mode_are_back_in_it_after_a_picture(family: StableDiffusion1) -> None:
+    family.unet.train()
+    Engine(family).generate([dataclasses.replace(PLAIN, steps=1)])
+    assert all(module.training for module in family.unet.modules())
+
+
+def test_running_out_of_memory_says_how_much_was_asked(family: StableDiffusion1) -> None:
+    # A CPU never raises this error itself, so the failing allocation is stood in for.
+    def failing(*_: Any, **__: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    family.predict = failing  # type: ignore[method-assign]
+    with pytest.raises(OutOfGpuMemory, match=r"2 picture\(s\) of 64x64") as caught:
+        Engine(family).generate([PLAIN, PLAIN])
+    assert caught.value.__context__ is None  # nothing keeps the failed call's tensors alive
+    assert pickle.loads(pickle.dumps(caught.value)).pictures == 2  # noqa: S301 - our own bytes
+
+
+def test_a_request_without_a_size_gets_the_models_own(family: StableDiffusion1) -> None:
+    native = family.native_size_px
+    (picture,) = Engine(family).generate([dataclasses.replace(PLAIN, width=None, height=None, steps=1)])
+    assert picture.image.size == (native, native)
+    assert (picture.settings["width"], picture.settings["height"]) == (native, native)

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffusion.engine import Engine, GenerateRequest, LoraRef
+from diffusion.errors import LoraInvalid
+from diffusion.families import StableDiffusion1
+from diffusion.lora import ADAPTER_METADATA_KEY, fit_layers, read_lora, save_lora
+
+WriteLora = Callable[..., Path]
+PAIR = {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(8, 2, 1, 1)}
+
+
+def kohya_names(path: str) -> str:
+    component, _, module = path.partition(".")
+    prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}[component]
+    return prefix + module.replace(".", "_")
+
+
+def write_kohya(path: Path, source: Path, alphas: Callable[[str], float]) -> dict[str, float]:
+    """The LoRA in ``source`` under kohya's names, as sd-scripts writes them; returns the alphas by diffusers path."""
+    state: dict[str, Tensor] = {}
+    written: dict[str, float] = {}
+    for module, layer in read_lora(source).layers().items():
+        name = kohya_names(module)
+        written[module] = alphas(module)
+        state |= {
+            f"{name}.lora_down.weight": layer.A,
+            f"{name}.lora_up.weight": layer.B,
+            f"{name}.alpha": torch.tensor(written[module]),
+        }
+    save_file(state, path)
+    return written
+
+
+def test_a_saved_file_reads_back_the_same(write_lora: WriteLora) -> None:
+    lora = read_lora(write_lora("one", rank=3, alpha=6))
+    assert (lora.rank, lora.source_format) == (3, "diffusers")
+    assert set(lora.alphas.values()) == {6.0}
+    assert lora.metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert (lora.metadata["ss_network_dim"], lora.metadata["ss_network_alpha"]) == ("3", "6")
+    assert lora.metadata["modelspec.title"] == "one"
+
+
+def test_weights_can_be_cast_when_saved(tmp_path: Path) -> None:
+    path = tmp_path / "half.safetensors"
+    save_lora(path, PAIR, metadata={"note": "yes"}, dtype=torch.float16)
+    lora = read_lora(path)
+    assert {tensor.dtype for tensor in lora.state.values()} == {torch.float16}
+    assert lora.metadata["note"] == "yes"
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "one.safetensors"
+    save_lora(path, PAIR, metadata={})
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        save_lora(path, PAIR, metadata={"number": 3})  # type: ignore[dict-item]
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_without_settings_alpha_is_the_rank(tmp_path: Path) -> None:
+    save_lora(tmp_path / "one.safetensors", PAIR, metadata={})
+    assert read_lora(tmp_path / "one.safetensors").alphas == {"unet.conv_in": 2.0}
+
+
+def test_peft_settings_decide_alpha_per_layer_and_rank_stabilised_scale(tmp_path: Path) -> None:
+    state = PAIR | {key.replace("conv_in", "conv_out"): tensor.clone() for key, tensor in PAIR.items()}
+    settings = {"unet.r": 2, "unet.lora_alpha": 8, "unet.alpha_pattern": {"^conv_out": 3}}
+    path = tmp_path / "one.safetensors"
+    save_lora(path, state, metadata={ADAPTER_METADATA_KEY: json.dumps(settings)})
+    assert read_lora(path).alphas == {"unet.conv_in": 8.0, "unet.conv_out": 3.0}
+    save_lora(path, state, metadata={ADAPTER_METADATA_KEY: json.dumps(settings | {"unet.use_rslora": True})})
+    assert read_lora(path).alphas["unet.conv_in"] == pytest.approx(8 * math.sqrt(2))
+
+
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_a_kohya_file_is_read_with_every_layer_and_its_own_alpha(
+    targets: str, write_lora: WriteLora, family: StableDiffusion1, tmp_path: Path
+) -> None:
+    source = write_lora("one", targets=targets, components=("unet", "text_encoder"))
+    alphas = write_kohya(tmp_path / "kohya.safetensors", source, lambda module: 1.0 + len(module) % 3)
+    lora = read_lora(tmp_path / "kohya.safetensors")
+    assert lora.source_format == "kohya"
+    expected = fit_layers(read_lora(source), family.lora_components)
+    found = fit_layers(lora, family.lora_components)
+    assert {name: set(layers) for name, layers in found.items()} == {n: set(layers) for n, layers in expected.items()}
+    for component, layers in found.items():
+        for path, layer in layers.items():
+            assert layer.alpha == alphas[f"{component}.{path}"]
+            assert torch.equal(layer.A, expected[component][path].A)
+            assert torch.equal(layer.B, expected[component][path].B)
+
+
+def test_a_kohya_picture_equals_the_stock_pipelines(
+    write_lora: WriteLora, family: StableDiffusion1, stock: Any, tmp_path: Path
+) -> None:
+    source = write_lora("one")
+    path = tmp_path / "kohya.safetensors"
+    write_kohya(path, source, lambda _: 2.0)
+    stock.load_lora_weights(str(path), adapter_name="one")
+    expected = stock(
+        "a", width=64, height=64, num_inference_steps=2, generator=torch.Generator("cpu").manual_seed(1),
+        output_type="pt",
+    ).images[0]  # fmt: skip
+    request = GenerateRequest(prompt="a", width=64, height=64, steps=2, seed=1, loras=(LoraRef(path),))
+    [made] = Engine(family).render([request])
+    assert float((made.pixels_CHW - expected).abs().max()) < 1e-4
+
+
+def test_what_diffusers_converts_to_kohya_reads_back(write_lora: WriteLora, tmp_path: Path) -> None:
+    source = read_lora(write_lora("one"))
+    path = tmp_path / "kohya.safetensors"
+    save_file(convert_state_dict_to_kohya(dict(source.state)), path)
+    lora = read_lora(path)
+    assert set(lora.state) == set(source.state)
+    assert lora.alphas == source.alphas
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin", ".pth", ""])
+def test_pickle_formats_are_refused_unopened(suffix: str, tmp_path: Path) -> None:
+    with pytest.raises(LoraInvalid, match=r"only \.safetensors"):
+        read_lora(tmp_path / f"missing{suffix}")
+    with pytest.raises(LoraInvalid, match=r"only \.safetensors"):
+        save_lora(tmp_path / f"new{suffix}", PAIR, metadata={})
+
+
+def test_a_pickle_under_a_safetensors_name_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sly.safetensors"
+    torch.save(PAIR, path)
+    assert zipfile.is_zipfile(path)
+    with pytest.raises(LoraInvalid, match="damaged"):
+        read_lora(path)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 40, -1])
+def test_a_truncated_file_is_refused(kept: int, tmp_path: Path) -> None:
+    path = tmp_path / "one.safetensors"
+    save_lora(path, PAIR, metadata={})
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(LoraInvalid, match="damaged"):
+        read_lora(path)
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ({}, "no LoRA weights"),
+        ({"unet.conv_in.weight": torch.ones(2, 2)}, "unknown weight name"),
+        ({"unet.conv_in.lora_A.weight": torch.ones(2, 4)}, "do not belong together"),
+        (PAIR | {"unet.conv_in.lora_B.weight": torch.ones(8, 3, 1, 1)}, "do not belong together"),
+        (PAIR | {"unet.conv_in.lora_A.weight": torch.full((2, 4, 3, 3), math.nan)}, "finite"),
+        (PAIR | {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3, dtype=torch.int8)}, "finite"),
+        (PAIR | {"unet.conv_in.lora_A.weight": torch.ones(2)}, "finite"),
+        (PAIR | {"unet.conv_in.dora_scale": torch.ones(2)}, "DoRA"),
+        ({"lora_unet_mid_block.lokr_w1": torch.ones(2, 2)}, "LoKr"),
+        ({"lora_unet_mid_block.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
+        ({"lora_unet_mid_block.lora_down.weight": torch.ones(2, 2)}, "unknown weights"),
+        ({"lora_unet_mid_block.other": torch.ones(2, 2)}, "unknown weights"),
+        ({"lora_unet_mid_block.alpha": torch.ones(())}, "unknown weights"),
+    ],
+)
+def test_a_file_without_usable_weights_is_refused_with_the_reason(
+    state: dict[str, Tensor], reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "one.safetensors"
+    save_file(state, path)
+    with pytest.raises(LoraInvalid, match=reason) as caught:
+        read_lora(path)
+    assert str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", ["{", "[]", '{"unet.lora_alpha": "much"}', '{"unet.alpha_pattern": 3}'])
+def test_damaged_settings_are_refused(settings: str, tmp_path: Path) -> None:
+    path = tmp_path / "one.safetensors"
+    save_lora(path, PAIR, metadata={ADAPTER_METADATA_KEY: settings})
+    with pytest.raises(LoraInvalid, match="damaged"):
+        read_lora(path)
+
+
+def test_the_names_diffusers_used_before_peft_are_read(tmp_path: Path) -> None:
+    a, b = torch.ones(2, 8), torch.ones(8, 2)
+    old = {
+        "unet.mid_block.attentions.0.attn1.processor.to_q_lora.down.weight": a,
+        "unet.mid_block.attentions.0.attn1.processor.to_q_lora.up.weight": b,
+        "text_encoder.text_model.encoder.layers.0.self_attn.k_proj.lora_linear_layer.down.weight": a.clone(),
+        "text_encoder.text_model.encoder.layers.0.self_attn.k_proj.lora_linear_layer.up.weight": b.clone(),
+    }
+    save_file(old, tmp_path / "old.safetensors")
+    assert set(read_lora(tmp_path / "old.safetensors").alphas) == {
+        "unet.mid_block.attentions.0.attn1.to_q",
+        "text_encoder.text_model.encoder.layers.0.self_attn.k_proj",
+    }

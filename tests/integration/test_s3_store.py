@@ -1,0 +1,307 @@
+"""The S3 store against a real server, through a proxy that spoils some of the requests."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+from pydantic import SecretStr
+
+from storage.embedded import EmbeddedS3
+from storage.errors import (
+    IntegrityError,
+    StorageAccessDenied,
+    StorageFailed,
+    StorageMisconfigured,
+    StorageTimeout,
+    StorageUnavailable,
+)
+from storage.objects import PutItem
+from storage.s3 import S3Store
+from storage.settings import MIB, BreakerSettings
+from tests.integration.fault_proxy import Fault, FaultProxy
+
+PART_BYTES = 5 * MIB
+
+
+async def no_wait(_: float) -> None:
+    return None
+
+
+@pytest.fixture
+async def proxy(embedded_s3: EmbeddedS3) -> AsyncIterator[FaultProxy]:
+    proxy = FaultProxy(str(embedded_s3.settings().endpoint_url))
+    await proxy.start()
+    yield proxy
+    await proxy.stop()
+
+
+@pytest.fixture
+async def store(embedded_s3: EmbeddedS3, proxy: FaultProxy) -> AsyncIterator[S3Store]:
+    settings = embedded_s3.settings().model_copy(
+        update={
+            "endpoint_url": proxy.url,
+            "attempt_timeout_s": 2.0,
+            "part_size_bytes": PART_BYTES,
+            "multipart_threshold_bytes": PART_BYTES,
+        }
+    )
+    async with S3Store(settings, BreakerSettings(), sleep=no_wait) as store:
+        yield store
+
+
+@pytest.fixture
+def key() -> str:
+    return f"raylora/{secrets.token_hex(6)}/a.bin"
+
+
+@pytest.fixture
+def content() -> bytes:
+    """Of three parts."""
+    return secrets.token_bytes(2 * PART_BYTES + 1000)
+
+
+@pytest.fixture
+def large_file(tmp_path: Path, content: bytes) -> Path:
+    path = tmp_path / "large"
+    path.write_bytes(content)
+    return path
+
+
+def read(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("fault", [Fault.SLOW_DOWN, Fault.LOSE_REQUEST, Fault.TRUNCATE])
+async def test_a_read_survives_a_passing_fault(store: S3Store, proxy: FaultProxy, key: str, fault: Fault) -> None:
+    await store.put(key, b"12345678")
+    proxy.script("GET", fault, fault)
+
+    assert await store.get(key) == b"12345678"
+    assert proxy.requests["GET"] == 3
+
+
+async def test_garbage_of_the_right_length_is_noticed_and_read_again(
+    store: S3Store, proxy: FaultProxy, key: str
+) -> None:
+    await store.put(key, b"12345678")
+    proxy.script("GET", Fault.GARBLE)
+
+    assert await store.get(key, expected_sha256=hashlib.sha256(b"12345678").hexdigest()) == b"12345678"
+
+
+async def test_garbage_that_stays_is_an_integrity_error_and_opens_nothing(
+    store: S3Store, proxy: FaultProxy, key: str
+) -> None:
+    await store.put(key, b"12345678")
+    for _ in range(2):
+        with pytest.raises(IntegrityError):
+            await store.get(key, expected_sha256=hashlib.sha256(b"other").hexdigest())
+
+    assert (await store.health()).breaker == "closed"
+
+
+@pytest.mark.parametrize("fault", [Fault.SLOW_DOWN, Fault.LOSE_REQUEST])
+async def test_a_write_that_had_no_effect_is_written_again(
+    store: S3Store, proxy: FaultProxy, key: str, fault: Fault
+) -> None:
+    proxy.script("PUT", fault)
+
+    await store.put(key, b"12345678")
+
+    assert proxy.forwarded["PUT"] == 1
+    assert await store.get(key) == b"12345678"
+
+
+async def test_a_write_whose_answer_was_lost_is_looked_up_and_not_written_twice(
+    store: S3Store, proxy: FaultProxy, key: str
+) -> None:
+    proxy.script("PUT", Fault.LOSE_ANSWER)
+
+    info = await store.put(key, b"12345678")
+
+    assert info.sha256 == hashlib.sha256(b"12345678").hexdigest()
+    assert proxy.forwarded["PUT"] == 1
+
+
+async def test_a_silent_server_times_out_even_for_a_large_body(
+    embedded_s3: EmbeddedS3, proxy: FaultProxy, key: str
+) -> None:
+    settings = embedded_s3.settings().model_copy(
+        update={"endpoint_url": proxy.url, "attempt_timeout_s": 0.2, "attempts_max": 2}
+    )
+    proxy.always(Fault.SILENCE)
+    async with S3Store(settings, sleep=no_wait) as store:
+        with pytest.raises(StorageTimeout):
+            await store.put(key, bytes(100_000))
+    assert proxy.requests["PUT"] == 1
+
+
+async def test_bytes_changed_on_the_server_are_noticed_after_the_write(
+    store: S3Store, embedded_s3: EmbeddedS3, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = store._calls
+    send = calls.send
+
+    async def send_other_bytes(operation: str, name: str | None, method: str, parameters: dict[str, object]) -> object:
+        spoiled = {**parameters, "Body": b"87654321"} if method == "put_object" else parameters
+        return await send(operation, name, method, spoiled)
+
+    monkeypatch.setattr(calls, "send", send_other_bytes)
+
+    with pytest.raises(IntegrityError):
+        await store.put(key, b"12345678")
+
+
+async def test_a_lost_answer_to_a_copy_does_not_fail_it(store: S3Store, proxy: FaultProxy, key: str) -> None:
+    await store.put(key, b"12345678")
+    proxy.script("PUT", Fault.LOSE_ANSWER)
+
+    await store.copy(key, key + ".copy")
+
+    assert proxy.forwarded["PUT"] == 2
+    assert await store.get(key + ".copy") == b"12345678"
+
+
+async def test_a_multipart_upload_survives_faults_in_each_of_its_steps(
+    store: S3Store, proxy: FaultProxy, key: str, large_file: Path, content: bytes
+) -> None:
+    proxy.script("PUT", Fault.LOSE_ANSWER, Fault.SLOW_DOWN)
+    proxy.script("POST", Fault.SLOW_DOWN, Fault.NONE, Fault.LOSE_ANSWER)
+
+    info = await store.upload_file(large_file, key)
+
+    assert info.sha256 == hashlib.sha256(content).hexdigest()
+    assert await store.get(key) == content
+
+
+async def test_a_download_repeats_only_the_parts_that_failed(
+    store: S3Store, proxy: FaultProxy, key: str, large_file: Path, content: bytes, tmp_path: Path
+) -> None:
+    await store.upload_file(large_file, key)
+    proxy.script("GET", Fault.TRUNCATE, Fault.LOSE_REQUEST)
+
+    info = await store.download_file(key, tmp_path / "back")
+
+    assert read(tmp_path / "back") == content
+    assert info.sha256 == hashlib.sha256(content).hexdigest()
+    assert proxy.requests["GET"] == 3 + 2
+
+
+async def test_an_upload_that_fails_is_aborted_and_leaves_no_object(
+    store: S3Store, proxy: FaultProxy, key: str, large_file: Path
+) -> None:
+    proxy.script("POST", Fault.NONE, *[Fault.LOSE_REQUEST] * 4)
+
+    with pytest.raises(StorageFailed):
+        await store.upload_file(large_file, key)
+    await store._files.aclose()
+
+    assert proxy.forwarded["DELETE"] == 1
+    assert not await store.exists(key)
+
+
+async def test_a_file_that_changes_while_it_is_sent_is_noticed(
+    store: S3Store, key: str, large_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = store._files._begin_upload
+
+    async def change_then_begin(*arguments: object) -> str:
+        with large_file.open("r+b") as file:
+            file.seek(PART_BYTES)
+            file.write(bytes(100))
+        return await begin(*arguments)
+
+    monkeypatch.setattr(store._files, "_begin_upload", change_then_begin)
+
+    with pytest.raises(IntegrityError):
+        await store.upload_file(large_file, key)
+    assert not await store.exists(key)
+
+
+async def test_a_dead_backend_opens_the_breaker_after_five_calls(store: S3Store, proxy: FaultProxy, key: str) -> None:
+    proxy.always(Fault.SLOW_DOWN)
+    for _ in range(20):
+        with pytest.raises((StorageFailed, StorageUnavailable)):
+            await store.get(key)
+
+    assert sum(proxy.requests.values()) == 5
+    health = await store.health()
+    assert (health.ok, health.breaker) == (False, "open")
+    assert health.retry_after_s is not None
+    assert 0 < health.retry_after_s <= 60
+
+
+async def test_after_an_outage_one_probe_goes_out_and_then_everybody(
+    embedded_s3: EmbeddedS3, proxy: FaultProxy, key: str
+) -> None:
+    now = 0.0
+    settings = embedded_s3.settings().model_copy(update={"endpoint_url": proxy.url})
+    async with S3Store(settings, clock=lambda: now, sleep=no_wait) as store:
+        await store.put(key, b"1")
+        proxy.always(Fault.SLOW_DOWN)
+        for _ in range(2):
+            with pytest.raises((StorageFailed, StorageUnavailable)):
+                await store.get(key)
+        now += 60
+        proxy.always(None)
+        proxy.requests.clear()
+
+        first = await asyncio.gather(*(store.get(key) for _ in range(20)), return_exceptions=True)
+        second = await asyncio.gather(*(store.get(key) for _ in range(20)))
+
+    assert first.count(b"1") == 1
+    assert second == [b"1"] * 20
+    assert proxy.requests["GET"] == 21
+
+
+async def test_a_presigned_url_gets_and_puts_without_credentials(store: S3Store, key: str) -> None:
+    put_url = await store.presign_put(key, content_type="text/plain")
+    get_url = await store.presign_get(key, filename="mein Bild.txt")
+    async with aiohttp.ClientSession() as client:
+        async with client.put(put_url, data=b"1234", headers={"Content-Type": "text/plain"}) as answer:
+            assert answer.status == 200
+        async with client.get(get_url) as answer:
+            assert (answer.status, await answer.read()) == (200, b"1234")
+            assert "mein Bild.txt" in answer.headers["Content-Disposition"]
+        async with client.get(get_url.replace("a.bin", "b.bin")) as answer:
+            assert answer.status == 403
+
+
+async def test_a_wrong_secret_is_denied_and_opens_nothing(embedded_s3: EmbeddedS3, key: str) -> None:
+    settings = embedded_s3.settings().model_copy(update={"secret_access_key": SecretStr("wrong")})
+    async with S3Store(settings) as store:
+        for _ in range(6):
+            with pytest.raises(StorageAccessDenied):
+                await store.put(key, b"1")
+        health = await store.health()
+    assert (health.ok, health.breaker, health.detail) == (False, "closed", "storage_access_denied")
+
+
+async def test_a_missing_bucket_is_a_misconfiguration_that_ensure_bucket_mends(embedded_s3: EmbeddedS3) -> None:
+    settings = embedded_s3.settings().model_copy(update={"bucket": f"b{secrets.token_hex(6)}"})
+    async with S3Store(settings) as store:
+        assert (await store.health()).detail == "storage_misconfigured"
+        with pytest.raises(StorageMisconfigured):
+            await store.list("raylora/")
+
+        await store.ensure_bucket()
+        await store.ensure_bucket()
+
+        assert (await store.health()).ok
+
+
+async def test_a_listing_goes_past_a_thousand_keys(store: S3Store, key: str) -> None:
+    root = key.rpartition("/")[0]
+    items = [PutItem(f"{root}/{number:04d}", b"1") for number in range(1100)]
+    assert all(outcome.error is None for outcome in await store.put_many(items))
+
+    assert [info.key for info in await store.list(f"{root}/")] == [item.key for item in items]
+    assert len(await store.list(f"{root}/", limit=1050)) == 1050
+    assert await store.delete_many([item.key for item in items]) == 1100
+    assert await store.list(f"{root}/") == []

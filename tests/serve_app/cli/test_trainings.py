@@ -1,0 +1,123 @@
+"""A configuration's local data sets are found, uploaded in batches, and named in what the server gets."""
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from serve_app.cli import trainings
+from serve_app.cli.client import ApiClient, ApiError, Unreachable, WrongKey
+
+
+class RecordingServer:
+    """Answers /runsync like the server does and keeps what was asked."""
+
+    def __init__(self) -> None:
+        self.inputs: list[dict[str, Any]] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.inputs.append(json.loads(request.content)["input"])
+        return httpx.Response(200, json={"id": "sync-1", "status": "COMPLETED", "output": {"ok": True}})
+
+
+def client_of(handler: Callable[[httpx.Request], httpx.Response]) -> ApiClient:
+    return ApiClient("http://testserver", "key", transport=httpx.MockTransport(handler))
+
+
+def write_config(folder: Path, folder_path: str) -> Path:
+    file = folder / "train.yaml"
+    file.write_text(
+        yaml.safe_dump(
+            {"job": "extension", "config": {"name": "n", "process": [{"datasets": [{"folder_path": folder_path}]}]}}
+        )
+    )
+    return file
+
+
+def test_a_folder_beside_the_configuration_is_uploaded_and_replaced_by_its_name(tmp_path: Path) -> None:
+    images = tmp_path / "pets" / "images"
+    images.mkdir(parents=True)
+    (images / "a.png").write_bytes(b"png")
+    (images / "a.txt").write_text("a cat")
+    (images / "notes.md").write_text("left out")
+    server = RecordingServer()
+    with client_of(server) as client:
+        body = trainings.prepare_training(client, write_config(tmp_path, "pets/images"), on_upload=lambda _: None)
+    assert body["config"]["process"][0]["datasets"][0]["folder_path"] == "pets-images"
+    assert server.inputs[0]["dataset_folder"] == "pets-images"
+    sent = {f["filename"]: base64.b64decode(f["content"]) for f in server.inputs[0]["files"]}
+    assert sent == {"a.png": b"png", "a.txt": b"a cat"}
+
+
+def test_a_name_that_is_no_local_folder_is_left_for_the_server(tmp_path: Path) -> None:
+    server = RecordingServer()
+    with client_of(server) as client:
+        body = trainings.prepare_training(client, write_config(tmp_path, "uploaded-before"), on_upload=lambda _: None)
+    assert body["config"]["process"][0]["datasets"][0]["folder_path"] == "uploaded-before"
+    assert server.inputs == []
+
+
+def test_a_large_folder_goes_in_batches_that_keep_a_picture_with_its_caption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainings, "UPLOAD_BATCH_BYTES", 25)
+    for index in range(5):
+        (tmp_path / f"{index}.png").write_bytes(b"0123456789")
+        (tmp_path / f"{index}.txt").write_text("x")
+    server = RecordingServer()
+    with client_of(server) as client:
+        trainings.upload_folder(client, tmp_path, "d", on_upload=lambda _: None)
+    batches = [[f["filename"] for f in request["files"]] for request in server.inputs]
+    assert batches == [["0.png", "0.txt", "1.png", "1.txt"], ["2.png", "2.txt", "3.png", "3.txt"], ["4.png", "4.txt"]]
+    assert [request["cleanup_existing"] for request in server.inputs] == [True, False, False]
+
+
+def test_a_folder_without_pictures_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    server = RecordingServer()
+    with client_of(server) as client, pytest.raises(ApiError, match="no pictures"):
+        trainings.upload_folder(client, tmp_path, "d", on_upload=lambda _: None)
+    assert server.inputs == []
+
+
+def test_a_yaml_error_says_where(tmp_path: Path) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text("config: [1, 2\njob: x")
+    with client_of(RecordingServer()) as client, pytest.raises(ApiError, match="line 2"):
+        trainings.prepare_training(client, file, on_upload=lambda _: None)
+
+
+def test_a_refused_key_and_a_silent_server_are_different_errors() -> None:
+    def refused(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(401, json={"error": "no"})
+
+    def silent(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused", request=request)
+
+    with client_of(refused) as client, pytest.raises(WrongKey, match="RAYLORA_API_KEY"):
+        client.call("health")
+    with client_of(silent) as client, pytest.raises(Unreachable, match="raylora up"):
+        client.call("health")
+
+
+def test_what_validation_found_is_shown_line_by_line() -> None:
+    def failed(_: httpx.Request) -> httpx.Response:
+        problems = [{"path": "files[0]", "message": "not a picture", "code": "image_unreadable"}]
+        return httpx.Response(
+            200,
+            json={
+                "id": "x",
+                "status": "FAILED",
+                "error": "Invalid request: 1 problem",
+                "output": {"error_type": "validation", "validation_errors": problems},
+            },
+        )
+
+    with client_of(failed) as client, pytest.raises(ApiError) as caught:
+        client.call("upload_training_data")
+    assert str(caught.value) == "Invalid request: 1 problem\n  files[0]: not a picture"
+    assert caught.value.code == "validation"

@@ -1,0 +1,138 @@
+import asyncio
+
+import pytest
+
+from serve_app.dispatch.replies import Fingerprint, ReplyTable
+from serve_app.errors import IdempotencyKeyReused
+from storage.jobs_testing import ManualClock
+
+BY_KEY = Fingerprint("key:k", "sha-1", 3600.0, named_by_client=True)
+BY_BODY = Fingerprint("body:sha-1", "sha-1", 10.0, named_by_client=False)
+
+
+def table(**bounds: int) -> tuple[ReplyTable, ManualClock]:
+    clock = ManualClock()
+    return ReplyTable(clock, **bounds), clock
+
+
+def opened(replies: ReplyTable, name: str, fingerprint: Fingerprint | None = None, tenant: str = "matt") -> str:
+    return replies.open(tenant, name, kept_s=60.0, fingerprint=fingerprint)
+
+
+def test_a_reply_is_queued_then_final_then_gone() -> None:
+    replies, clock = table()
+    opened(replies, "a")
+    reply = replies.get("matt", "a")
+    assert reply is not None
+    assert reply.status == "IN_QUEUE"
+    replies.settle("matt", "a", output={"x": 1})
+    clock.advance(59)
+    reply = replies.get("matt", "a")
+    assert reply is not None
+    assert (reply.status, reply.output) == ("COMPLETED", {"x": 1})
+    clock.advance(1)
+    assert replies.get("matt", "a") is None
+
+
+def test_what_never_ends_is_forgotten_too() -> None:
+    replies, clock = table()
+    opened(replies, "a")
+    clock.advance(661)
+    assert replies.get("matt", "a") is None
+
+
+def test_a_second_ending_is_ignored() -> None:
+    replies, _ = table()
+    opened(replies, "a")
+    replies.settle("matt", "a", output={}, error="first")
+    replies.settle("matt", "a", output={})
+    reply = replies.get("matt", "a")
+    assert reply is not None
+    assert (reply.status, reply.error) == ("FAILED", "first")
+
+
+def test_settling_what_is_unknown_is_harmless() -> None:
+    replies, _ = table()
+    replies.settle("matt", "a", output={})
+    assert replies.get("matt", "a") is None
+
+
+def test_another_tenant_sees_nothing() -> None:
+    replies, _ = table()
+    opened(replies, "a")
+    assert replies.get("matt2", "a") is None
+
+
+@pytest.mark.parametrize("fingerprint", [BY_KEY, BY_BODY])
+def test_the_same_request_gets_the_first_id_for_a_while(fingerprint: Fingerprint) -> None:
+    replies, clock = table()
+    assert opened(replies, "a", fingerprint) == "a"
+    assert opened(replies, "b", fingerprint) == "a"
+    assert opened(replies, "c", fingerprint, tenant="matt2") == "c"
+    clock.advance(fingerprint.kept_s)
+    assert opened(replies, "d", fingerprint) == "d"
+
+
+def test_a_clients_key_with_another_body_is_refused() -> None:
+    replies, _ = table()
+    opened(replies, "a", BY_KEY)
+    with pytest.raises(IdempotencyKeyReused):
+        opened(replies, "b", Fingerprint("key:k", "sha-2", 3600.0, named_by_client=True))
+
+
+def test_a_failure_frees_the_body_but_not_the_clients_key() -> None:
+    replies, _ = table()
+    opened(replies, "a", BY_BODY)
+    opened(replies, "b", BY_KEY)
+    replies.settle("matt", "a", output={}, error="no")
+    replies.settle("matt", "b", output={}, error="no")
+    assert opened(replies, "c", BY_BODY) == "c"
+    assert opened(replies, "d", BY_KEY) == "b"
+
+
+def test_a_record_takes_over_with_its_own_id() -> None:
+    replies, _ = table()
+    opened(replies, "a", BY_KEY)
+    replies.hand_over("matt", "a", to="older")
+    assert replies.get("matt", "a") is None
+    assert opened(replies, "b", BY_KEY) == "older"
+
+
+def test_the_table_is_bounded_by_number_and_by_bytes() -> None:
+    replies, _ = table(entries_max=2)
+    for name in "abc":
+        opened(replies, name)
+    assert [replies.get("matt", name) is not None for name in "abc"] == [False, True, True]
+    replies, _ = table(bytes_max=50)
+    for name in "ab":
+        opened(replies, name)
+        replies.settle("matt", name, output={"x": "y" * 30})
+    assert [replies.get("matt", name) is not None for name in "ab"] == [False, True]
+
+
+async def test_a_waiter_hears_of_the_end_at_once() -> None:
+    replies, _ = table()
+    opened(replies, "a")
+    waiter = asyncio.create_task(replies.wait("matt", "a", 60.0))
+    await asyncio.sleep(0)
+    replies.settle("matt", "a", output={"x": 1})
+    reply = await waiter
+    assert reply is not None
+    assert reply.status == "COMPLETED"
+
+
+async def test_a_waiter_is_let_go_when_a_record_takes_over() -> None:
+    replies, _ = table()
+    opened(replies, "a")
+    waiter = asyncio.create_task(replies.wait("matt", "a", 60.0))
+    await asyncio.sleep(0)
+    replies.hand_over("matt", "a", to="a")
+    assert await waiter is None
+
+
+async def test_a_wait_that_is_over_tells_how_things_stand() -> None:
+    replies, _ = table()
+    opened(replies, "a")
+    reply = await replies.wait("matt", "a", 0.0)
+    assert reply is not None
+    assert reply.status == "IN_QUEUE"

@@ -1,0 +1,222 @@
+"""The replica's work over a scripted engine: what it is asked, what is stored, when it stops."""
+
+import asyncio
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from diffusion.engine import GeneratedImage, GenerateRequest
+from diffusion.errors import Cancelled, SizeNotSupported
+from diffusion.images import read_settings
+from serve_app.inference.engines import DeviceFacts, EngineShelf
+from serve_app.inference.lora_cache import LoraCache, file_name
+from serve_app.inference.plan import GenerationRequest, GenerationWork, ResolvedLora
+from serve_app.inference.service import InferenceService, requested_pictures
+from serve_app.testing import keys_of
+from storage.errors import IntegrityError, StorageFailed
+from storage.testing import InMemoryStore
+from train_jobs.spec import GenerateSpec
+
+KEY = "raylora/matt/processes/train_0123456789ab/lora/a.safetensors"
+ID = "gen_0123456789ab"
+
+
+class ScriptedEngine:
+    """Two steps; with `gate`, the first lasts until the gate opens or somebody asks to stop."""
+
+    def __init__(self) -> None:
+        self.seen: list[GenerateRequest] = []
+        self.files: list[bytes] = []
+        self.gate: threading.Event | None = None
+        self.at_work = threading.Event()
+        self.error: Exception | None = None
+        self.ended_by_request = False
+
+    def generate(
+        self,
+        requests: Sequence[GenerateRequest],
+        *,
+        on_step: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[GeneratedImage]:
+        assert on_step is not None
+        assert should_stop is not None
+        if self.error is not None:
+            raise self.error
+        self.seen += requests
+        on_step(1, 2)
+        self.at_work.set()
+        while self.gate is not None and not self.gate.wait(0.001):
+            if should_stop():
+                self.files += [lora.path.read_bytes() for request in requests for lora in request.loras]
+                self.ended_by_request = True
+                raise Cancelled(1, 2)
+        on_step(2, 2)
+        return [GeneratedImage(Image.new("RGB", (r.width, r.height), "red"), r.seed, r.settings()) for r in requests]
+
+
+class Replica:
+    def __init__(self, folder: Path) -> None:
+        self.store = InMemoryStore()
+        self.engine = ScriptedEngine()
+        self.loaded: list[str] = []
+        shelf = EngineShelf({"tiny": "/models/tiny", "other": "/models/other"}, self._load)
+        self.loras = LoraCache(self.store, folder, bytes_max=1000)
+        self.service = InferenceService(
+            store=self.store, keys_of=keys_of, shelf=shelf, loras=self.loras, device=lambda: DeviceFacts("cpu")
+        )
+
+    def _load(self, folder: str) -> Any:
+        self.loaded.append(folder)
+        return self.engine
+
+    async def events(self, request: GenerationRequest) -> list[dict[str, Any]]:
+        work = GenerationWork(ID, "matt", request.as_json())
+        return [event async for event in self.service.generate(work)]
+
+
+def request(**fields: Any) -> GenerationRequest:
+    loras = fields.pop("loras", ())
+    values = {"prompts": ("a cat",), "model": "tiny", "seed": 5, "width": 16, "height": 16, **fields}
+    return GenerationRequest(spec=GenerateSpec(**values), loras=loras)
+
+
+def lora(data: bytes = b"weights", key: str = KEY, scale: float = 1.0) -> ResolvedLora:
+    return ResolvedLora(id="train_0123456789ab", key=key, sha256=hashlib.sha256(data).hexdigest(), scale=scale)
+
+
+@pytest.fixture
+def replica(tmp_path: Path) -> Replica:
+    return Replica(tmp_path / "loras")
+
+
+async def test_progress_comes_before_the_output_and_the_output_last(replica: Replica) -> None:
+    events = await replica.events(request())
+    assert [event["progress"]["stage"] for event in events[:-1]] == ["denoising", "denoising", "storing"]
+    assert set(events[-1]) == {"output"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "content_type"), [("png", "image/png"), ("jpg", "image/jpeg"), ("webp", "image/webp")]
+)
+async def test_what_the_output_names_is_stored_with_its_digest(replica: Replica, kind: str, content_type: str) -> None:
+    [image] = (await replica.events(request(output_format=kind)))[-1]["output"]["images"]
+    data = await replica.store.get(image["key"], expected_sha256=image["sha256"])
+    assert (image["size_bytes"], image["content_type"]) == (len(data), content_type)
+    assert (image["filename"], image["seed"], image["width"]) == (f"{ID}_0000.{kind}", 5, 16)
+    assert image["key"] == keys_of("matt").image(ID, 0, image["sha256"], kind)
+    settings = read_settings(data)
+    assert settings is not None
+    assert settings["prompt"] == "a cat"
+
+
+def test_each_picture_has_the_next_seed_over_all_prompts() -> None:
+    pictures = requested_pictures(request(prompts=("a", "b"), num_images=2), [])
+    assert [(p.prompt, p.seed) for p in pictures] == [("a", 5), ("a", 6), ("b", 7), ("b", 8)]
+
+
+def test_the_last_seed_is_followed_by_the_first() -> None:
+    pictures = requested_pictures(request(num_images=2, seed=2**63 - 1), [])
+    assert [p.seed for p in pictures] == [2**63 - 1, 0]
+
+
+async def test_adapters_are_fetched_verified_and_handed_over_with_their_scale(replica: Replica) -> None:
+    await replica.store.put(KEY, b"weights")
+    await replica.events(request(loras=(lora(scale=0.5),)))
+    [used] = replica.engine.seen[0].loras
+    assert (used.path.read_bytes(), used.scale, used.name) == (b"weights", 0.5, "train_0123456789ab")
+
+
+async def test_an_adapter_with_other_bytes_is_not_used(replica: Replica) -> None:
+    await replica.store.put(KEY, b"tampered")
+    with pytest.raises(IntegrityError):
+        await replica.events(request(loras=(lora(),)))
+    assert replica.engine.seen == []
+
+
+async def test_an_adapter_is_fetched_once_however_many_ask(replica: Replica) -> None:
+    await replica.store.put(KEY, b"weights")
+    held = replica.store.hold("download_file")
+    calls = [asyncio.create_task(replica.events(request(loras=(lora(),)))) for _ in range(3)]
+    while not replica.store.calls["download_file"]:  # noqa: ASYNC110 the store has no event for it
+        await asyncio.sleep(0)
+    calls[0].cancel()
+    held.set()
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert isinstance(results[0], asyncio.CancelledError)
+    assert all(isinstance(result, list) for result in results[1:])
+    assert replica.store.calls["download_file"] == 1
+
+
+async def test_a_failed_download_is_tried_again_by_the_next_request(replica: Replica) -> None:
+    await replica.store.put(KEY, b"weights")
+    replica.store.fail("download_file", StorageFailed("download_file", 4, "connection"))
+    with pytest.raises(StorageFailed):
+        await replica.events(request(loras=(lora(),)))
+    assert await replica.events(request(loras=(lora(),)))
+
+
+async def test_the_least_recently_used_adapter_makes_room_but_never_one_in_use(tmp_path: Path) -> None:
+    store = InMemoryStore()
+    cache = LoraCache(store, tmp_path, bytes_max=100)
+    all_loras = []
+    for name in "abc":
+        key = KEY.replace("a.safetensors", f"{name}.safetensors")
+        await store.put(key, name.encode() * 60)
+        all_loras.append(lora(name.encode() * 60, key))
+    a, b, c = all_loras
+    async with cache.borrow([a]) as [path_a]:
+        async with cache.borrow([b]):
+            pass
+        assert path_a.exists()
+        assert not (tmp_path / file_name(b)).exists()
+    async with cache.borrow([c]) as [path_c]:
+        assert path_c.exists()
+    assert not path_a.exists()
+    assert path_c.exists()
+
+
+async def test_cancelling_stops_the_engine_before_the_files_are_let_go(replica: Replica) -> None:
+    await replica.store.put(KEY, b"weights")
+    replica.engine.gate = threading.Event()
+    call = asyncio.create_task(replica.events(request(loras=(lora(),))))
+    await asyncio.to_thread(replica.engine.at_work.wait)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert replica.engine.ended_by_request
+    assert replica.engine.files == [b"weights"]
+    assert await replica.store.list(keys_of("matt").images_prefix(ID)) == []
+
+
+async def test_closing_the_stream_stops_the_engine_too(replica: Replica) -> None:
+    replica.engine.gate = threading.Event()
+    events = replica.service.generate(GenerationWork(ID, "matt", request().as_json()))
+    await anext(events)
+    await events.aclose()
+    assert replica.engine.ended_by_request
+
+
+async def test_the_engines_own_errors_come_out(replica: Replica) -> None:
+    replica.engine.error = SizeNotSupported(16, 17, 8)
+    with pytest.raises(SizeNotSupported):
+        await replica.events(request())
+
+
+async def test_a_picture_that_was_not_stored_is_a_failure(replica: Replica) -> None:
+    replica.store.fail("put", StorageFailed("put", 4, "connection"))
+    with pytest.raises(StorageFailed):
+        await replica.events(request())
+
+
+async def test_a_model_is_loaded_once_and_makes_room_for_another(replica: Replica) -> None:
+    await replica.service.load("tiny")
+    await replica.events(request())
+    assert replica.loaded == ["/models/tiny"]
+    await replica.events(request(model="other"))
+    assert (await replica.service.health()).models_loaded == ("other",)

@@ -1,0 +1,171 @@
+"""Request ids, refused headers, slashes, sizes, errors of the router."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from serve_app.ingress.middleware import EdgeHeaders, proxy_middlewares
+from serve_app.settings import RequestLimits
+from serve_app.testing import LocalServer, local_server
+from storage.jobs_testing import JobsWorld
+
+HEALTH = {"input": {"type": "health"}}
+
+
+async def test_a_clients_request_id_comes_back(server: LocalServer) -> None:
+    async with server.client() as http:
+        reply = await http.post("/v2/ep/runsync", json=HEALTH, headers={"X-Request-ID": "abc-1.2:3_4"})
+    assert reply.headers.get_list("x-request-id") == ["abc-1.2:3_4"]
+    assert reply.json()["output"]["request_id"] == "abc-1.2:3_4"
+
+
+@pytest.mark.parametrize("offered", ["", "a b", "x" * 129, "<script>", "a\tb"])
+async def test_an_unfit_request_id_is_replaced(server: LocalServer, offered: str) -> None:
+    async with server.client() as http:
+        given = (await http.get("/livez", headers={"X-Request-ID": offered})).headers["x-request-id"]
+    assert given != offered
+    assert len(given) == 32
+
+
+async def test_errors_carry_the_request_id(server: LocalServer) -> None:
+    async with server.client() as http:
+        reply = await http.get("/v2/ep/status/unknown", headers={"X-Request-ID": "abc"})
+    assert reply.json()["request_id"] == "abc"
+    assert reply.headers["x-request-id"] == "abc"
+
+
+@pytest.mark.parametrize("path", ["//livez", "//v2//ep///health", "/v2/ep//health"])
+async def test_repeated_slashes_are_one(server: LocalServer, path: str) -> None:
+    async with server.client() as http:
+        request = http.build_request("GET", "http://test/")
+        request.url = request.url.copy_with(raw_path=path.encode())
+        assert (await http.send(request)).status_code == 200
+
+
+async def seen_by(app_headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.update(scope)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-request-id", b"other")]})
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/", "headers": app_headers}
+    await EdgeHeaders(app, new_id=lambda: "made")(scope, None, send)  # type: ignore[arg-type]
+    seen["sent"] = sent
+    return seen
+
+
+async def test_headers_that_only_the_server_may_set_are_dropped() -> None:
+    refused = [(b"x-request-timeout-seconds", b"0"), (b"X-Request-Disconnect-Disabled", b"?1")]
+    seen = await seen_by([*refused, (b"a", b"b")])
+    assert seen["headers"] == [(b"a", b"b"), (b"x-request-id", b"made")]
+
+
+async def test_a_reply_has_one_request_id_whoever_else_set_it() -> None:
+    seen = await seen_by([(b"x-request-id", b"mine")])
+    assert seen["sent"][0]["headers"] == [(b"x-request-id", b"mine")]
+
+
+async def test_a_trace_parent_comes_back_when_it_is_one(server: LocalServer) -> None:
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    async with server.client() as http:
+        assert (await http.get("/livez", headers={"traceparent": trace})).headers["traceparent"] == trace
+        assert "traceparent" not in (await http.get("/livez", headers={"traceparent": "x"})).headers
+
+
+def test_the_proxy_gets_the_same_edge() -> None:
+    assert [middleware.cls for middleware in proxy_middlewares()] == [EdgeHeaders]
+
+
+async def chunks(size_bytes: int) -> AsyncIterator[bytes]:
+    for _ in range(size_bytes // 100):
+        yield b"x" * 100
+
+
+@pytest.mark.parametrize(("operation", "limit_bytes"), [("run", 1000), ("runsync", 2000)])
+async def test_a_body_over_the_limit_is_413_and_names_the_way_out(
+    world: JobsWorld, operation: str, limit_bytes: int
+) -> None:
+    limits = RequestLimits(run_body_bytes_max=1000, runsync_body_bytes_max=2000)
+    server = local_server(world.jobs, world.clock, limits)
+    padding = limit_bytes - len(json.dumps({**HEALTH, "p": ""}))
+    async with server.client() as http:
+        fits = json.dumps({**HEALTH, "p": "x" * padding}).encode()
+        assert len(fits) == limit_bytes
+        assert (await http.post(f"/v2/ep/{operation}", content=fits)).status_code == 200
+        declared = await http.post(f"/v2/ep/{operation}", content=b"x" * (limit_bytes + 1))
+        streamed = await http.post(f"/v2/ep/{operation}", content=chunks(limit_bytes + 100))
+    for reply in (declared, streamed):
+        assert reply.status_code == 413
+        assert "presigned upload" in reply.json()["error"]
+
+
+def test_the_limits_are_runpods() -> None:
+    limits = RequestLimits()
+    assert (limits.run_body_bytes_max, limits.runsync_body_bytes_max) == (10 * 2**20, 20 * 2**20)
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nothing", 404), ("GET", "/v2/ep/run", 405)])
+async def test_what_the_router_refuses_is_json_too(server: LocalServer, method: str, path: str, status: int) -> None:
+    async with server.client() as http:
+        reply = await http.request(method, path)
+    assert reply.status_code == status
+    assert "json" in reply.headers["content-type"]
+    assert "status" not in reply.json()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b'"x"', b'{"input": NaN}', b'{"input": {"prompt": "\\ud800"}}', b"\xff\xfe", b"[" * 100_000],
+)
+async def test_a_body_that_is_no_json_object_is_400(server: LocalServer, body: bytes) -> None:
+    async with server.client() as http:
+        reply = await http.post("/v2/ep/run", content=body)
+    assert reply.status_code == 400
+    assert reply.json()["error_type"] == "body_invalid"
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [
+        ({}, "input"),
+        ({"input": []}, "input"),
+        ({"input": {}, "policy": {"executionTimeout": 4999}}, "policy.executionTimeout"),
+        ({"input": {}, "policy": {"ttl": 7 * 24 * 3600 * 1000 + 1}}, "policy.ttl"),
+        ({"input": {}, "webhook": "https://example.com"}, "webhook"),
+        ({"input": {}, "s3Config": {"bucketName": "b"}}, "s3Config"),
+    ],
+)
+async def test_an_envelope_that_cannot_be_honoured_is_refused_by_name(
+    server: LocalServer, body: dict[str, Any], path: str
+) -> None:
+    async with server.client() as http:
+        reply = await http.post("/v2/ep/run", json=body)
+    assert reply.status_code == 400
+    assert [problem["path"] for problem in reply.json()["validation_errors"]] == [path]
+
+
+async def test_an_unexpected_failure_is_a_500_without_its_text(server: LocalServer, caplog: Any) -> None:
+    async def broken(tenant: str | None = None, *, kind: Any = None) -> Any:
+        raise RuntimeError("http://secret?X-Amz-Signature=1")
+
+    server.jobs.counts = broken  # type: ignore[method-assign]
+    async with server.client() as http:
+        reply = await http.get("/v2/ep/health")
+    assert reply.status_code == 500
+    assert reply.json()["error_type"] == "internal_error"
+    assert "secret" not in reply.text + caplog.text
+    assert "RuntimeError" in caplog.text
+
+
+async def test_no_cors_headers_are_sent(server: LocalServer) -> None:
+    async with server.client() as http:
+        reply = await http.get("/livez", headers={"Origin": "https://example.com"})
+    assert not [name for name in reply.headers if name.startswith("access-control")]

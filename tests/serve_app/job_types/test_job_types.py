@@ -1,0 +1,420 @@
+"""What each job type answers, through /runsync."""
+
+from typing import Any
+
+import pytest
+
+from serve_app.job_types import HANDLERS
+from serve_app.testing import (
+    OTHER_KEY,
+    LocalServer,
+    picture_base64,
+    text_base64,
+    train_config,
+    upload_payload,
+)
+from storage.datasets import latest_manifest
+from storage.errors import StorageFailed
+from storage.job_state import JobKind, JobState
+from train_jobs.spec import TrainSpec
+
+OWNER = "driver-1"
+
+
+async def ask(server: LocalServer, payload: dict[str, Any], key: str | None = None) -> dict[str, Any]:
+    async with server.client(**({} if key is None else {"key": key})) as http:
+        reply = await http.post("/v2/ep/runsync", json={"input": payload})
+    assert reply.status_code == 200, reply.text
+    body: dict[str, Any] = reply.json()
+    return body
+
+
+async def done(server: LocalServer, payload: dict[str, Any], key: str | None = None) -> dict[str, Any]:
+    reply = await ask(server, payload, key)
+    assert reply["status"] == "COMPLETED", reply
+    output: dict[str, Any] = reply["output"]
+    return output
+
+
+async def refused(server: LocalServer, payload: dict[str, Any]) -> dict[str, Any]:
+    reply = await ask(server, payload)
+    assert reply["status"] == "FAILED", reply
+    assert reply["error"] == reply["output"]["error"]
+    output: dict[str, Any] = reply["output"]
+    return output
+
+
+async def trained(server: LocalServer, folder: str = "cats", **files: Any) -> str:
+    """A completed training's process id; its adapter is stored."""
+    await done(server, upload_payload(folder))
+    process_id = str((await done(server, {"type": "train", "config": train_config(folder)}))["process_id"])
+    key = server.services.keys_of("matt").lora_file(process_id, "my_lora.safetensors")
+    info = await server.store.put(key, b"weights" * 1000)
+    lora = {
+        "id": process_id,
+        "key": key,
+        "filename": "my_lora.safetensors",
+        "sha256": info.sha256,
+        "size_bytes": info.size_bytes,
+        "step": 10,
+        "format": "diffusers",
+    }
+    earlier = {**lora, "key": key.replace("my_lora", "my_lora_5"), "filename": "my_lora_5.safetensors", "step": 5}
+    await server.jobs.claim(JobKind.TRAINING, OWNER)
+    await server.jobs.start(process_id, OWNER, worker_id="w")
+    await server.jobs.complete(
+        process_id, OWNER, {"loras": [earlier, lora], "trigger_word": "ohwx", "base_model": "tiny", **files}
+    )
+    return process_id
+
+
+async def test_every_job_type_of_this_landing_is_known() -> None:
+    assert set(HANDLERS) == {
+        "health",
+        "train",
+        "train_with_yaml",
+        "generate",
+        "upload_training_data",
+        "upload_training_files",
+        "processes",
+        "process_status",
+        "cancel",
+        "lora",
+        "list_models",
+        "download",
+    }
+
+
+async def test_health_tells_what_is_broken(server: LocalServer) -> None:
+    server.store.break_down(StorageFailed("get", 4, "connection"))
+    output = await done(server, {"type": "health"})
+    assert output["status"] == "unhealthy"
+    assert output["services"]["storage"]["error"] == "storage_failed"
+    assert output["services"]["jobs"]["ok"]
+    assert output["services"]["gpu"]["device"] == "cpu"
+
+
+# --- training
+
+
+async def test_train_answers_at_once_and_leaves_a_record_that_the_driver_can_read(server: LocalServer) -> None:
+    await done(server, upload_payload("cats"))
+    output = await done(server, {"type": "train", "config": train_config()})
+    assert output["process_id"].startswith("train_")
+    assert output["status"] == "starting"
+    assert {"message", "ignored", "warnings"} <= set(output)
+    record = await server.jobs.get(output["process_id"])
+    spec = TrainSpec.model_validate(record.request)
+    manifest = await latest_manifest(server.store, server.services.keys_of("matt"), "cats")
+    assert (spec.datasets[0].dataset, spec.datasets[0].upload_id) == ("cats", manifest.upload_id)
+    assert record.state is JobState.QUEUED
+
+
+async def test_train_takes_yaml_text_under_either_name(server: LocalServer) -> None:
+    await done(server, upload_payload("cats"))
+    yaml = """
+job: extension
+config:
+  name: my_lora
+  process:
+    - type: sd_trainer
+      network: {type: lora, linear: 4, linear_alpha: 4}
+      datasets: [{folder_path: cats}]
+      train: {steps: 10, lr: 1e-4}
+      model: {name_or_path: tiny}
+"""
+    assert (await done(server, {"type": "train_with_yaml", "yaml_config": yaml}))["process_id"]
+
+
+async def test_a_training_with_wait_stays_in_progress_and_shows_how_far_it_is(server: LocalServer) -> None:
+    await done(server, upload_payload("cats"))
+    async with server.client() as http:
+        body = {"input": {"type": "train", "config": train_config(), "wait": True}}
+        job_id = (await http.post("/v2/ep/run", json=body)).json()["id"]
+        [record] = await server.jobs.claim(JobKind.TRAINING, OWNER)
+        await server.jobs.start(record.id, OWNER)
+        progress = {"step": 3, "total_steps": 10, "loss": 0.5, "eta_s": 7.0}
+        await server.jobs.heartbeat(record.id, OWNER, progress=progress)
+        reply = (await http.get(f"/v2/ep/status/{job_id}")).json()
+        assert reply["status"] == "IN_PROGRESS"
+        shown = {name: reply["output"][name] for name in ("process_id", "progress", "step", "total_steps", "eta")}
+        assert shown == {"process_id": record.id, "progress": 30.0, "step": 3, "total_steps": 10, "eta": 7.0}
+        await server.jobs.fail(record.id, OWNER, "non_finite_loss", "The loss became NaN.")
+        reply = (await http.get(f"/v2/ep/status/{job_id}")).json()
+    assert (reply["status"], reply["error"]) == ("FAILED", "The loss became NaN.")
+
+
+async def test_a_training_is_refused_before_anything_is_queued(server: LocalServer) -> None:
+    missing = await refused(server, {"type": "train", "config": train_config("nobody")})
+    assert (missing["error_type"], missing["error"]) == (
+        "dataset_not_found",
+        "Dataset 'nobody' was not found. Upload it first.",
+    )
+    unknown = await refused(server, {"type": "train", "config": train_config(model="org/unknown")})
+    assert unknown["error_type"] == "model_not_served"
+    assert "tiny" in unknown["error"]
+    both = await refused(server, {"type": "train", "config": {"config": {"process": [{"train": {"steps": -1}}]}}})
+    assert len(both["validation_errors"]) > 1
+    for payload in ({"type": "train"}, {"type": "train", "config": "a: b", "yaml_config": "a: b"}):
+        assert (await refused(server, payload))["validation_errors"][0]["path"] == "config"
+    assert sum((await server.jobs.counts()).values()) == 0
+
+
+async def test_another_tenants_dataset_does_not_exist(server: LocalServer) -> None:
+    await done(server, upload_payload("cats"), key=OTHER_KEY)
+    output = await refused(server, {"type": "train", "config": train_config("cats")})
+    assert output["error_type"] == "dataset_not_found"
+
+
+async def test_a_servers_environment_and_paths_cannot_be_asked_for(server: LocalServer) -> None:
+    output = await refused(server, {"type": "train", "config": train_config(model="/etc/passwd")})
+    assert output["error_type"] == "config_invalid"
+
+
+# --- pictures
+
+
+async def test_a_seed_left_open_is_chosen_and_recorded(server: LocalServer) -> None:
+    output = await done(server, {"prompt": "a cat", "wait": False})
+    record = await server.jobs.get(output["process_id"])
+    assert record.request["spec"]["seed"] == 1234
+    assert record.request["spec"]["model"] == "tiny"
+
+
+async def test_adapters_are_found_by_training_by_name_and_by_path(server: LocalServer) -> None:
+    process_id = await trained(server)
+    key = server.services.keys_of("matt").lora_file(process_id, "my_lora.safetensors")
+    payloads: list[dict[str, Any]] = [
+        {"loras": [{"id": process_id, "scale": 0.5}]},
+        {"loras": [{"id": "my_lora", "scale": 0.5}]},
+        {"loras": [{"path": key, "scale": 0.5}]},
+        {"loras": [{"path": f"s3://bucket/{key}", "scale": 0.5}]},
+        {"lora": {"id": process_id, "scale": 0.5}},
+    ]
+    for payload in payloads:
+        output = await done(server, {"prompt": "a cat", "wait": False, **payload})
+        [lora] = (await server.jobs.get(output["process_id"])).request["loras"]
+        assert (lora["key"], lora["scale"], len(lora["sha256"])) == (key, 0.5, 64)
+    for short in ({"lora": process_id}, {"model_path": key}):
+        output = await done(server, {"prompt": "a cat", "wait": False, **short})
+        [lora] = (await server.jobs.get(output["process_id"])).request["loras"]
+        assert (lora["key"], lora["scale"]) == (key, 1.0)
+
+
+async def test_adapters_that_cannot_be_applied_are_refused(server: LocalServer) -> None:
+    theirs = "raylora/matt2/processes/train_0123456789ab/lora/a.safetensors"
+    await server.store.put(theirs, b"x")
+    await done(server, upload_payload("cats"))
+    unfinished = (await done(server, {"type": "train", "config": train_config()}))["process_id"]
+    own = "raylora/matt/processes/train_0123456789ab/lora/a.safetensors"
+    for lora in (
+        {"id": "train_0123456789ab"},
+        {"id": unfinished},
+        {"path": theirs},
+        {"path": own},
+        {"path": "raylora/matt/../matt2/a.safetensors"},
+        {"path": "/etc/passwd"},
+    ):
+        output = await refused(server, {"prompt": "a cat", "loras": [lora]})
+        assert output["error_type"] == "lora_not_usable", lora
+
+
+async def test_what_is_not_offered_is_refused_by_name(server: LocalServer) -> None:
+    output = await refused(server, {"prompt": "a cat", "init_image": "abc", "strength": 0.5})
+    assert [problem["path"] for problem in output["validation_errors"]] == ["init_image", "strength"]
+
+
+async def test_an_unknown_field_is_a_warning(server: LocalServer) -> None:
+    output = await done(server, {"prompt": "a cat", "wait": False, "stepz": 3})
+    assert output["warnings"] == ["Unknown field 'stepz' was ignored"]
+
+
+async def test_a_generate_config_is_accepted_at_once(server: LocalServer) -> None:
+    process = {
+        "type": "to_folder",
+        "model": {"name_or_path": "tiny"},
+        "generate": {"prompts": ["a", "b"], "width": 64, "height": 64, "seed": 3},
+    }
+    config = {"job": "generate", "config": {"name": "g", "process": [process]}}
+    output = await done(server, {"type": "generate", "config": config})
+    spec = (await server.jobs.get(output["process_id"])).request["spec"]
+    assert (spec["prompts"], spec["seed"], spec["width"]) == (["a", "b"], 3, 64)
+
+
+# --- uploads
+
+
+async def test_an_upload_answers_with_every_field(server: LocalServer) -> None:
+    output = await done(server, upload_payload("cats"))
+    assert (output["uploaded_count"], output["total_images"], output["total_captions"]) == (2, 1, 1)
+    assert output["s3_path"] == "s3://bucket/raylora/matt/datasets/cats/"
+    assert output["file_types_summary"] == {".png": 1, ".txt": 1}
+    assert output["total_size_formatted"].endswith(" B")
+    assert set(output["s3_keys"]) <= set(server.store.keys())
+    assert output["warnings"] == []
+    assert {"training_name", "trigger_word", "message", "statistics", "uploaded_files", "total_size"} <= set(output)
+
+
+async def test_one_bad_file_stores_nothing_and_all_of_them_are_named(server: LocalServer) -> None:
+    files = [
+        {"filename": "ok.png", "content": picture_base64()},
+        {"filename": "broken.png", "content": text_base64("no picture")},
+        {"filename": "half.png", "content": picture_base64(64, 64)[:40]},
+        {"filename": "../up.png", "content": picture_base64()},
+        {"filename": "a.exe", "content": "AAAA"},
+        {"filename": "b.png", "content": "*** no base64 ***"},
+        {"filename": "c.png"},
+        {"filename": "d.png", "url": "http://169.254.169.254/"},
+        {"filename": "e.txt", "content": "gICA"},
+        {"filename": "f.json", "content": text_base64("{")},
+        {"filename": "OK.png", "content": picture_base64()},
+        {"filename": "manifest.json", "content": text_base64("{}")},
+    ]
+    output = await refused(server, upload_payload("cats", files=files))
+    assert [problem["path"] for problem in output["validation_errors"]] == [
+        f"files[{index}].{field}"
+        for index, field in enumerate(
+            [
+                "content",
+                "content",
+                "filename",
+                "filename",
+                "content",
+                "content",
+                "url",
+                "content",
+                "content",
+                "filename",
+                "filename",
+            ],
+            start=1,
+        )
+    ]
+    assert list(server.store.keys()) == []
+
+
+async def test_an_upload_needs_a_picture(server: LocalServer) -> None:
+    files = [{"filename": "a.txt", "content": text_base64("a")}]
+    assert (await refused(server, upload_payload("cats", files=files)))["validation_errors"][0]["path"] == "files"
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"training_name": "a/b"},
+        {"dataset_folder": "../x"},
+        {"trigger_word": "x" * 101},
+        {"files": []},
+        {"training_name": "x" * 101},
+    ],
+)
+async def test_fields_out_of_range_are_refused(server: LocalServer, field: dict[str, Any]) -> None:
+    output = await refused(server, upload_payload("cats", **field))
+    assert output["validation_errors"][0]["path"] == next(iter(field))
+
+
+async def test_an_upload_that_fails_midway_leaves_the_dataset_as_it_was(server: LocalServer) -> None:
+    keys = server.services.keys_of("matt")
+    first = (await done(server, upload_payload("cats")))["upload_id"]
+    server.store.fail("put", StorageFailed("put", 4, "connection"))
+    assert (await refused(server, upload_payload("cats")))["error_type"] == "storage_failed"
+    assert (await latest_manifest(server.store, keys, "cats")).upload_id == first
+
+
+async def test_a_new_upload_replaces_the_dataset_unless_asked_to_add(server: LocalServer) -> None:
+    keys = server.services.keys_of("matt")
+    await done(server, upload_payload("cats"))
+    more = [{"filename": "2.png", "content": picture_base64(color="blue")}]
+    server.services.clock.advance(1)  # type: ignore[attr-defined]
+    await done(server, upload_payload("cats", files=more, cleanup_existing=False))
+    added = await latest_manifest(server.store, keys, "cats")
+    assert [file.filename for file in added.files] == ["1.png", "1.txt", "2.png"]
+    server.services.clock.advance(1)  # type: ignore[attr-defined]
+    await done(server, upload_payload("cats", files=more))
+    assert [file.filename for file in (await latest_manifest(server.store, keys, "cats")).files] == ["2.png"]
+
+
+async def test_pictures_without_captions_and_captions_without_pictures_are_warnings(server: LocalServer) -> None:
+    files = [{"filename": "a.png", "content": picture_base64()}, {"filename": "b.txt", "content": text_base64("x")}]
+    output = await done(server, upload_payload("cats", files=files))
+    assert output["warnings"] == ["1 image(s) have no caption", "Caption 'b.txt' belongs to no image"]
+
+
+# --- processes and files
+
+
+async def test_processes_are_paged_newest_first_and_only_ones_own(server: LocalServer) -> None:
+    made = [(await done(server, {"prompt": p, "wait": False}))["process_id"] for p in "abcde"]
+    await done(server, {"prompt": "theirs", "wait": False}, key=OTHER_KEY)
+    seen: list[str] = []
+    cursor = None
+    while True:
+        page = await done(server, {"type": "processes", "limit": 2, "cursor": cursor})
+        seen += [process["id"] for process in page["processes"]]
+        cursor = page["next_cursor"]
+        if cursor is None:
+            break
+    assert seen == made[::-1]
+    assert {"worker_id", "environment", "data_sources"} <= set(page)
+
+
+async def test_processes_can_be_chosen_by_status_and_kind(server: LocalServer) -> None:
+    process_id = await trained(server)
+    await done(server, {"prompt": "a", "wait": False})
+    for choice in ({"status": "completed"}, {"process_type": "training"}):
+        page = await done(server, {"type": "processes", **choice})
+        assert [process["id"] for process in page["processes"]] == [process_id]
+    assert (await refused(server, {"type": "processes", "cursor": "x"}))["error_type"] == "invalid_cursor"
+
+
+async def test_process_status_of_unknown_and_foreign_processes_is_not_found(server: LocalServer) -> None:
+    process_id = (await done(server, {"prompt": "a", "wait": False}))["process_id"]
+    assert (await done(server, {"type": "process_status", "process_id": process_id}))["status"] == "starting"
+    for key, asked in ((OTHER_KEY, process_id), (None, "train_0123456789ab")):
+        assert (await done(server, {"type": "process_status", "process_id": asked}, key))["status"] == "not_found"
+
+
+async def test_cancel_stops_what_runs_and_refuses_what_does_not(server: LocalServer) -> None:
+    process_id = (await done(server, {"prompt": "a", "wait": False}))["process_id"]
+    assert "cancelled" in (await done(server, {"type": "cancel", "process_id": process_id}))["message"]
+    finished = await trained(server)
+    for asked in (finished, "train_0123456789ab"):
+        output = await refused(server, {"type": "cancel", "process_id": asked})
+        assert output["error"] == "Process not found or cannot be cancelled"
+
+
+@pytest.mark.parametrize("name", ["lora", "list_models"])
+async def test_models_are_the_adapters_of_ones_own_completed_trainings(server: LocalServer, name: str) -> None:
+    process_id = await trained(server)
+    models = (await done(server, {"type": name}))["models"]
+    assert [model["filename"] for model in models] == ["my_lora_5.safetensors", "my_lora.safetensors"]
+    assert models[1] == {
+        "id": process_id,
+        "filename": "my_lora.safetensors",
+        "name": "my_lora",
+        "process_id": process_id,
+        "path": f"s3://bucket/raylora/matt/processes/{process_id}/lora/my_lora.safetensors",
+        "s3_key": f"raylora/matt/processes/{process_id}/lora/my_lora.safetensors",
+        "size_mb": 0.01,
+        "modified_date": models[1]["modified_date"],
+        "status": "ready",
+        "trigger_word": "ohwx",
+        "base_model": "tiny",
+        "step": 10,
+        "format": "diffusers",
+    }
+    assert (await done(server, {"type": name}, key=OTHER_KEY))["models"] == []
+
+
+async def test_download_is_a_url_to_the_furthest_trained_adapter(server: LocalServer) -> None:
+    process_id = await trained(server)
+    output = await done(server, {"type": "download", "process_id": process_id})
+    assert (output["type"], output["filename"], output["size"]) == ("url", "my_lora.safetensors", 7000)
+    assert output["url"].startswith("http")
+    assert len(output["files"]) == 2
+
+
+async def test_download_says_why_there_is_nothing(server: LocalServer) -> None:
+    process_id = (await done(server, {"prompt": "a", "wait": False}))["process_id"]
+    assert (await refused(server, {"type": "download", "process_id": process_id}))["error"] == "Process not completed"
+    assert (await refused(server, {"type": "download", "process_id": "x"}))["error"] == "Process not found"

@@ -1,0 +1,108 @@
+import pickle
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from serve_app.settings import Settings, SettingsIncomplete
+from storage.settings import S3Settings
+
+
+@pytest.fixture(autouse=True)
+def _no_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in [name for name in os.environ if name.startswith("RAYLORA_")]:
+        monkeypatch.delenv(name)
+
+
+def complete(**fields: object) -> Settings:
+    return Settings(s3_access_key_id=SecretStr("id"), s3_secret_access_key=SecretStr("sec"), **fields)  # type: ignore[arg-type]
+
+
+def test_the_defaults_are_a_laptop_on_loopback() -> None:
+    settings = Settings()
+    assert (settings.host, settings.port, settings.default_model) == ("127.0.0.1", 8000, "tiny")
+    assert settings.home == Path.home() / ".raylora"
+    assert settings.uses_embedded_s3()
+    assert settings.api_key is None
+
+
+def test_arguments_go_before_environment_and_environment_before_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "raylora.toml"
+    file.write_text('port = 1\nhost = "0.0.0.0"\ns3_port = 3\n[models]\nmine = "/models/mine"\n')
+    monkeypatch.setenv("RAYLORA_CONFIG", str(file))
+    monkeypatch.setenv("RAYLORA_PORT", "2")
+    monkeypatch.setenv("RAYLORA_HOST", "10.0.0.1")
+    settings = Settings(host="10.0.0.2", default_model="mine")
+    assert (settings.s3_port, settings.port, settings.host) == (3, 2, "10.0.0.2")
+    assert settings.models == {"mine": "/models/mine"}
+
+
+def test_the_file_may_be_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "raylora.yaml"
+    file.write_text("port: 7\nlimits: {wait_max_s: 60}\n")
+    monkeypatch.setenv("RAYLORA_CONFIG", str(file))
+    assert (Settings().port, Settings().limits.wait_max_s) == (7, 60)
+
+
+def test_an_unknown_field_of_the_file_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "raylora.toml"
+    file.write_text("prot = 1\n")
+    monkeypatch.setenv("RAYLORA_CONFIG", str(file))
+    with pytest.raises(ValidationError, match="prot"):
+        Settings()
+
+
+def test_a_named_file_that_is_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYLORA_CONFIG", "/nowhere/raylora.toml")
+    with pytest.raises(SettingsIncomplete):
+        Settings()
+
+
+def test_the_default_model_must_be_one_of_the_models() -> None:
+    with pytest.raises(ValidationError):
+        Settings(default_model="other")
+
+
+def test_nothing_can_be_changed_later() -> None:
+    with pytest.raises(ValidationError):
+        Settings().port = 1  # type: ignore[misc]
+
+
+def test_secrets_show_neither_in_text_nor_in_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = complete(api_key=SecretStr("open-sesame"))
+    assert "open-sesame" not in repr(settings) + str(settings.s3())
+    monkeypatch.setenv("RAYLORA_PORT", "open-sesame")
+    with pytest.raises(ValidationError) as refused:
+        Settings()
+    assert "open-sesame" not in str(refused.value)
+
+
+def test_settings_travel_to_replicas_whole() -> None:
+    settings = complete(api_key=SecretStr("k"), port=8123)
+    again = pickle.loads(pickle.dumps(settings))  # noqa: S301 our own bytes
+    assert again == settings
+    assert again.api_key.get_secret_value() == "k"
+
+
+def test_without_credentials_there_is_no_storage() -> None:
+    with pytest.raises(SettingsIncomplete):
+        Settings().s3()
+
+
+def test_the_stacks_own_server_is_handed_over_whole() -> None:
+    s3 = S3Settings(
+        endpoint_url="http://127.0.0.1:9000", bucket="b", access_key_id=SecretStr("i"), secret_access_key=SecretStr("s")
+    )
+    settings = Settings().with_s3(s3)
+    assert settings.s3() == s3
+    assert not settings.uses_embedded_s3()
+    assert settings.jobs_config().s3 == s3
+
+
+def test_records_are_below_home_unless_a_database_is_named(tmp_path: Path) -> None:
+    assert complete(home=tmp_path).jobs_config().records.url == f"sqlite:///{tmp_path}/records.db"
+    assert complete(records_url="postgresql://db/x").records().url == "postgresql://db/x"

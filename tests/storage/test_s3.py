@@ -1,0 +1,210 @@
+"""What holds for every operation of the S3 store, without an S3 server."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from storage.breaker import BreakerOpenError, BreakerSnapshot, BreakerState, Outcome
+from storage.errors import InvalidKey, StorageMisconfigured, StorageTimeout, StorageUnavailable
+from storage.objects import ObjectStore, PutItem
+from storage.s3 import S3Store
+from storage.settings import MIB, S3Settings
+
+Operation = Callable[[S3Store, Path], Coroutine[Any, Any, Any]]
+
+OPERATIONS: dict[str, Operation] = {
+    "put": lambda store, _: store.put("a", b"1"),
+    "put_many": lambda store, _: store.put_many([PutItem("a", b"1")]),
+    "get": lambda store, _: store.get("a"),
+    "head": lambda store, _: store.head("a"),
+    "exists": lambda store, _: store.exists("a"),
+    "delete": lambda store, _: store.delete("a"),
+    "delete_many": lambda store, _: store.delete_many(["a"]),
+    "list": lambda store, _: store.list("a/"),
+    "copy": lambda store, _: store.copy("a", "b"),
+    "upload_file": lambda store, path: store.upload_file(path, "a"),
+    "download_file": lambda store, path: store.download_file("a", path.with_name("target")),
+    "presign_get": lambda store, _: store.presign_get("a"),
+    "presign_put": lambda store, _: store.presign_put("a"),
+    "health": lambda store, _: store.health(),
+    "ensure_bucket": lambda store, _: store.ensure_bucket(),
+}
+LIFECYCLE = {"aclose"}
+
+
+class RecordingGate:
+    """Admits every call as a probe, or none."""
+
+    def __init__(self, *, is_open: bool) -> None:
+        self.is_open = is_open
+        self.is_probe = True
+        self.outcomes: list[Outcome] = []
+
+    async def admit(self) -> RecordingGate:
+        if self.is_open:
+            raise BreakerOpenError(42)
+        return self
+
+    def settle(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+
+    def snapshot(self) -> BreakerSnapshot:
+        return BreakerSnapshot(BreakerState.OPEN if self.is_open else BreakerState.HALF_OPEN, 0, 0, 42)
+
+
+async def no_wait(_: float) -> None:
+    return None
+
+
+@pytest.fixture
+async def silent_port() -> AsyncIterator[int]:
+    """A server that accepts, reads and never answers."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        while await reader.read(65536):
+            continue
+
+    server = await asyncio.start_server(swallow, "127.0.0.1", 0)
+    yield server.sockets[0].getsockname()[1]
+    for writer in writers:
+        writer.close()
+    server.close()
+    await server.wait_closed()
+
+
+def store_at(port: int, gate: RecordingGate, **changes: Any) -> S3Store:
+    values = {
+        "endpoint_url": f"http://127.0.0.1:{port}",
+        "access_key_id": SecretStr("key"),
+        "secret_access_key": SecretStr("secret"),
+        **changes,
+    }
+    return S3Store(S3Settings.model_validate(values), gate=gate, sleep=no_wait)
+
+
+@pytest.fixture
+def small_file(tmp_path: Path) -> Path:
+    path = tmp_path / "source"
+    path.write_bytes(b"1")
+    return path
+
+
+def test_the_operations_listed_here_are_all_there_are() -> None:
+    public = {
+        name for name, member in inspect.getmembers(S3Store, inspect.iscoroutinefunction) if not name.startswith("_")
+    }
+
+    assert public - LIFECYCLE == set(OPERATIONS)
+    assert set(OPERATIONS) == {name for name in vars(ObjectStore) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+async def test_an_open_breaker_stops_every_operation_before_it_calls(name: str, small_file: Path) -> None:
+    gate = RecordingGate(is_open=True)
+    async with store_at(9, gate) as store:
+        if name == "health":
+            health = await store.health()
+            assert (health.ok, health.breaker, health.retry_after_s) == (False, "open", 42)
+            assert health.detail == "storage_unavailable"
+        elif name == "put_many":
+            (outcome,) = await store.put_many([PutItem("a", b"1")])
+            assert isinstance(outcome.error, StorageUnavailable)
+        else:
+            with pytest.raises(StorageUnavailable) as rejected:
+                await OPERATIONS[name](store, small_file)
+            assert rejected.value.retry_after_s == 42
+    assert gate.outcomes == []
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+async def test_every_operation_has_timed_attempts_that_are_retried_and_counted(
+    name: str, small_file: Path, silent_port: int
+) -> None:
+    gate = RecordingGate(is_open=False)
+    async with store_at(silent_port, gate, attempts_max=2, attempt_timeout_s=0.05) as store:
+        if name == "health":
+            assert (await store.health()).detail == "storage_timeout"
+        elif name == "put_many":
+            (outcome,) = await store.put_many([PutItem("a", b"1")])
+            assert isinstance(outcome.error, StorageTimeout)
+        else:
+            with pytest.raises(StorageTimeout):
+                await OPERATIONS[name](store, small_file)
+    assert gate.outcomes == [Outcome.FAILURE, Outcome.FAILURE]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+async def test_every_operation_has_a_deadline(name: str, small_file: Path, silent_port: int) -> None:
+    gate = RecordingGate(is_open=False)
+    bounds = {"deadline_s": 0.05, "health_deadline_s": 0.05, "throughput_min_bytes_per_s": 1024 * MIB}
+    async with store_at(silent_port, gate, **bounds) as store:
+        if name == "health":
+            assert (await store.health()).detail == "storage_timeout"
+        elif name == "put_many":
+            (outcome,) = await store.put_many([PutItem("a", b"1")])
+            assert isinstance(outcome.error, StorageTimeout)
+        else:
+            with pytest.raises(StorageTimeout):
+                await OPERATIONS[name](store, small_file)
+    assert gate.outcomes == [Outcome.FAILURE]
+
+
+async def test_signing_asks_nobody_while_the_breaker_is_closed(silent_port: int) -> None:
+    gate = RecordingGate(is_open=False)
+    gate.is_probe = False
+    async with store_at(silent_port, gate) as store:
+        url = await store.presign_get("a/b", filename='Фото "1".png')
+
+    assert url.startswith(f"http://127.0.0.1:{silent_port}/raylora/a/b?")
+    assert gate.outcomes == [Outcome.NEUTRAL]
+
+
+async def test_urls_are_signed_for_the_address_that_others_reach() -> None:
+    gate = RecordingGate(is_open=False)
+    gate.is_probe = False
+    async with store_at(9, gate, public_endpoint_url="https://files.example.org") as store:
+        assert (await store.presign_put("a")).startswith("https://files.example.org/raylora/a?")
+
+
+@pytest.mark.parametrize("expires_s", [0, -1, 7 * 24 * 3600 + 1])
+async def test_an_expiry_that_no_server_accepts_is_refused(expires_s: int) -> None:
+    async with store_at(9, RecordingGate(is_open=False)) as store:
+        with pytest.raises(ValueError, match="expires_s"):
+            await store.presign_get("a", expires_s=expires_s)
+
+
+@pytest.mark.parametrize("name", ["put", "get", "head", "delete", "presign_get", "presign_put"])
+async def test_a_key_that_some_server_cannot_hold_is_never_sent(name: str) -> None:
+    gate = RecordingGate(is_open=False)
+    async with store_at(9, gate) as store:
+        with pytest.raises(InvalidKey):
+            await (store.put("../x", b"1") if name == "put" else getattr(store, name)("../x"))
+    assert gate.outcomes == []
+
+
+async def test_a_call_that_rclone_would_misunderstand_is_refused_before_it_is_sent() -> None:
+    async with store_at(9, RecordingGate(is_open=False)) as store:
+        client = await store._clients.internal()
+        for call in (
+            client.put_object_acl(Bucket="b", Key="k", ACL="private"),
+            client.put_object_tagging(Bucket="b", Key="k", Tagging={"TagSet": []}),
+            client.delete_object_tagging(Bucket="b", Key="k"),
+        ):
+            with pytest.raises(StorageMisconfigured):
+                await call
+
+
+@pytest.mark.parametrize("missing", ["access_key_id", "secret_access_key"])
+async def test_a_local_server_without_keys_is_a_misconfiguration(missing: str) -> None:
+    async with store_at(9, RecordingGate(is_open=False), **{missing: None}) as store:
+        with pytest.raises(StorageMisconfigured):
+            await store.head("a")

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from storage.breaker import BreakerOpenError, BreakerState, CircuitBreaker, Outcome
+from storage.shared_breaker import (
+    RemoteUnreachableError,
+    Report,
+    SharedBreaker,
+    SharedGate,
+    SharedPermit,
+    SharedState,
+)
+
+THRESHOLD, RECOVERY_S, PROBE_TIMEOUT_S = 3, 60.0, 20.0
+
+
+class Cluster:
+    """A shared breaker and the way to it, which can be cut."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.reachable = True
+        self.admissions_asked = 0
+        self.shared = SharedBreaker(self.breaker(), "first")
+
+    def breaker(self) -> CircuitBreaker:
+        return CircuitBreaker(THRESHOLD, RECOVERY_S, PROBE_TIMEOUT_S, clock=lambda: self.now)
+
+    def gate(self) -> SharedGate:
+        return SharedGate(self.breaker(), self, sync_interval_s=1, clock=lambda: self.now)
+
+    async def report(self, reports: Sequence[Report]) -> SharedState:
+        self._check()
+        return self.shared.report(reports)
+
+    async def admit(self) -> SharedPermit | SharedState:
+        self._check()
+        self.admissions_asked += 1
+        return self.shared.admit()
+
+    def _check(self) -> None:
+        if not self.reachable:
+            raise RemoteUnreachableError
+
+
+@pytest.fixture
+def cluster() -> Cluster:
+    return Cluster()
+
+
+async def fail(gate: SharedGate, times: int) -> None:
+    for _ in range(times):
+        (await gate.admit()).settle(Outcome.FAILURE)
+
+
+async def open_everywhere(cluster: Cluster, *gates: SharedGate) -> None:
+    for gate in gates:
+        await gate.sync()
+    await fail(gates[0], THRESHOLD)
+    for gate in gates:
+        await gate.sync()
+
+
+async def test_a_node_obeys_what_other_nodes_found_out(cluster: Cluster) -> None:
+    one, other = cluster.gate(), cluster.gate()
+
+    await open_everywhere(cluster, one, other)
+
+    with pytest.raises(BreakerOpenError) as rejected:
+        await other.admit()
+    assert rejected.value.retry_after_s == RECOVERY_S
+    assert other.snapshot().state is BreakerState.OPEN
+
+
+async def test_failures_of_several_nodes_add_up(cluster: Cluster) -> None:
+    one, other = cluster.gate(), cluster.gate()
+    await one.sync()
+    await other.sync()
+    await fail(one, 2)
+    await fail(other, 1)
+
+    await one.sync()
+    await other.sync()
+
+    with pytest.raises(BreakerOpenError):
+        await other.admit()
+
+
+async def test_of_many_nodes_exactly_one_probes(cluster: Cluster) -> None:
+    gates = [cluster.gate() for _ in range(20)]
+    await open_everywhere(cluster, *gates)
+    cluster.now += RECOVERY_S
+
+    results = await asyncio.gather(*(gate.admit() for gate in gates), return_exceptions=True)
+
+    admitted = [result for result in results if not isinstance(result, BreakerOpenError)]
+    assert len(admitted) == 1
+
+
+async def test_after_its_probe_succeeded_a_node_goes_on_at_once_and_the_others_after_a_sync(cluster: Cluster) -> None:
+    one, other = cluster.gate(), cluster.gate()
+    await open_everywhere(cluster, one, other)
+    cluster.now += RECOVERY_S
+    probe = await one.admit()
+    with pytest.raises(BreakerOpenError):
+        await other.admit()
+
+    probe.settle(Outcome.SUCCESS)
+
+    assert probe.is_probe
+    assert not (await one.admit()).is_probe
+    await one.sync()
+    await other.sync()
+    assert not (await other.admit()).is_probe
+
+
+async def test_a_failed_probe_keeps_every_node_out(cluster: Cluster) -> None:
+    one, other = cluster.gate(), cluster.gate()
+    await open_everywhere(cluster, one, other)
+    cluster.now += RECOVERY_S
+
+    (await one.admit()).settle(Outcome.FAILURE)
+    await one.sync()
+    await other.sync()
+
+    for gate in (one, other):
+        with pytest.raises(BreakerOpenError):
+            await gate.admit()
+
+
+async def test_a_cancelled_probe_leaves_its_place_to_another_node(cluster: Cluster) -> None:
+    one, other = cluster.gate(), cluster.gate()
+    await open_everywhere(cluster, one, other)
+    cluster.now += RECOVERY_S
+
+    (await one.admit()).settle(Outcome.NEUTRAL)
+    await one.sync()
+
+    assert (await other.admit()).is_probe
+
+
+async def test_without_the_shared_breaker_the_local_one_decides(cluster: Cluster) -> None:
+    cluster.reachable = False
+    gate = cluster.gate()
+    await gate.sync()
+
+    await fail(gate, THRESHOLD)
+
+    with pytest.raises(BreakerOpenError):
+        await gate.admit()
+    cluster.now += RECOVERY_S
+    assert (await gate.admit()).is_probe
+
+
+async def test_a_shared_breaker_that_vanishes_while_open_locks_nobody_out(cluster: Cluster) -> None:
+    one, other = cluster.gate(), cluster.gate()
+    await open_everywhere(cluster, one, other)
+    cluster.reachable = False
+
+    await other.sync()
+
+    assert not (await other.admit()).is_probe
+
+
+async def test_a_node_that_wants_to_probe_and_reaches_nobody_probes_for_itself(cluster: Cluster) -> None:
+    gate = cluster.gate()
+    await open_everywhere(cluster, gate)
+    cluster.now += RECOVERY_S
+    cluster.reachable = False
+
+    assert (await gate.admit()).is_probe
+
+
+async def test_a_shared_breaker_that_started_anew_is_believed(cluster: Cluster) -> None:
+    one, other = cluster.gate(), cluster.gate()
+    await open_everywhere(cluster, one, other)
+    cluster.shared = SharedBreaker(cluster.breaker(), "second")
+
+    await other.sync()
+
+    assert not (await other.admit()).is_probe
+
+
+async def test_outcomes_from_before_a_new_start_are_dropped(cluster: Cluster) -> None:
+    gate = cluster.gate()
+    await gate.sync()
+    await fail(gate, THRESHOLD)
+    cluster.shared = SharedBreaker(cluster.breaker(), "second")
+
+    await gate.sync()
+
+    assert cluster.shared.report([]).breaker.state is BreakerState.CLOSED
+
+
+async def test_a_closed_breaker_is_not_asked_before_a_call(cluster: Cluster) -> None:
+    gate = cluster.gate()
+    await gate.sync()
+
+    for _ in range(10):
+        (await gate.admit()).settle(Outcome.SUCCESS)
+
+    assert cluster.admissions_asked == 0
+
+
+async def test_failures_are_reported_without_waiting_for_the_interval(cluster: Cluster) -> None:
+    gate = SharedGate(cluster.breaker(), cluster, sync_interval_s=3600, clock=lambda: cluster.now)
+    reporting = asyncio.create_task(gate.run())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+    await fail(gate, THRESHOLD)
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+    assert cluster.shared.report([]).breaker.state is BreakerState.OPEN
+    reporting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reporting

@@ -1,0 +1,325 @@
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from diffusion.images import read_settings
+from diffusion.lora import read_lora
+from storage.datasets import write_dataset
+from storage.keys import Keys
+from storage.loop_thread import LoopThread
+from storage.settings import BreakerSettings, S3Settings
+from storage.testing import InMemoryStore
+from train_jobs.artifacts import Artifacts
+from train_jobs.board import StopReason
+from train_jobs.errors import ConfigInvalid, DatasetEmpty
+from train_jobs.local_datasets import upload_local_datasets, upload_names
+from train_jobs.loop import Alone, Progress
+from train_jobs.spec import TrainSpec, spec_from_json
+from train_jobs.worker import BoardReporter, Training, WorkerConfig
+
+JOB = "train_0123456789ab"
+KEYS = Keys("raylora", "default")
+NOW = datetime(2026, 11, 21, tzinfo=UTC)
+
+
+class Told:
+    """A reporter that remembers, and asks to stop at a step."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.stages: list[str] = []
+        self.steps: list[int] = []
+        self.stop_reason: StopReason | None = None
+        self._stop_at = stop_at
+
+    def stage(self, name: str, **details: Any) -> None:
+        self.stages.append(name)
+        if self._stop_at == 0:
+            self.stop_reason = "cancelled"
+
+    def progress(self, progress: Progress) -> None:
+        self.steps.append(progress.step)
+        if progress.step + 1 == self._stop_at:
+            self.stop_reason = "cancelled"
+
+
+@pytest.fixture
+def store() -> InMemoryStore:
+    return InMemoryStore()
+
+
+@pytest.fixture
+def runner() -> Iterator[LoopThread]:
+    thread = LoopThread("test")
+    yield thread
+    thread.stop()
+
+
+@pytest.fixture
+def spec(store: InMemoryStore, runner: LoopThread, write_pictures: Callable[..., Path]) -> TrainSpec:
+    folder = write_pictures((32, 32), (32, 32), (32, 16))
+    files = [(path.name, path, None) for path in sorted(folder.iterdir())]
+    runner.run_blocking(write_dataset(store, KEYS, "cats", files, now=NOW))
+    return spec_from_json(
+        TrainSpec,
+        {
+            "name": "my_lora",
+            "model": "tiny",
+            "datasets": [{"dataset": "cats", "resolutions_px": [32], "bucket_step_px": 8, "trigger_word": "ohwx"}],
+            "network": {"rank": 2, "alpha": 4},
+            "train": {"steps": 4, "batch_size": 2, "learning_rate": 1e-2, "dtype": "bf16"},
+            "save": {"every_steps": 2, "keep": 1, "dtype": "fp16"},
+            "sample": {
+                "previews": [{"prompt": "ohwx a cat"}, {"prompt": "a dog", "seed": 9}],
+                "every_steps": 2,
+                "width_px": 16,
+                "height_px": 16,
+                "steps": 2,
+                "walk_seed": True,
+                "format": "png",
+            },
+            "trigger_word": "ohwx",
+        },
+    )
+
+
+@pytest.fixture
+def train(
+    store: InMemoryStore, runner: LoopThread, model_folder: Path, tmp_path: Path
+) -> Callable[..., dict[str, Any]]:
+    count = iter(range(100))
+
+    def run(spec: TrainSpec, reporter: Told | None = None, *, reports: list[Any] | None = None) -> dict[str, Any]:
+        scratch = tmp_path / f"scratch-{next(count)}"
+        scratch.mkdir()
+        config = WorkerConfig(
+            process_id=JOB,
+            tenant="default",
+            spec=spec.model_dump(mode="json"),
+            models={"tiny": str(model_folder)},
+            paths_allowed=False,
+            s3=S3Settings(),
+            breaker=BreakerSettings(),
+            use_gpu=False,
+        )
+        return Training(
+            config,
+            Artifacts(store, runner, KEYS, JOB, scratch),
+            scratch,
+            torch.device("cpu"),
+            Alone(),
+            reporter or Told(),
+            agree=lambda value: value,
+            report_to_train=(reports if reports is not None else []).append,
+        ).run()
+
+    return run
+
+
+def _get(store: InMemoryStore, key: str) -> bytes:
+    return asyncio.run(store.get(key))
+
+
+def _keys(store: InMemoryStore, part: str) -> list[str]:
+    return [key for key in list(store.keys()) if part in key]
+
+
+def test_a_training_stores_its_adapter_previews_checkpoints_and_losses(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec, store: InMemoryStore, tmp_path: Path
+) -> None:
+    told, reports = Told(), list[Any]()
+    output = train(spec, told, reports=reports)["output"]
+    assert told.steps == [1, 2, 3, 4]
+    assert [name for i, name in enumerate(told.stages) if i == 0 or told.stages[i - 1] != name] == [
+        "dataset", "model", "caching", "sampling", "training", "sampling", "training", "sampling", "training", "saving",
+    ]  # fmt: skip
+    assert [report["step"] for report in reports] == [2, 4]
+    [lora] = output["loras"]
+    path = tmp_path / "my_lora.safetensors"
+    path.write_bytes(_get(store, lora["key"]))
+    read = read_lora(path)
+    assert (read.rank, set(read.alphas.values())) == (2, {4.0})
+    assert read.metadata["modelspec.trigger_phrase"] == "ohwx"
+    assert all(tensor.dtype == torch.float16 for tensor in read.state.values())
+    assert any(bool((t != 0).any()) for name, t in read.state.items() if "lora_B" in name)
+    assert lora["size_bytes"] == path.stat().st_size
+    assert (lora["id"], lora["filename"], lora["step"]) == (JOB, "my_lora.safetensors", 4)
+    assert [(s["step"], s["index"], s["seed"]) for s in output["samples"]] == [
+        (0, 0, 42), (0, 1, 9), (2, 0, 42), (2, 1, 9), (4, 0, 42), (4, 1, 9),
+    ]  # fmt: skip
+    first = _get(store, output["samples"][0]["key"])
+    assert Image.open(io.BytesIO(first)).size == (16, 16)
+    assert (read_settings(first) or {})["prompt"] == "ohwx a cat"
+    assert [c["step"] for c in output["checkpoints"]] == [4]
+    assert len(_keys(store, "/checkpoints/")) == 3
+    assert [step for step, _ in json.loads(_get(store, output["loss_key"]))] == [1, 2, 3, 4]
+    assert (output["steps"], output["base_model"], output["trigger_word"]) == (4, "tiny", "ohwx")
+    json.dumps(output)
+
+
+def test_a_stopped_training_keeps_its_last_step_and_continues_from_it(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec, store: InMemoryStore, tmp_path: Path
+) -> None:
+    quiet = spec.model_copy(update={"sample": spec.sample.model_copy(update={"previews": ()})})
+    stopped = train(quiet, Told(stop_at=3))
+    assert stopped["stopped"] == "cancelled"
+    assert [c["step"] for c in stopped["output"]["checkpoints"]] == [3]
+    told = Told()
+    continued = train(quiet, told)["output"]
+    assert told.steps == [4]
+    adapter = _get(store, continued["loras"][0]["key"])
+    for key in _keys(store, f"/{JOB}/"):
+        asyncio.run(store.delete(key))
+    unbroken = train(quiet)["output"]
+    assert continued["final_loss"] == pytest.approx(unbroken["final_loss"])
+    for name, data in (("a", adapter), ("b", _get(store, unbroken["loras"][0]["key"]))):
+        (tmp_path / f"{name}.safetensors").write_bytes(data)
+    a, b = (read_lora(tmp_path / f"{name}.safetensors").state for name in "ab")
+    assert max(float((a[name] - b[name]).abs().max()) for name in b) <= 1e-3
+
+
+def test_a_training_continues_on_the_upload_it_began_with(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec, store: InMemoryStore, runner: LoopThread
+) -> None:
+    quiet = spec.model_copy(update={"sample": spec.sample.model_copy(update={"previews": ()})})
+    train(quiet, Told(stop_at=2))
+    later = datetime(2026, 11, 22, tzinfo=UTC)
+    runner.run_blocking(write_dataset(store, KEYS, "cats", [("a.png", b"not a picture", None)], now=later))
+    assert "output" in train(quiet)
+
+
+def test_a_training_asked_to_stop_while_it_prepares_has_nothing_to_keep(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec
+) -> None:
+    result = train(spec, Told(stop_at=0))
+    assert result == {"stopped": "cancelled", "output": {"steps": 0, "samples": [], "checkpoints": []}}
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"datasets": [{"dataset": "dogs"}]}, "dataset_not_found"),
+        ({"model": "missing"}, "model_not_available"),
+        ({"sample": {"previews": [{"prompt": "a"}], "width_px": 17}}, "config_invalid"),
+        ({"sample": {"previews": [{"prompt": "a"}], "width_px": 16, "scheduler": "no"}}, "config_invalid"),
+    ],
+)
+def test_a_request_that_cannot_work_is_a_failure_and_not_an_exception(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec, change: dict[str, Any], code: str
+) -> None:
+    failure = train(spec_from_json(TrainSpec, spec.model_dump() | change))["failure"]
+    assert (failure["code"], failure["retryable"]) == (code, False)
+
+
+def test_broken_pictures_are_named(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec, store: InMemoryStore, runner: LoopThread
+) -> None:
+    files = [("a.png", b"not a picture", None)]
+    runner.run_blocking(write_dataset(store, KEYS, "bad", files, now=NOW))
+    failure = train(spec_from_json(TrainSpec, spec.model_dump() | {"datasets": [{"dataset": "bad"}]}))["failure"]
+    assert failure["code"] == "image_unreadable"
+    assert "a.png" in failure["message"]
+
+
+def test_half_a_checkpoint_is_not_continued_from(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec, store: InMemoryStore
+) -> None:
+    asyncio.run(store.put(KEYS.checkpoint_file(JOB, 3, "adapter.safetensors"), b"half"))
+    told = Told()
+    assert "output" in train(spec, told)
+    assert told.steps == [1, 2, 3, 4]
+
+
+def test_reports_go_out_from_a_thread_and_bring_the_reason_to_stop() -> None:
+    sent: list[dict[str, Any]] = []
+    arrived = threading.Event()
+
+    def exchange(progress: dict[str, Any]) -> StopReason | None:
+        sent.append(progress)
+        arrived.set()
+        return "timed_out"
+
+    reporter = BoardReporter(exchange, interval_s=0.001).start()
+    assert arrived.wait(10)
+    reporter.stage("saving")
+    reporter.close()
+    assert reporter.stop_reason == "timed_out"
+    assert sent[-1]["stage"] == "saving"
+
+
+def test_a_driver_that_is_gone_stops_the_work() -> None:
+    def exchange(_: dict[str, Any]) -> StopReason | None:
+        raise RayActorError
+
+    reporter = BoardReporter(exchange, interval_s=0.001).start()
+    reporter.close()
+    assert reporter.stop_reason == "interrupted"
+
+
+def test_a_driver_that_is_slow_does_not_stop_the_work() -> None:
+    answers: Iterator[StopReason | Exception] = iter([GetTimeoutError(), "cancelled"])
+    asked_twice = threading.Event()
+
+    def exchange(_: dict[str, Any]) -> StopReason | None:
+        answer = next(answers, "cancelled")
+        if isinstance(answer, Exception):
+            raise answer
+        asked_twice.set()
+        return answer
+
+    reporter = BoardReporter(exchange, interval_s=0.001).start()
+    assert asked_twice.wait(10)
+    reporter.close()
+    assert reporter.stop_reason == "cancelled"
+
+
+def test_files_of_a_local_folder_get_plain_names_and_stay_in_pairs(tmp_path: Path) -> None:
+    for name in ("a.PNG", "a.txt", "sub/a.png", "ü ß.jpg", "ü ß.txt", "sub/b.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    names = [name for name, _ in upload_names(tmp_path, ".txt")]
+    assert sorted(names) == ["_ _.jpg", "_ _.txt", "a.png", "a.txt", "sub_a.png"]
+
+
+async def test_local_folders_are_uploaded_and_pinned(
+    store: InMemoryStore, spec: TrainSpec, write_pictures: Callable[..., Path]
+) -> None:
+    folder = write_pictures((8, 8), name="my cats")
+    local = spec_from_json(
+        TrainSpec, spec.model_dump() | {"datasets": [{"local_path": str(folder)}]}, paths_allowed=True
+    )
+    uploaded = await upload_local_datasets(store, KEYS, local, now=NOW)
+    assert uploaded.is_remote_safe()
+    assert uploaded.datasets[0].dataset == "my_cats"
+    assert uploaded.datasets[0].upload_id is not None
+    assert [key.rsplit("/")[-1] for key in list(store.keys()) if "my_cats" in key] == [
+        "manifest.json",
+        "p0.png",
+        "p0.txt",
+    ]
+
+
+async def test_a_local_folder_that_is_missing_or_empty_is_an_error(
+    store: InMemoryStore, spec: TrainSpec, tmp_path: Path
+) -> None:
+    def local(path: Path) -> TrainSpec:
+        value = spec.model_dump() | {"datasets": [{"local_path": str(path)}]}
+        return spec_from_json(TrainSpec, value, paths_allowed=True)
+
+    with pytest.raises(ConfigInvalid):
+        await upload_local_datasets(store, KEYS, local(tmp_path / "missing"), now=NOW)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetEmpty):
+        await upload_local_datasets(store, KEYS, local(tmp_path / "empty"), now=NOW)

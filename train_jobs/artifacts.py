@@ -1,0 +1,138 @@
+"""What a training reads from and writes to the object store."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import mimetypes
+from collections.abc import Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from storage.datasets import DatasetManifest, DatasetNotFound, latest_manifest
+from storage.keys import Keys
+from storage.objects import ObjectStore
+from train_jobs import checkpoint
+from train_jobs.spec import DatasetSpec
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Runner(Protocol):
+    """Runs a coroutine to its end from code without an event loop: `storage.loop_thread.LoopThread` is one."""
+
+    def run_blocking(self, work: Coroutine[Any, Any, T]) -> T: ...
+
+
+class Artifacts:
+    """One training's objects. Every method blocks and raises StorageError.
+
+    `scratch` is a folder on this node, which the node's storage actor reads and writes too.
+    """
+
+    def __init__(self, store: ObjectStore, runner: Runner, keys: Keys, process_id: str, scratch: Path) -> None:
+        self._store = store
+        self._runner = runner
+        self._keys = keys
+        self._process_id = process_id
+        self._scratch = scratch
+
+    def dataset(self, spec: DatasetSpec, index: int, pinned_upload: str | None) -> tuple[Path, DatasetManifest]:
+        """Download a dataset into a folder of its own, each file verified by its sha256.
+
+        `pinned_upload` is the upload that a continued training began with; when it is gone, the newest is used.
+        Raises DatasetNotFound.
+        """
+        manifest = self._manifest(spec, pinned_upload)
+        folder = self._scratch / f"dataset-{index}"
+        folder.mkdir(parents=True)
+        for file in manifest.files:
+            target = folder / file.filename
+            self._runner.run_blocking(self._store.download_file(file.key, target, expected_sha256=file.sha256))
+        return folder, manifest
+
+    def _manifest(self, spec: DatasetSpec, pinned_upload: str | None) -> DatasetManifest:
+        name = spec.dataset or ""
+        upload = spec.upload_id or pinned_upload
+        try:
+            return self._runner.run_blocking(latest_manifest(self._store, self._keys, name, upload_id=upload))
+        except DatasetNotFound:
+            if spec.upload_id is not None or pinned_upload is None:
+                raise
+            logger.warning("the upload this training began with is gone; its dataset's newest upload is used")
+            return self._runner.run_blocking(latest_manifest(self._store, self._keys, name))
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending: those whose last file is there."""
+        prefix = self._keys.checkpoints_prefix(self._process_id)
+        names: dict[int, set[str]] = {}
+        for info in self._runner.run_blocking(self._store.list(prefix)):
+            step, _, name = info.key.removeprefix(prefix).partition("/")
+            if step.isdigit():
+                names.setdefault(int(step), set()).add(name)
+        return sorted(step for step, found in names.items() if found >= set(checkpoint.FILES))
+
+    def fetch_checkpoint(self, step: int) -> Path:
+        """Download one into a folder."""
+        folder = self._scratch / f"checkpoint-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in checkpoint.FILES:
+            key = self._keys.checkpoint_file(self._process_id, step, name)
+            self._runner.run_blocking(self._store.download_file(key, folder / name))
+        return folder
+
+    def store_checkpoint(self, step: int, paths: Sequence[Path], *, keep: int) -> None:
+        """Upload one, its last file last, then delete all but the newest `keep`."""
+        for path in paths:
+            key = self._keys.checkpoint_file(self._process_id, step, path.name)
+            self._runner.run_blocking(self._store.upload_file(path, key))
+        for old in checkpoint.steps_to_prune(self.checkpoint_steps(), keep=keep):
+            # Last file first: a checkpoint is whole or not listed.
+            for name in reversed(checkpoint.FILES):
+                self._runner.run_blocking(self._store.delete(self._keys.checkpoint_file(self._process_id, old, name)))
+
+    def checkpoints(self) -> list[dict[str, Any]]:
+        """For the job's output: each kept checkpoint's step and keys."""
+        return [
+            {
+                "step": step,
+                "keys": [self._keys.checkpoint_file(self._process_id, step, name) for name in checkpoint.FILES],
+            }
+            for step in self.checkpoint_steps()
+        ]
+
+    def store_sample(self, step: int, index: int, extension: str, data: bytes, content_type: str) -> str:
+        """Store a preview. Returns its key."""
+        key = self._keys.sample_image(self._process_id, step, index, extension)
+        self._runner.run_blocking(self._store.put(key, data, content_type=content_type))
+        return key
+
+    def store_lora(self, path: Path, *, step: int) -> dict[str, Any]:
+        """Store the finished adapter. Returns its entry of the job's output."""
+        key = self._keys.lora_file(self._process_id, path.name)
+        info = self._runner.run_blocking(self._store.upload_file(path, key))
+        with path.open("rb") as file:
+            sha256 = info.sha256 or hashlib.file_digest(file, "sha256").hexdigest()
+        return {
+            "id": self._process_id,
+            "key": key,
+            "filename": path.name,
+            "sha256": sha256,
+            "size_bytes": info.size_bytes,
+            "step": step,
+            "format": "diffusers",
+        }
+
+    def store_log(self, name: str, data: bytes) -> str:
+        """Store a log file. Returns its key."""
+        key = self._keys.training_log(self._process_id, name)
+        kind = mimetypes.guess_type(name)[0]
+        self._runner.run_blocking(self._store.put(key, data, content_type=kind))
+        return key
+
+
+def pinned_uploads(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The dataset uploads noted in a checkpoint, by dataset name."""
+    found = facts.get("uploads")
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}

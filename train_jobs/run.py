@@ -1,0 +1,238 @@
+"""The driver of a training, as a program: what `ray job submit` starts.
+
+    python -m train_jobs.run --process-id train_0123456789ab
+    python -m train_jobs.run --config my_training.yaml
+
+Ends with 0 when the training completed, 1 when it failed, 2 when the request is invalid, 130 when it was stopped.
+SIGINT cancels the training; SIGTERM interrupts it, so that another attempt continues from its checkpoint. Either way
+the current step is finished and a checkpoint kept. A second signal ends the program at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train.torch import TorchTrainer
+
+from storage.actor import NAMESPACE, StorageClient
+from storage.blocking_jobs import BlockingJobs
+from storage.errors import JobError, JobNotFound, StorageError
+from storage.job_record import JobRecord, NewJob
+from storage.job_state import JobKind
+from storage.jobs_config import JobsConfig
+from storage.keys import Keys
+from train_jobs.aitoolkit import parse_train_yaml
+from train_jobs.board import RunBoard, StopReason
+from train_jobs.driver import Driver, ExitCode
+from train_jobs.errors import ConfigInvalid, TrainingError, TrainingInterrupted
+from train_jobs.failures import find_training_error
+from train_jobs.launcher import SUBMISSION_ID_ENV
+from train_jobs.local_datasets import upload_local_datasets
+from train_jobs.spec import TrainSpec, spec_from_json
+from train_jobs.worker import WorkerConfig, train_worker
+
+logger = logging.getLogger(__name__)
+
+BOARD_TIMEOUT_S = 10.0
+WORKER_FAILURES_MAX = 2
+
+
+class BoardHandle:
+    """The driver's end of the board's actor."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    def latest(self) -> tuple[int, dict[str, Any]]:
+        reports, progress = ray.get(self.actor.latest.remote(), timeout=BOARD_TIMEOUT_S)
+        return reports, progress
+
+    def ask_to_stop(self, reason: StopReason) -> None:
+        ray.get(self.actor.ask_to_stop.remote(reason), timeout=BOARD_TIMEOUT_S)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
+    ray.init(address="auto", namespace=NAMESPACE, ignore_reinit_error=True)
+    try:
+        jobs = BlockingJobs()
+        config = jobs.cluster_config()
+        owner = f"driver:{submission_id() or os.getpid()}:{secrets.token_hex(4)}"
+        if args.process_id is not None:
+            record = jobs.adopt(args.process_id, owner, submission_id=submission_id())
+        else:
+            record = _record_of_config(jobs, config, args, owner)
+        return int(_run(jobs, config, record, owner))
+    except ConfigInvalid as invalid:
+        for problem in invalid.problems:
+            say(f"{problem.path or 'config'}: {problem.message}")
+        return int(ExitCode.INVALID)
+    except JobNotFound:
+        say("there is no such job")
+        return int(ExitCode.INVALID)
+    except (TrainingError, JobError, StorageError) as error:
+        logger.exception("the training could not be started")
+        say(f"failed ({error.code})")
+        return int(ExitCode.FAILED)
+    finally:
+        ray.shutdown()
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m train_jobs.run", description="Run one training on this cluster.")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--process-id", help="a training whose record exists")
+    source.add_argument("--config", type=Path, help="an ai-toolkit YAML, or a JSON spec; local folders are uploaded")
+    parser.add_argument("--tenant", default="default", help="whose training it is, with --config")
+    parser.add_argument("--name", help="the name of the result, with --config")
+    return parser.parse_args(argv)
+
+
+def _record_of_config(jobs: BlockingJobs, config: JobsConfig, args: argparse.Namespace, owner: str) -> JobRecord:
+    """Read the file, upload its folders, and create the record, which is ours from the start."""
+    spec = read_config(args.config)
+    if args.name:
+        spec = spec_from_json(TrainSpec, spec.model_dump() | {"name": args.name}, paths_allowed=True)
+    if spec.model not in config.models and Path(spec.model).is_dir():
+        spec = spec.model_copy(update={"model": str(Path(spec.model).resolve())})
+    keys = Keys(config.s3.prefix, args.tenant)
+    store = StorageClient(config.s3, config.breaker)
+    spec = asyncio.run(upload_local_datasets(store, keys, spec, now=datetime.now(UTC)))
+    record = jobs.create(
+        NewJob(
+            kind=JobKind.TRAINING,
+            tenant=args.tenant,
+            request=spec.model_dump(mode="json"),
+            source="ray",
+            submission_id=submission_id(),
+            owner=owner,
+        )
+    )
+    say(f"process {record.id}")
+    return record
+
+
+def read_config(path: Path) -> TrainSpec:
+    """A local config file: JSON by its suffix, else ai-toolkit YAML. Raises ConfigInvalid."""
+    try:
+        text = path.read_bytes()
+        if path.suffix.lower() == ".json":
+            value = json.loads(text)
+            if isinstance(value, dict) and "job" not in value:
+                return spec_from_json(TrainSpec, value, paths_allowed=True)
+            text = json.dumps(value).encode()
+    except (OSError, ValueError):
+        raise ConfigInvalid([{"path": "", "message": "the file cannot be read", "code": "unreadable"}]) from None
+    parsed = parse_train_yaml(text, datasets_are_local=True)
+    for warning in parsed.warnings:
+        say(f"note: {warning.path}: {warning.message}")
+    for ignored in parsed.ignored:
+        logger.info("%s is ignored: %s", ignored.path, ignored.reason)
+    return parsed.spec
+
+
+def _run(jobs: BlockingJobs, config: JobsConfig, record: JobRecord, owner: str) -> ExitCode:
+    record = jobs.start(record.id, owner, worker_id=ray.get_runtime_context().get_node_id())
+    board = ray.remote(RunBoard).options(num_cpus=0).remote()
+    scaling = scaling_for(config, ray.cluster_resources())
+    work = WorkerConfig(
+        process_id=record.id,
+        tenant=record.tenant,
+        spec=record.request,
+        models=dict(config.models),
+        # Only this machine's command line makes records of another source than HTTP.
+        paths_allowed=record.source != "http",
+        s3=config.s3,
+        breaker=config.breaker,
+        use_gpu=bool(scaling.use_gpu),
+    )
+
+    with tempfile.TemporaryDirectory(prefix="raylora-run-", ignore_cleanup_errors=True) as scratch:
+
+        def fit() -> dict[str, Any]:
+            trainer = TorchTrainer(
+                train_worker,
+                train_loop_config={"config": work, "board": board},
+                scaling_config=scaling,
+                run_config=RunConfig(
+                    name=f"{record.id}-{record.attempt}",
+                    storage_path=scratch,
+                    failure_config=FailureConfig(max_failures=WORKER_FAILURES_MAX),
+                ),
+            )
+            result: dict[str, Any] = trainer.fit().return_value or {}
+            return result
+
+        driver = Driver(jobs, record.id, owner, BoardHandle(board), fit, explain=explain, say=say)
+        _on_signals(driver)
+        return driver.run()
+
+
+def scaling_for(config: JobsConfig, resources: dict[str, float]) -> ScalingConfig:
+    """Workers of one GPU each where the cluster has GPUs, else on CPUs; a setting overrides that."""
+    gpus = config.gpus_per_training_worker
+    if gpus is None:
+        gpus = 1.0 if resources.get("GPU", 0) >= 1 else 0.0
+    per_worker = {"CPU": config.cpus_per_training_worker} | ({"GPU": gpus} if gpus > 0 else {})
+    return ScalingConfig(num_workers=config.training_workers, use_gpu=gpus > 0, resources_per_worker=per_worker)
+
+
+def explain(error: BaseException) -> TrainingError:
+    """What a failed `fit` is called in the record. The error itself goes to the log only."""
+    logger.error("the training ended with an error", exc_info=error)
+    workers = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
+    known = find_training_error([error, *workers])
+    if known is not None:
+        return known
+    if workers and not any(hasattr(worker, "_base_exc") for worker in workers):
+        return TrainingInterrupted()
+    return TrainingInterrupted() if isinstance(error, ray.exceptions.RayActorError) else TrainingError()
+
+
+def submission_id() -> str | None:
+    """The id of the Ray job this program runs in; None when nobody submitted it."""
+    own = os.environ.get(SUBMISSION_ID_ENV)
+    if own:
+        return own
+    try:
+        metadata = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
+    except (ValueError, AttributeError):
+        return None
+    found = metadata.get("job_submission_id")
+    return str(found) if found else None
+
+
+def _on_signals(driver: Driver) -> None:
+    def handle(number: int, _frame: FrameType | None) -> None:
+        # From now on the default: a second signal is meant to end this program at once.
+        signal.signal(number, lambda *_: os._exit(int(ExitCode.STOPPED)))
+        driver.stop("cancelled" if number == signal.SIGINT else "interrupted")
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+
+
+def say(line: str) -> None:
+    """A line for people, on standard output, at once."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

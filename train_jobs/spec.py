@@ -1,0 +1,298 @@
+"""What a training or a generation is asked to do: frozen, validated, plain JSON.
+
+Units are in the names: sizes are `_px`, counts have none, rates are per sample unless said otherwise.
+No torch here: the HTTP ingress imports this module.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from train_jobs.errors import ConfigInvalid, Problem
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+DATASET_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,149}$"
+MODEL_ALIAS_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+MODEL_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
+LORA_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
+SCHEDULER_PATTERN = r"^[A-Za-z0-9_+-]{1,50}$"
+PROMPT_MAX = 2000
+SEED_MAX = 2**63 - 1
+
+Prompt = Annotated[str, Field(max_length=PROMPT_MAX)]
+Seed = Annotated[int, Field(ge=0, le=SEED_MAX)]
+SidePx = Annotated[int, Field(ge=16, le=4096)]
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class DatasetSpec(_Spec):
+    """One folder of pictures with captions.
+
+    `dataset` names an uploaded dataset; `local_path` is a folder on this machine and is only accepted from the
+    command line, which uploads it and fills in `dataset` before anything runs. `upload_id` pins one upload; without
+    it the newest finished one is used.
+    """
+
+    dataset: str | None = Field(default=None, pattern=DATASET_PATTERN)
+    upload_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,99}$")
+    local_path: str | None = Field(default=None, max_length=4096)
+    resolutions_px: tuple[SidePx, ...] = Field(default=(512,), min_length=1, max_length=8)
+    trigger_word: str | None = Field(default=None, max_length=100)
+    default_caption: str | None = Field(default=None, max_length=PROMPT_MAX)
+    caption_ext: str = Field(default=".txt", pattern=r"^\.[A-Za-z0-9]{1,10}$")
+    caption_dropout_rate: float = Field(default=0.0, ge=0.0, le=1.0)
+    repeats: int = Field(default=1, ge=1, le=10_000)
+    flip_x: bool = False
+    buckets: bool = True
+    bucket_step_px: int = Field(default=64, ge=8, le=512)
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> "DatasetSpec":
+        if (self.dataset is None) == (self.local_path is None):
+            raise ValueError("give the name of an uploaded dataset")
+        return self
+
+    @property
+    def label(self) -> str:
+        """How messages name this dataset: never a whole path."""
+        return self.dataset if self.dataset is not None else PurePosixPath(self.local_path or "").name
+
+
+class NetworkSpec(_Spec):
+    """The adapter: `alpha / rank` scales its output, as in kohya and peft. `alpha` defaults to `rank`.
+
+    `targets`: only the attention's layers, or every linear layer of the denoiser's transformer blocks.
+    """
+
+    type: Literal["lora"] = "lora"
+    rank: int = Field(default=16, ge=1, le=1024)
+    alpha: float | None = Field(default=None, gt=0.0, le=4096.0)
+    targets: Literal["attention", "all"] = "all"
+
+    @property
+    def alpha_effective(self) -> float:
+        return float(self.rank) if self.alpha is None else self.alpha
+
+
+class ScheduleSpec(_Spec):
+    """Learning rate over the steps.
+
+    constant: `factor` times the rate for the first `total_steps`, then the rate. cosine: half a cosine down to
+    `min_learning_rate` over `total_steps`. linear: from `start_factor` to `end_factor` times the rate over
+    `total_steps`. constant_with_warmup: rises from zero over `warmup_steps`, then stays. `total_steps` defaults to
+    the training's.
+    """
+
+    type: Literal["constant", "cosine", "linear", "constant_with_warmup"] = "constant"
+    total_steps: int | None = Field(default=None, ge=1, le=1_000_000)
+    warmup_steps: int = Field(default=0, ge=0, le=1_000_000)
+    start_factor: float = Field(default=1.0, gt=0.0, le=1.0)
+    end_factor: float = Field(default=0.0, ge=0.0, le=1.0)
+    min_learning_rate: float = Field(default=0.0, ge=0.0, le=1.0)
+    factor: float = Field(default=1.0, gt=0.0, le=1.0)
+
+
+class OptimizerSpec(_Spec):
+    """AdamW, decoupled weight decay (Loshchilov & Hutter 2019)."""
+
+    type: Literal["adamw"] = "adamw"
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
+    eps: float = Field(default=1e-8, gt=0.0, le=1e-1)
+    weight_decay: float = Field(default=0.01, ge=0.0, le=10.0)
+
+
+class OptimizeSpec(_Spec):
+    """The training itself. One step is one optimizer update: `batch_size * gradient_accumulation` samples a worker.
+
+    `min_snr_gamma`: loss weights of Hang et al. 2023. `noise_offset`: std of a per-channel constant added to the noise.
+    """
+
+    steps: int = Field(default=1000, ge=1, le=1_000_000)
+    batch_size: int = Field(default=1, ge=1, le=256)
+    gradient_accumulation: int = Field(default=1, ge=1, le=1024)
+    learning_rate: float = Field(default=1e-4, gt=0.0, le=10.0)
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    max_grad_norm: float = Field(default=1.0, gt=0.0, le=1e6)
+    min_snr_gamma: float | None = Field(default=None, gt=0.0, le=1000.0)
+    noise_offset: float = Field(default=0.0, ge=0.0, le=1.0)
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    seed: Seed = 42
+
+
+class SaveSpec(_Spec):
+    """Checkpoints: every so many steps, the newest `keep` of them kept. `dtype` is the exported adapter's."""
+
+    every_steps: int = Field(default=250, ge=1, le=1_000_000)
+    keep: int = Field(default=4, ge=1, le=1000)
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+
+
+class PreviewSpec(_Spec):
+    """One preview picture. Empty fields take the values of the `SampleSpec` it stands in."""
+
+    prompt: Prompt
+    negative_prompt: Prompt | None = None
+    width_px: SidePx | None = None
+    height_px: SidePx | None = None
+    seed: Seed | None = None
+    guidance_scale: float | None = Field(default=None, ge=0.0, le=50.0)
+    steps: int | None = Field(default=None, ge=1, le=500)
+    lora_scale: float | None = Field(default=None, ge=-8.0, le=8.0)
+
+
+class SampleSpec(_Spec):
+    """Preview pictures during the training; made by the serving engine, so a preview is what will be served."""
+
+    previews: tuple[PreviewSpec, ...] = Field(default=(), max_length=64)
+    every_steps: int = Field(default=250, ge=1, le=1_000_000)
+    start_step: int = Field(default=0, ge=0, le=1_000_000)
+    at_start: bool = True
+    negative_prompt: Prompt = ""
+    width_px: SidePx = 512
+    height_px: SidePx = 512
+    seed: Seed = 42
+    walk_seed: bool = False
+    guidance_scale: float = Field(default=7.0, ge=0.0, le=50.0)
+    steps: int = Field(default=20, ge=1, le=500)
+    lora_scale: float = Field(default=1.0, ge=-8.0, le=8.0)
+    scheduler: str | None = Field(default=None, pattern=SCHEDULER_PATTERN)
+    format: Literal["jpg", "png", "webp"] = "jpg"
+
+
+def check_model_name(model: str, *, paths_allowed: bool) -> str | None:
+    """Why `model` cannot name a base model, or None. A path is only accepted where `paths_allowed`."""
+    if re.fullmatch(MODEL_ALIAS_PATTERN, model) or re.fullmatch(MODEL_ID_PATTERN, model):
+        return None
+    if paths_allowed and model and "\0" not in model:
+        return None
+    return "must be a model's name here or a Hugging Face id such as org/name; paths and URLs are not accepted"
+
+
+class TrainSpec(_Spec):
+    """A whole LoRA training. `model` is an alias the server knows or a Hugging Face id `org/name`."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    model: str = Field(min_length=1, max_length=4096)
+    datasets: tuple[DatasetSpec, ...] = Field(min_length=1, max_length=32)
+    network: NetworkSpec = NetworkSpec()
+    train: OptimizeSpec = OptimizeSpec()
+    save: SaveSpec = SaveSpec()
+    sample: SampleSpec = SampleSpec()
+    trigger_word: str | None = Field(default=None, max_length=100)
+    subject_id: str | None = Field(default=None, pattern=DATASET_PATTERN)
+
+    def is_remote_safe(self) -> bool:
+        """Whether it names nothing on the server's own disk, as every spec that came over HTTP must."""
+        return check_model_name(self.model, paths_allowed=False) is None and all(
+            d.local_path is None for d in self.datasets
+        )
+
+
+class LoraUse(_Spec):
+    """A trained adapter by id, and how strongly it is applied."""
+
+    id: str = Field(pattern=LORA_ID_PATTERN)
+    scale: float = Field(default=1.0, ge=-8.0, le=8.0)
+
+
+class GenerateSpec(_Spec):
+    """Pictures to make: `num_images` for each prompt. Picture `i` of all uses seed `seed + i`; no seed is random.
+
+    No `width` or `height` is the model's own.
+    """
+
+    prompts: tuple[Prompt, ...] = Field(min_length=1, max_length=64)
+    negative_prompt: Prompt = ""
+    model: str | None = Field(default=None, max_length=200)
+    width: SidePx | None = None
+    height: SidePx | None = None
+    num_inference_steps: int = Field(default=30, ge=1, le=500)
+    guidance_scale: float = Field(default=7.5, ge=0.0, le=50.0)
+    seed: Seed | None = None
+    num_images: int = Field(default=1, ge=1, le=64)
+    scheduler: str | None = Field(default=None, pattern=SCHEDULER_PATTERN)
+    loras: tuple[LoraUse, ...] = Field(default=(), max_length=8)
+    output_format: Literal["png", "jpg", "webp"] = "png"
+
+    @field_validator("model")
+    @classmethod
+    def _model_is_a_name(cls, model: str | None) -> str | None:
+        reason = None if model is None else check_model_name(model, paths_allowed=False)
+        if reason is not None:
+            raise ValueError(reason)
+        return model
+
+    @model_validator(mode="after")
+    def _is_bounded(self) -> "GenerateSpec":
+        if len(self.prompts) * self.num_images > 64:
+            raise ValueError("prompts times num_images may be at most 64")
+        if any(not p.strip() for p in self.prompts):
+            raise ValueError("a prompt cannot be empty")
+        return self
+
+
+S = TypeVar("S", TrainSpec, GenerateSpec)
+
+
+def spec_from_json(kind: type[S], value: Mapping[str, Any], *, paths_allowed: bool = False) -> S:
+    """Validate a plain JSON spec. Raises ConfigInvalid with every problem in it.
+
+    `paths_allowed` is for the command line only: local dataset folders and a model's directory.
+    """
+    try:
+        spec = kind.model_validate(dict(value))
+    except ValidationError as invalid:
+        raise ConfigInvalid(problems_of(invalid)) from None
+    if isinstance(spec, TrainSpec) and not paths_allowed:
+        reason = check_model_name(spec.model, paths_allowed=False)
+        problems = [] if reason is None else [Problem("model", reason, "invalid_value")]
+        problems += [
+            Problem(f"datasets[{i}].local_path", "is not accepted here; upload a dataset first", "not_allowed")
+            for i, d in enumerate(spec.datasets)
+            if d.local_path is not None
+        ]
+        if problems:
+            raise ConfigInvalid(problems)
+    return spec
+
+
+def problems_of(invalid: ValidationError) -> list[Problem]:
+    """pydantic's findings as problems; the offending values are not repeated.
+
+    A collection counts as too short when one of its items is wrong; only the item is reported.
+    """
+    found = invalid.errors(include_url=False, include_context=False, include_input=False)
+    places = [error["loc"] for error in found]
+    return [
+        Problem(format_path(tuple(error["loc"])), _sentence(error["msg"]), _code(error["type"]))
+        for error in found
+        if error["type"] != "too_short" or not any(_is_inside(place, error["loc"]) for place in places)
+    ]
+
+
+def _is_inside(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
+    return len(place) > len(outer) and place[: len(outer)] == outer
+
+
+def format_path(loc: tuple[int | str, ...]) -> str:
+    """`("datasets", 0, "repeats")` as `datasets[0].repeats`."""
+    text = ""
+    for part in loc:
+        text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else str(part))
+    return text
+
+
+def _sentence(message: str) -> str:
+    return message.removeprefix("Value error, ")
+
+
+def _code(pydantic_type: str) -> str:
+    return {"missing": "missing", "extra_forbidden": "unknown_key"}.get(pydantic_type, "invalid_value")
