@@ -54,10 +54,10 @@ def object_mask(pixels: Pixels, background: Pixels) -> Mask:
 
 @cache
 def templates() -> list[tuple[str, Mask]]:
-    """Masks of every shape over radii of 8 to 23 px, each centred."""
+    """Masks of every shape over radii of 11 to 26 px, each centred."""
     drawn = []
     for shape in SHAPES:
-        for radius in np.arange(8, 23.5, 0.75):
+        for radius in np.arange(11, 26.5, 0.75):
             image = Image.new("L", (SIZE_PX, SIZE_PX), 0)
             canvas = ImageDraw.Draw(image)
             draw_shape(canvas, shape, (SIZE_PX / 2, SIZE_PX / 2), float(radius), 255, 1)  # type: ignore[arg-type]

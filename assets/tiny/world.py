@@ -26,7 +26,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (20, 20, 20),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-RADIUS_PX = {"small": 10.0, "": 15.0, "large": 21.0}
+RADIUS_PX = {"small": 13.0, "": 18.0, "large": 24.0}
 PLACES: dict[str, tuple[int, int]] = {
     "in the center": (0, 0),
     "on the left": (-1, 0),
