@@ -167,12 +167,14 @@ class Supervisor:
         os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "serve_app.ingress.middleware:proxy_middlewares"
         import ray
 
+        from serve_app.stack.ray_node import start_head
+
         settings = self._settings
         common = {"namespace": "raylora", "log_to_driver": False, "configure_logging": False}
         if settings.ray_address is not None:
             ray.init(address=settings.ray_address, **common)
         else:
-            ray.init(
+            start_head(
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",
                 dashboard_port=settings.dashboard_port,

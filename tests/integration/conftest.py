@@ -7,10 +7,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from serve_app.cli.client import ApiClient
+from serve_app.cli.trainings import upload_folder
+from tests.integration.instance import REPOSITORY, Running, temporary_home, training_config
+
+PICTURES = REPOSITORY / "examples" / "zib" / "images"
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +49,26 @@ def ray_cluster() -> Iterator[str]:
         yield str(context.address_info["address"])
         ray.shutdown()
     shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def running() -> Iterator[Running]:
+    """A whole instance, as `raylora up` starts it; all tests that need one share it."""
+    with temporary_home() as home:
+        yield home.start()
+
+
+@pytest.fixture(scope="session")
+def client(running: Running) -> Iterator[ApiClient]:
+    with running.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def trained(client: ApiClient) -> dict[str, Any]:
+    """A finished training of a few steps on the example's pictures."""
+    upload_folder(client, PICTURES, "zib", on_upload=lambda _: None)
+    accepted = client.call("train", config=training_config(name="zib", steps=8))
+    process = client.follow(accepted["process_id"], lambda _: None)
+    assert process["status"] == "completed", process["error"]
+    return process

@@ -8,7 +8,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import torch
 from PIL import Image
 
 from serve_app.cli.client import ApiClient, ApiError
-from serve_app.cli.trainings import upload_folder
 from tests.integration.instance import EXAMPLE, REPOSITORY, Running, temporary_home, training_config
 
 MODEL = REPOSITORY / "assets" / "tiny" / "model"
@@ -28,28 +26,6 @@ PROMPT = "a large red star on a blue background"
 STEPS, GUIDANCE, SEED = 6, 3.0, 5
 
 pytestmark = pytest.mark.timeout(600)
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Running]:
-    with temporary_home() as home:
-        yield home.start()
-
-
-@pytest.fixture(scope="module")
-def client(running: Running) -> Iterator[ApiClient]:
-    with running.client() as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def trained(client: ApiClient) -> dict[str, Any]:
-    """A finished training of a few steps on the example's pictures."""
-    upload_folder(client, PICTURES, "zib", on_upload=lambda _: None)
-    accepted = client.call("train", config=training_config(name="zib", steps=8))
-    process = client.follow(accepted["process_id"], lambda _: None)
-    assert process["status"] == "completed", process["error"]
-    return process
 
 
 def generated(client: ApiClient, **fields: Any) -> tuple[np.ndarray, dict[str, Any]]:
@@ -173,6 +149,15 @@ def test_a_generation_with_an_unknown_lora_fails_by_name(client: ApiClient) -> N
         client.call("generate", prompt=PROMPT, loras=[{"id": "train_000000000000"}], wait=True)
 
 
+def submitted(instance: Running, *entrypoint: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """A Ray job's whole run, as `ray job submit` shows it."""
+    program = str(Path(sys.executable).parent / "ray")
+    command = [program, "job", "submit", "--address", instance.dashboard_url, *options, "--", *entrypoint]
+    # Ray's own client sends the token only in this mode.
+    environment = {**instance.environment, "RAY_AUTH_MODE": "token"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
 def test_a_job_submitted_to_ray_is_the_same_training_with_the_same_record(
     running: Running, client: ApiClient, tmp_path: Path
 ) -> None:
@@ -180,13 +165,8 @@ def test_a_job_submitted_to_ray_is_the_same_training_with_the_same_record(
     folder = tmp_path / "project"
     shutil.copytree(PICTURES, folder / "pictures")
     (folder / "train.yaml").write_text(json.dumps(training_config(name="submitted", steps=3, dataset="pictures")))
-    command = [
-        *(str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", running.dashboard_url),
-        *("--working-dir", str(folder), "--", "python", "-m", "train_jobs.run", "--config", "train.yaml"),
-    ]
-    # Ray's own client sends the token only in this mode.
-    environment = {**running.environment, "RAY_AUTH_MODE": "token"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    driver = ("python", "-m", "train_jobs.run", "--config", "train.yaml")
+    done = submitted(running, *driver, options=("--working-dir", str(folder)))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     process = next(iter(client.processes(1)))
     assert (process["status"], process["total_steps"]) == ("completed", 3)
@@ -222,6 +202,8 @@ def test_two_instances_run_side_by_side_and_ending_one_leaves_the_other(running:
             assert list(neighbour.processes(10)) == []
         with httpx.Client(base_url=other.url, headers={"Authorization": f"Bearer {running.api_key}"}) as stranger:
             assert stranger.get("/readyz").status_code == 401
+        assert submitted(other, "true").returncode == 0
+        assert submitted(running, "true").returncode == 0
         home.stop()
         assert home.instance.processes() == []
     assert client.call("health")["status"]
