@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
+from serve_app.dispatch.rates import Grant, Rate
 from serve_app.dispatch.replies import Fingerprint, Reply
 from serve_app.inference.plan import GenerationWork
 from storage.async_jobs import AsyncJobsApi
@@ -60,7 +61,7 @@ class DispatchLoad:
 
 
 class Dispatch(Protocol):
-    """The dispatcher, and the reply table that lives beside it."""
+    """The dispatcher, and what lives beside it: the reply table and the rate limits."""
 
     async def wake(self) -> None:
         """Something was queued; a hint, the dispatcher also looks by itself."""
@@ -75,6 +76,7 @@ class Dispatch(Protocol):
     ) -> None: ...
     async def hand_over_reply(self, tenant: str, runpod_id: str, *, to: str) -> None: ...
     async def wait_reply(self, tenant: str, runpod_id: str, timeout_s: float) -> Reply | None: ...
+    async def take_permits(self, key: str, operation: str, rate: Rate, wanted: int) -> Grant: ...
 
 
 @dataclass(frozen=True)

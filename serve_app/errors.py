@@ -17,6 +17,8 @@
     +-- LoraNotUsable           the request names an adapter that cannot be applied
     +-- ModelNotServed          the request names a base model that is not configured
     +-- RequestTimedOut         the work did not end in its time
+    +-- TooManyRequests         the key's rate limit is used up
+    +-- TooManyAtOnce           the key has as many requests under way as it may
     +-- ServiceUnavailable      an internal part did not answer
 
 `code` is stable and public. What a client reads stands in `serve_app.ingress.errors`, in one table.
@@ -140,6 +142,22 @@ class RequestTimedOut(ServeError):
     def __init__(self, timeout_s: float) -> None:
         super().__init__(timeout_s)
         self.timeout_s = timeout_s
+
+
+class TooManyRequests(ServeError):
+    code = "rate_limited"
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(retry_after_s)
+        self.retry_after_s = retry_after_s
+
+
+class TooManyAtOnce(ServeError):
+    code = "concurrency_limited"
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(retry_after_s)
+        self.retry_after_s = retry_after_s
 
 
 class ServiceUnavailable(ServeError):

@@ -11,12 +11,15 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from serve_app.collaborators import DispatchLoad, GenerationPlan, InferenceHealth, TrainingPlan, WorkerCounts
+from serve_app.dispatch.rates import Grant, Rate
 from serve_app.dispatch.replies import Fingerprint, Reply
 from serve_app.errors import ServiceUnavailable
 from serve_app.inference.plan import GenerationWork
 from serve_app.ingress.errors import unwrapped
 
 CALL_TIMEOUT_S = 15.0
+# Stands before every request, and each replica can count by itself.
+PERMITS_TIMEOUT_S = 0.5
 VALIDATION_TIMEOUT_S = 60.0
 UPLOAD_TIMEOUT_S = 600.0
 WAIT_MARGIN_S = 10.0
@@ -89,6 +92,11 @@ class HandleDispatch:
         response = self._handle.wait_reply.remote(tenant, runpod_id, timeout_s)
         reply: Reply | None = await answer(DISPATCH, response, timeout_s + WAIT_MARGIN_S)
         return reply
+
+    async def take_permits(self, key: str, operation: str, rate: Rate, wanted: int) -> Grant:
+        response = self._handle.take_permits.remote(key, operation, rate, wanted)
+        grant: Grant = await answer(DISPATCH, response, PERMITS_TIMEOUT_S)
+        return grant
 
 
 class HandleInference:

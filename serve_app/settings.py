@@ -52,6 +52,34 @@ class RequestLimits(BaseModel):
     url_expires_s: int = Field(default=3600, gt=0)
 
 
+class OperationLimit(BaseModel):
+    """Calls of one key: `amount` within the window, `concurrent` at the same time (None: any number)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    amount: int = Field(gt=0)
+    concurrent: int | None = Field(default=None, gt=0)
+
+
+class RateLimitSettings(BaseModel):
+    """Per key. The numbers are the ones that RunPod publishes; `other` is for routes that RunPod does not have."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    window_s: int = Field(default=10, gt=0)
+    run: OperationLimit = OperationLimit(amount=1000, concurrent=200)
+    runsync: OperationLimit = OperationLimit(amount=2000, concurrent=400)
+    status: OperationLimit = OperationLimit(amount=2000, concurrent=400)
+    stream: OperationLimit = OperationLimit(amount=2000, concurrent=400)
+    cancel: OperationLimit = OperationLimit(amount=100, concurrent=20)
+    purge: OperationLimit = OperationLimit(amount=2)
+    other: OperationLimit = OperationLimit(amount=2000, concurrent=400)
+
+    def of(self, operation: str) -> OperationLimit:
+        limit: OperationLimit = getattr(self, operation)
+        return limit
+
+
 class Settings(BaseSettings):
     """The whole configuration of one installation; frozen and picklable, so it travels to every replica as it is."""
 
@@ -101,6 +129,7 @@ class Settings(BaseSettings):
     generation_timeout_s: float = Field(default=600.0, gt=0)
     job_attempts_max: int = Field(default=3, ge=1)
     limits: RequestLimits = Field(default_factory=RequestLimits)
+    rate_limits: RateLimitSettings = Field(default_factory=RateLimitSettings)
 
     @classmethod
     def settings_customise_sources(

@@ -27,6 +27,7 @@ from serve_app.collaborators import (
     TrainingPlan,
     WorkerCounts,
 )
+from serve_app.dispatch.rates import Grant, Rate, RateLedger
 from serve_app.dispatch.replies import Fingerprint, Reply, ReplyTable
 from serve_app.inference.plan import GenerationRequest, GenerationWork
 from serve_app.ingress.api import create_app
@@ -73,6 +74,7 @@ class LocalDispatch:
 
     def __init__(self, clock: Clock) -> None:
         self.replies = ReplyTable(clock)
+        self.rates = RateLedger()
         self.wakes = 0
 
     async def wake(self) -> None:
@@ -94,6 +96,9 @@ class LocalDispatch:
 
     async def wait_reply(self, tenant: str, runpod_id: str, timeout_s: float) -> Reply | None:
         return await self.replies.wait(tenant, runpod_id, timeout_s)
+
+    async def take_permits(self, key: str, operation: str, rate: Rate, wanted: int) -> Grant:
+        return self.rates.take(key, operation, rate, wanted)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The Serve shell of dispatch: one replica, which owns the reply table and hands out generations."""
+"""The Serve shell of dispatch: one replica with the reply table and the rate limits, which hands out generations."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from serve_app.collaborators import DispatchLoad
 from serve_app.dispatch.dispatcher import GenerationDispatcher
+from serve_app.dispatch.rates import Grant, Rate, RateLedger
 from serve_app.dispatch.replies import Fingerprint, Reply, ReplyTable
 from serve_app.handles import HandleInference
 from serve_app.settings import Settings
@@ -20,6 +21,7 @@ class Dispatcher:
 
     def __init__(self, settings: Settings, inference: Any) -> None:
         self._replies = ReplyTable(lambda: datetime.now(UTC))
+        self._rates = RateLedger()
         self._dispatcher = GenerationDispatcher(
             JobsClient(),
             HandleInference(inference),
@@ -52,6 +54,9 @@ class Dispatcher:
 
     async def wait_reply(self, tenant: str, runpod_id: str, timeout_s: float) -> Reply | None:
         return await self._replies.wait(tenant, runpod_id, timeout_s)
+
+    async def take_permits(self, key: str, operation: str, rate: Rate, wanted: int) -> Grant:
+        return self._rates.take(key, operation, rate, wanted)
 
     async def __del__(self) -> None:
         """Serve's graceful shutdown: stop handing out, end what is under way."""

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from serve_app.errors import BodyInvalid, MethodNotAllowed, RouteNotFound, ServeError
 from serve_app.ingress.auth import KeyRing
 from serve_app.ingress.middleware import Authentication, BodyLimit, EdgeHeaders, Guard, request_id_of
+from serve_app.ingress.rate_limits import RateGate, RateLimit
 from serve_app.ingress.replies import error_response
 from serve_app.ingress.runpod import runpod_router
 from serve_app.ingress.runpod_jobs import RunpodJobs
@@ -23,6 +24,7 @@ from serve_app.job_types.health import check_services
 def create_app(services: Services, keys: KeyRing) -> FastAPI:
     """Every route but GET /livez needs a key of `keys`. No CORS headers are sent."""
     jobs = RunpodJobs(services)
+    gate = RateGate(services.dispatch, services.rate_limits, replicas=services.ingress_replicas)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -38,6 +40,7 @@ def create_app(services: Services, keys: KeyRing) -> FastAPI:
             Middleware(EdgeHeaders),
             Middleware(Guard),
             Middleware(Authentication, keys=keys),
+            Middleware(RateLimit, gate=gate),
             Middleware(BodyLimit, limits=services.limits),
         ],
         exception_handlers={HTTPException: _routing_error},

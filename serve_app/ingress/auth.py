@@ -19,6 +19,8 @@ class Principal:
     """Whom a valid key speaks for."""
 
     tenant: str
+    key_id: str
+    """Names the key without telling it."""
 
 
 def _digest(key: str) -> bytes:
@@ -35,13 +37,13 @@ class KeyRing:
     def principal(self, authorization: str | None) -> Principal:
         """The owner of the key in an `Authorization` header: `Bearer KEY`, or the bare key. Raises Unauthorized."""
         offered = _digest(key_in(authorization))
-        found: str | None = None
+        found: Principal | None = None
         for digest, tenant in self._tenants:
             if hmac.compare_digest(digest, offered):
-                found = tenant
+                found = Principal(tenant, digest.hex()[:16])
         if found is None:
             raise Unauthorized
-        return Principal(found)
+        return found
 
 
 def key_in(authorization: str | None) -> str:

@@ -48,6 +48,8 @@ class Ingress:
                 attempts_max=settings.job_attempts_max,
             ),
             limits=settings.limits,
+            rate_limits=settings.rate_limits,
+            ingress_replicas=settings.ingress_replicas,
         )
         self._app = create_app(services, KeyRing({settings.default_tenant: settings.api_key}))
 

@@ -1,8 +1,8 @@
 """What happens to every request before a route sees it, as plain ASGI layers.
 
-Outermost first: EdgeHeaders -> Guard -> Authentication -> BodyLimit -> routes. `proxy_middlewares` puts EdgeHeaders in
-front of Serve's own proxy too, because the proxy obeys the two headers that clients must not set before any replica
-sees the request: Serve's environment must have
+Outermost first: EdgeHeaders -> Guard -> Authentication -> RateLimit (`serve_app.ingress.rate_limits`) -> BodyLimit ->
+routes. `proxy_middlewares` puts EdgeHeaders in front of Serve's own proxy too, because the proxy obeys the two headers
+that clients must not set before any replica sees the request: Serve's environment must have
 RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.ingress.middleware:proxy_middlewares when it starts.
 """
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serve_app.collaborators import Clock, Dispatch, Inference, JobsApi, Validation, Workers
-from serve_app.settings import RequestLimits
+from serve_app.settings import RateLimitSettings, RequestLimits
 from storage.job_record import JobRecord
 from storage.keys import Keys
 from storage.objects import ObjectStore
@@ -40,6 +40,8 @@ class Services:
     models: tuple[str, ...]
     defaults: JobDefaults = field(default_factory=JobDefaults)
     limits: RequestLimits = field(default_factory=RequestLimits)
+    rate_limits: RateLimitSettings = field(default_factory=RateLimitSettings)
+    ingress_replicas: int = 1
 
     def keys_of(self, tenant: str) -> Keys:
         """Raises InvalidKey for a tenant whose name cannot be part of a key."""

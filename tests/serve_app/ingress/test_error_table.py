@@ -27,6 +27,8 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "ModelNotServed": ("x", ("tiny",)),
     "LoraNotUsable": ("x", "it is not there"),
     "RequestTimedOut": (600.0,),
+    "TooManyRequests": (2.5,),
+    "TooManyAtOnce": (1.0,),
     "StorageUnavailable": ("get", 12.3),
     "StorageTimeout": ("get", 5.0),
     "StorageFailed": ("get", 4, "connection"),
