@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 REPORT_INTERVAL_S = 1.0
 EXPORT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LOSS_LOG = "loss.json"
+# In a report: the step of the checkpoint that this attempt went on from, absent where it began at the beginning.
+RESUMED_FROM = "resumed_from_step"
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ class BoardReporter:
         self._latest = numbers | {"stage": name, **details}
 
     def progress(self, progress: Progress) -> None:
-        self._latest = {"stage": "training", **asdict(progress)}
+        kept = {k: v for k, v in self._latest.items() if k == RESUMED_FROM}
+        self._latest = {"stage": "training", **asdict(progress), **kept}
 
     def close(self) -> None:
         """Send the last report and end the thread."""
@@ -316,12 +319,14 @@ class Training:
                 clock_s=self._clock_s,
             ),
         )
+        resumed: dict[str, Any] = {}
         if prepared.checkpoint is not None:
             loop.load(prepared.checkpoint.state)
             logger.info("continuing %s at step %d", self._config.process_id, loop.step)
+            resumed = {RESUMED_FROM: loop.step}
         elif prepared.previews.due_at(0, total_steps=self._spec.train.steps):
             self._make_previews(prepared, 0)
-        self._reporter.stage("training", step=loop.step, total_steps=self._spec.train.steps)
+        self._reporter.stage("training", step=loop.step, total_steps=self._spec.train.steps, **resumed)
         try:
             outcome = loop.run()
         except Exception as error:

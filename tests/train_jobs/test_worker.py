@@ -258,6 +258,17 @@ def test_reports_go_out_from_a_thread_and_bring_the_reason_to_stop() -> None:
     assert sent[-1]["stage"] == "saving"
 
 
+def test_every_report_says_where_a_resumed_attempt_went_on_from() -> None:
+    sent: list[dict[str, Any]] = []
+    reporter = BoardReporter(lambda progress: sent.append(progress), interval_s=60)
+    reporter.stage("training", step=5, resumed_from_step=5)
+    reporter.progress(
+        Progress(step=6, total_steps=9, loss=0.5, smoothed_loss=0.5, learning_rate=0.1, steps_per_s=1.0, eta_s=3.0)
+    )
+    reporter.start().close()
+    assert (sent[-1]["step"], sent[-1]["resumed_from_step"]) == (6, 5)
+
+
 def test_a_driver_that_is_gone_stops_the_work() -> None:
     def exchange(_: dict[str, Any]) -> StopReason | None:
         raise RayActorError

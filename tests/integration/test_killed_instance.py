@@ -1,0 +1,97 @@
+"""An instance killed with -9 in the middle of a training and started again, as after a power cut.
+
+One kill in the suite. `RAYLORA_TEST_KILLS=4 pytest tests/integration/test_killed_instance.py` kills at random moments.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_app.cli.client import ApiClient, ApiError
+from serve_app.cli.trainings import upload_folder
+from serve_app.stack.instance import Instance
+from tests.integration.instance import REPOSITORY, Home, temporary_home, training_config
+
+PICTURES = REPOSITORY / "examples" / "zib" / "images"
+STEPS, SAVE_EVERY = 60, 5
+KILLS = int(os.environ.get("RAYLORA_TEST_KILLS", "1"))
+FINAL = {"completed", "failed"}
+
+pytestmark = pytest.mark.timeout(300 * (KILLS + 1))
+
+
+@pytest.fixture(scope="module")
+def home() -> Iterator[Home]:
+    with temporary_home() as home:
+        yield home
+
+
+def wait_for(condition: Callable[[], bool], *, timeout_s: float = 240.0) -> None:
+    until = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.2)
+
+
+def kill(instance: Instance, *, everything: bool) -> None:
+    """SIGKILL to the supervisor, whose watchdog must end the rest; or to the watchdog and all others as well."""
+    supervisor = instance.supervisor()
+    assert supervisor is not None
+    others = instance.processes() if everything else []
+    supervisor.kill()
+    for process in others:
+        process.kill()
+    wait_for(lambda: instance.processes() == [], timeout_s=60)
+
+
+def reached(client: ApiClient, process_id: str, step: int) -> bool:
+    process = client.process(process_id)
+    return process["status"] in FINAL or (process["step"] or 0) >= step
+
+
+def follow(client: ApiClient, process_id: str) -> dict[str, Any]:
+    return client.follow(process_id, lambda _: None)
+
+
+def test_a_training_survives_its_instance_and_nothing_else_does(home: Home) -> None:
+    rng = random.Random()
+    moments = [2 * SAVE_EVERY] if KILLS == 1 else sorted(rng.randrange(STEPS) for _ in range(KILLS))
+    running = home.start()
+    with running.client() as client:
+        upload_folder(client, PICTURES, "zib", on_upload=lambda _: None)
+        finished = client.call("train", config=training_config(name="before", steps=1))["process_id"]
+        assert follow(client, finished)["status"] == "completed"
+        config = training_config(name="killed", steps=STEPS, save_every=SAVE_EVERY)
+        process_id = client.call("train", config=config)["process_id"]
+        queued = client.call("train", config=training_config(name="after", steps=1))["process_id"]
+    for number, moment in enumerate(moments):
+        with running.client() as client:
+            wait_for(lambda step=moment: reached(client, process_id, step))  # type: ignore[misc]
+        kill(running.instance, everything=number % 2 == 1)
+        running = home.start()
+    with running.client() as client:
+        process = follow(client, process_id)
+        if KILLS == 1:
+            assert process["status"] == "completed", process["error"]
+            # The checkpoint of the first life was used: a training from the beginning reports no step of its own.
+            assert process["metrics"]["resumed_from_step"] >= SAVE_EVERY
+        else:
+            assert process["status"] == "completed" or process["error"]
+        assert follow(client, queued)["status"] == "completed"
+        assert {entry["id"] for entry in client.processes(10)} == {finished, process_id, queued}
+        for completed in (finished, queued):
+            assert client.fetch(client.call("download", process_id=completed)["url"], home.instance.home / "lora") > 0
+    home.stop()
+    assert home.instance.processes() == []
+
+
+def test_a_client_of_a_killed_instance_is_told_that_nothing_answers(home: Home, tmp_path: Path) -> None:
+    with ApiClient(f"http://127.0.0.1:{home.environment['RAYLORA_PORT']}", "any") as client, pytest.raises(ApiError):
+        client.call("health")
