@@ -46,6 +46,10 @@ class Validation(Protocol):
     """Checks that cost time. All raise InvalidRequest or ConfigInvalid with every problem found."""
 
     async def training(self, config: str | dict[str, Any]) -> TrainingPlan: ...
+    async def training_check(self, config: str | dict[str, Any]) -> dict[str, Any]:
+        """What each key of a training config would do, and what the training would be; raises InvalidRequest (size)."""
+        ...
+
     async def generation(self, payload: dict[str, Any]) -> GenerationPlan: ...
     async def store_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
         """Check and store an upload; returns the reply's fields."""

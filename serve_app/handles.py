@@ -51,6 +51,12 @@ class HandleValidation:
         plan: TrainingPlan = await answer(VALIDATION, self._handle.training.remote(config), VALIDATION_TIMEOUT_S)
         return plan
 
+    async def training_check(self, config: str | dict[str, Any]) -> dict[str, Any]:
+        report: dict[str, Any] = await answer(
+            VALIDATION, self._handle.training_check.remote(config), VALIDATION_TIMEOUT_S
+        )
+        return report
+
     async def generation(self, payload: dict[str, Any]) -> GenerationPlan:
         plan: GenerationPlan = await answer(VALIDATION, self._handle.generation.remote(payload), VALIDATION_TIMEOUT_S)
         return plan

@@ -27,7 +27,7 @@ from rich.text import Text
 from serve_app.cli.client import ApiClient, ApiError, Unreachable, WrongKey
 from serve_app.cli.doctor import diagnose
 from serve_app.cli.progress import training_progress
-from serve_app.cli.trainings import prepare_training
+from serve_app.cli.trainings import check_training, prepare_training
 from serve_app.demo.run import run_demo
 from serve_app.settings import Settings, SettingsIncomplete
 from serve_app.stack import control
@@ -190,9 +190,13 @@ def doctor(as_json: AsJson = False) -> None:
 def train(
     config: Annotated[Path, typer.Argument(help="An ai-toolkit YAML file.", exists=True, dir_okay=False)],
     detach: Annotated[bool, typer.Option("-d", "--detach", help="Return once it is queued.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Say what each key would do, and start nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Upload the configuration's local data sets and train a LoRA."""
+    if check:
+        _show_check(config, as_json)
+        return
     with reported(as_json), _connect(Settings()) as client:
         body = prepare_training(client, config, on_upload=lambda text: None if as_json else err.print(text))
         accepted = client.call("train", config=body)
@@ -207,6 +211,20 @@ def train(
         process = _follow(client, process_id, as_json)
         if not as_json:
             out.print(f"{process_id}: {process['status']}. `raylora download {process_id}` fetches the LoRA.")
+
+
+def _show_check(config: Path, as_json: bool) -> None:
+    """One line a key, then the run; exit status 2 for a file that would be refused."""
+    with reported(as_json):
+        found = check_training(config)
+        _emit(as_json, found.as_json())
+        if not as_json:
+            for key in found.keys:
+                out.print(Text(f"{key.verdict:9} {key.path}" + (f": {key.note}" if key.note else "")))
+            for name, value in (found.run or {}).items():
+                out.print(Text(f"{name}: {json.dumps(value) if isinstance(value, list | dict) else value}"))
+        if not found.is_accepted:
+            raise typer.Exit(EXIT_USAGE)
 
 
 def _line(warning: Any) -> str:

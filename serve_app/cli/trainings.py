@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.cli.client import ApiClient, ApiError
+from train_jobs.config_check import ConfigCheck, check_train_yaml
 from train_jobs.errors import ConfigInvalid
 from train_jobs.strict_yaml import read_mapping
 
@@ -40,6 +41,15 @@ def prepare_training(client: ApiClient, config: Path, *, on_upload: Callable[[st
         dataset["folder_path"] = name
         dataset.pop("dataset_path", None)
     return document
+
+
+def check_training(config: Path) -> ConfigCheck:
+    """What each key of the file would do, read here: nothing is sent or started. Raises ApiError."""
+    try:
+        text = config.read_bytes()
+    except OSError as exc:
+        raise ApiError("config_unreadable", f"{config} cannot be read.") from exc
+    return check_train_yaml(text, datasets_are_local=True)
 
 
 def _datasets(document: Any) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from serve_app.collaborators import TrainingPlan
 from serve_app.errors import InvalidRequest
-from serve_app.job_types.context import Following, JobContext, Services, runpod_id_of
+from serve_app.job_types.context import Finished, Following, JobContext, Outcome, Services, runpod_id_of
 from serve_app.validation.validator import parse_payload
 from storage.datasets import latest_manifest
 from storage.job_record import NewJob
@@ -21,13 +21,14 @@ IMAGE_CONTENT = "image/"
 
 
 class TrainPayload(BaseModel):
-    """`config` and `yaml_config` are the same; YAML text or a mapping."""
+    """`config` and `yaml_config` are the same; YAML text or a mapping. `check` only reports on it, key by key."""
 
     model_config = ConfigDict(extra="allow")
 
     config: str | dict[str, Any] | None = None
     yaml_config: str | dict[str, Any] | None = None
     wait: bool = False
+    check: bool = False
 
     @property
     def given(self) -> str | dict[str, Any]:
@@ -38,9 +39,14 @@ class TrainPayload(BaseModel):
         return found[0]
 
 
-async def train(services: Services, context: JobContext, payload: dict[str, Any]) -> Following:
-    """Raises ConfigInvalid, InvalidRequest, ModelNotServed, DatasetNotFound, DatasetEmpty, StorageError, JobError."""
+async def train(services: Services, context: JobContext, payload: dict[str, Any]) -> Outcome:
+    """With `check` the report is all there is.
+
+    Raises ConfigInvalid, InvalidRequest, ModelNotServed, DatasetNotFound, DatasetEmpty, StorageError, JobError.
+    """
     request = parse_payload(TrainPayload, payload)
+    if request.check:
+        return Finished(await services.validation.training_check(request.given))
     plan = await services.validation.training(request.given)
     spec = await _with_datasets(services, context.tenant, plan)
     record = await services.jobs.create(

@@ -30,6 +30,9 @@ class Validation:
     async def training(self, config: str | dict[str, Any]) -> TrainingPlan:
         return await asyncio.to_thread(self._validator.training, config)
 
+    async def training_check(self, config: str | dict[str, Any]) -> dict[str, Any]:
+        return await asyncio.to_thread(self._validator.training_check, config)
+
     async def generation(self, payload: dict[str, Any]) -> GenerationPlan:
         return await asyncio.to_thread(self._validator.generation, payload)
 

@@ -13,6 +13,7 @@ from serve_app.collaborators import GenerationPlan, TrainingPlan
 from serve_app.errors import InvalidRequest, ModelNotServed
 from serve_app.validation.payloads import GeneratePayload
 from train_jobs.aitoolkit import parse_generate_yaml, parse_train_yaml
+from train_jobs.config_check import check_train_yaml
 from train_jobs.errors import ConfigInvalid, Problem
 from train_jobs.spec import GenerateSpec, problems_of, spec_from_json
 
@@ -60,6 +61,17 @@ class Validator:
             ignored=tuple(item.path for item in parsed.ignored),
             warnings=tuple(f"{warning.path}: {warning.message}" for warning in parsed.warnings),
         )
+
+    def training_check(self, config: str | dict[str, Any]) -> dict[str, Any]:
+        """What each key would do; a model that is not served here is an invalid key. Raises InvalidRequest (size)."""
+        _check_config_size(config)
+        report = check_train_yaml(config).as_json()
+        model = report["run"]["model"] if report["run"] is not None else None
+        if model is not None and model not in self._models:
+            served = ", ".join(sorted(self._models))
+            note = {"path": "model", "verdict": "refused", "note": f"'{model}' is not served here; served: {served}"}
+            report |= {"accepted": False, "keys": [*report["keys"], note]}
+        return report
 
     def generation(self, payload: dict[str, Any]) -> GenerationPlan:
         """Raises ConfigInvalid, InvalidRequest, ModelNotServed. A seed left open is chosen here: it is known then."""

@@ -9,9 +9,11 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from serve_app.cli import trainings
 from serve_app.cli.client import ApiClient, ApiError, Unreachable, WrongKey
+from serve_app.cli.main import app
 
 
 class RecordingServer:
@@ -121,3 +123,17 @@ def test_what_validation_found_is_shown_line_by_line() -> None:
         client.call("upload_training_data")
     assert str(caught.value) == "Invalid request: 1 problem\n  files[0]: not a picture"
     assert caught.value.code == "validation"
+
+
+@pytest.mark.parametrize(("change", "status"), [("", 0), ("do_cfg: true", 2)])
+def test_a_config_is_checked_without_a_server(tmp_path: Path, change: str, status: int) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text(
+        "job: extension\nconfig: {name: n, process: [{type: sd_trainer, network: {type: lora},"
+        " model: {name_or_path: m}, datasets: [{folder_path: /data/x}], train: {steps: 5, " + change + "}}]}"
+    )
+    result = CliRunner().invoke(app, ["train", str(file), "--check", "--json"])
+    assert result.exit_code == status, result.output
+    assert json.loads(result.stdout)["accepted"] == (status == 0)
+    plain = CliRunner().invoke(app, ["train", str(file), "--check"]).stdout
+    assert "honoured  config.process[0].train.steps" in plain

@@ -418,3 +418,17 @@ async def test_download_says_why_there_is_nothing(server: LocalServer) -> None:
     process_id = (await done(server, {"prompt": "a", "wait": False}))["process_id"]
     assert (await refused(server, {"type": "download", "process_id": process_id}))["error"] == "Process not completed"
     assert (await refused(server, {"type": "download", "process_id": "x"}))["error"] == "Process not found"
+
+
+async def test_a_checked_config_is_reported_key_by_key_and_starts_nothing(server: LocalServer) -> None:
+    report = await done(server, {"type": "train", "config": train_config("cats", do_cfg=True), "check": True})
+    verdicts = {key["path"]: key["verdict"] for key in report["keys"]}
+    assert not report["accepted"]
+    assert verdicts["config.process[0].train.do_cfg"] == "refused"
+    assert verdicts["config.process[0].train.steps"] == "honoured"
+    fine = await done(server, {"type": "train", "config": train_config("never-uploaded"), "check": True})
+    assert fine["accepted"]
+    assert fine["run"]["steps"] == 10
+    elsewhere = await done(server, {"type": "train", "config": train_config("cats", "other"), "check": True})
+    assert not elsewhere["accepted"]
+    assert (await done(server, {"type": "processes"}))["processes"] == []

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from train_jobs.config_check import check_train_yaml
+
+CONFIG = """
+job: extension
+config:
+  name: fox
+  process:
+    - type: sd_trainer
+      device: cuda:0
+      network: {type: lora, linear: 8, linear_alpha: 8, typ: x}
+      save: {save_every: 40, max_step_saves_to_keep: 2}
+      datasets: [{folder_path: /data/fox, resolution: [64, 96], num_workers: 4}]
+      train: {batch_size: 2, gradient_accumulation: 3, steps: 100, lr: 1e-3, optimizer: adamw}
+      model: {name_or_path: tiny}
+      sample: {sample_every: 50, prompts: [a, b]}
+"""
+AT = "config.process[0]"
+
+
+def _verdicts(text: str) -> dict[str, str]:
+    return {key.path: key.verdict for key in check_train_yaml(text).keys}
+
+
+def test_each_key_is_called_honoured_ignored_or_unknown() -> None:
+    found = _verdicts(CONFIG)
+    assert found[f"{AT}.train.lr"] == found[f"{AT}.network.linear"] == "honoured"
+    assert found[f"{AT}.device"] == found[f"{AT}.datasets[0].num_workers"] == "ignored"
+    assert found[f"{AT}.network.typ"] == "unknown"
+    assert f"{AT}.network" not in found
+
+
+def test_the_run_is_described_in_numbers() -> None:
+    run = check_train_yaml(CONFIG).run
+    assert run is not None
+    assert (run["steps"], run["pictures_per_step"], run["pictures_total"]) == (100, 6, 600)
+    assert (run["checkpoints_written"], run["checkpoints_kept"]) == (3, 2)
+    assert run["preview_pictures"] == 2 * 3
+    assert run["datasets"][0]["name"] == "fox"
+
+
+@pytest.mark.parametrize(
+    ("change", "path", "verdict"),
+    [
+        (("batch_size: 2", "batch_size: -2"), f"{AT}.train.batch_size", "invalid"),
+        (("lr: 1e-3", "lr: 1e-3, do_cfg: true"), f"{AT}.train.do_cfg", "refused"),
+        (("type: lora", "type: lorm"), f"{AT}.network.type", "refused"),
+        (("job: extension", "job: &a extension"), "", "invalid"),
+    ],
+)
+def test_a_file_that_would_be_refused_is_reported_and_not_raised(
+    change: tuple[str, str], path: str, verdict: str
+) -> None:
+    found = check_train_yaml(CONFIG.replace(*change))
+    assert not found.is_accepted
+    assert {key.path: key.verdict for key in found.keys}[path] == verdict
+    report: dict[str, Any] = found.as_json()
+    assert report["run"] is None
+    assert report["counts"][verdict] == 1

@@ -1,0 +1,76 @@
+"""The `datasets` section of an ai-toolkit config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from train_jobs import aitoolkit_keys as keys
+from train_jobs.config_reader import ConfigReader
+from train_jobs.spec import DATASET_PATTERN
+
+
+def read_datasets(reader: ConfigReader, value: Any, path: str, trigger: Any, *, local: bool) -> None:
+    if not isinstance(value, list) or not value:
+        reader.problem(path, "must be a list of at least one dataset", "missing")
+        return
+    entries: list[dict[str, Any]] = []
+    for index, item in enumerate(value[:64]):
+        entries.append(_dataset(reader, item, f"{path}[{index}]", index, trigger, local=local))
+    reader.values["datasets"] = entries
+    reader.origin["datasets"] = path
+
+
+def _dataset(reader: ConfigReader, value: Any, path: str, index: int, trigger: Any, *, local: bool) -> dict[str, Any]:
+    dataset = reader.section(value, path, keys.DATASET)
+    entry: dict[str, Any] = {}
+
+    def put(target: str, item: Any, key: str) -> None:
+        entry[target] = item
+        reader.origin[f"datasets.{index}.{target}"] = f"{path}.{key}"
+
+    reader.origin[f"datasets.{index}"] = path
+    _folder(reader, dataset, path, put, local=local)
+    for key, target in {
+        "default_caption": "default_caption",
+        "caption_dropout_rate": "caption_dropout_rate",
+        "num_repeats": "repeats",
+        "flip_x": "flip_x",
+        "buckets": "buckets",
+        "bucket_tolerance": "bucket_step_px",
+    }.items():
+        if key in dataset:
+            put(target, dataset[key], key)
+    word = dataset.get("trigger_word", trigger)
+    if word:
+        put("trigger_word", word, "trigger_word")
+    if "caption_ext" in dataset:
+        extension = dataset["caption_ext"]
+        put("caption_ext", f".{extension.lstrip('.')}" if isinstance(extension, str) else extension, "caption_ext")
+    resolution = dataset.get("resolution", 512)
+    put("resolutions_px", resolution if isinstance(resolution, list) else [resolution], "resolution")
+    return entry
+
+
+def _folder(
+    reader: ConfigReader, dataset: dict[str, Any], path: str, put: Callable[[str, Any, str], None], *, local: bool
+) -> None:
+    key = "folder_path" if "folder_path" in dataset else "dataset_path"
+    folder = dataset.get(key)
+    if not isinstance(folder, str) or not folder.strip():
+        reader.problem(f"{path}.folder_path", "is missing", "missing")
+        put("dataset", "unnamed", key)
+    elif local:
+        put("local_path", folder, key)
+    else:
+        name = dataset_name(folder)
+        if name is None:
+            reader.problem(f"{path}.{key}", "must end in the name of an uploaded dataset")
+        put("dataset", name or "unnamed", key)
+
+
+def dataset_name(folder_path: str) -> str | None:
+    """The dataset that an old `folder_path` means: its last segment; None when that cannot be a dataset's name."""
+    segments = [s for s in re.split(r"[/\\]+", folder_path.strip()) if s]
+    return segments[-1] if segments and re.fullmatch(DATASET_PATTERN, segments[-1]) else None

@@ -1,0 +1,113 @@
+"""What a training config would do, key by key, without starting anything.
+
+No torch here: the HTTP side and the command line import this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from train_jobs.aitoolkit import read_train
+from train_jobs.config_reader import ConfigReader
+from train_jobs.errors import ConfigInvalid, Problem
+from train_jobs.spec import TrainSpec
+from train_jobs.strict_yaml import read_mapping
+
+Verdict = Literal["honoured", "ignored", "unknown", "refused", "invalid"]
+REFUSED_CODES = frozenset({"unsupported", "not_allowed", "conflict"})
+
+
+@dataclass(frozen=True)
+class KeyVerdict:
+    """One key of the file, by its path. `note`: why, or how it is taken; empty when there is nothing to add."""
+
+    path: str
+    verdict: Verdict
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ConfigCheck:
+    """`run` tells what the training would be; None when the file would be refused."""
+
+    keys: tuple[KeyVerdict, ...]
+    run: dict[str, Any] | None
+
+    @property
+    def is_accepted(self) -> bool:
+        return self.run is not None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON; `counts` are numbers of keys by verdict."""
+        counts: dict[str, int] = {}
+        for key in self.keys:
+            counts[key.verdict] = counts.get(key.verdict, 0) + 1
+        return {
+            "accepted": self.is_accepted,
+            "counts": counts,
+            "keys": [asdict(key) for key in self.keys],
+            "run": self.run,
+        }
+
+
+def check_train_yaml(config: str | bytes | Mapping[str, Any], *, datasets_are_local: bool = False) -> ConfigCheck:
+    """Read a config as `parse_train_yaml` would, and report instead of raising."""
+    try:
+        reader = ConfigReader(read_mapping(config))
+    except ConfigInvalid as invalid:
+        return ConfigCheck(tuple(_of_problem(p) for p in invalid.problems), None)
+    problems: tuple[Problem, ...] = ()
+    run: dict[str, Any] | None = None
+    try:
+        run = describe_run(read_train(reader, local=datasets_are_local).spec)
+    except ConfigInvalid as invalid:
+        problems = invalid.problems
+    return ConfigCheck(_verdicts(reader, problems), run)
+
+
+def _verdicts(reader: ConfigReader, problems: tuple[Problem, ...]) -> tuple[KeyVerdict, ...]:
+    """One row for each path; a problem outweighs a warning, and that the mere fact that the key is read."""
+    rows = {path: KeyVerdict(path, "honoured") for path in reader.honoured}
+    rows |= {item.path: KeyVerdict(item.path, "ignored", item.reason) for item in reader.ignored}
+    for warning in reader.warnings:
+        verdict: Verdict = "unknown" if warning.code == "unknown_key" else "honoured"
+        rows[warning.path] = KeyVerdict(warning.path, verdict, warning.message)
+    rows |= {problem.path: _of_problem(problem) for problem in problems}
+    return tuple(rows.values())
+
+
+def _of_problem(problem: Problem) -> KeyVerdict:
+    return KeyVerdict(problem.path, "refused" if problem.code in REFUSED_CODES else "invalid", problem.message)
+
+
+def describe_run(spec: TrainSpec) -> dict[str, Any]:
+    """The training in a few plain facts. Pictures are counted for one worker."""
+    train, network = spec.train, spec.network
+    previews = [step for step in range(train.steps + 1) if _has_preview(spec, step)] if spec.sample.previews else []
+    return {
+        "name": spec.name,
+        "model": spec.model,
+        "network": network.model_dump(mode="json", exclude_none=True),
+        "datasets": [
+            dataset.model_dump(mode="json", exclude_defaults=True, exclude={"local_path"}) | {"name": dataset.label}
+            for dataset in spec.datasets
+        ],
+        "steps": train.steps,
+        "pictures_per_step": train.batch_size * train.gradient_accumulation,
+        "pictures_total": train.steps * train.batch_size * train.gradient_accumulation,
+        "learning_rate": train.learning_rate,
+        "optimizer": train.optimizer.type,
+        "schedule": train.schedule.type,
+        "dtype": train.dtype,
+        "checkpoints_written": -(-train.steps // spec.save.every_steps),
+        "checkpoints_kept": min(spec.save.keep, -(-train.steps // spec.save.every_steps)),
+        "preview_pictures": len(previews) * len(spec.sample.previews),
+    }
+
+
+def _has_preview(spec: TrainSpec, step: int) -> bool:
+    if step == 0:
+        return spec.sample.at_start
+    return step == spec.train.steps or (step >= spec.sample.start_step and step % spec.sample.every_steps == 0)
