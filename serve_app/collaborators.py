@@ -55,6 +55,9 @@ class Validation(Protocol):
         """Check and store an upload; returns the reply's fields."""
         ...
 
+    async def create_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]: ...
+    async def finalize_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]: ...
+
 
 @dataclass(frozen=True)
 class DispatchLoad:

@@ -16,6 +16,7 @@
     +-- ProcessNotCompleted     its files do not exist yet
     +-- LoraNotUsable           the request names an adapter that cannot be applied
     +-- ModelNotServed          the request names a base model that is not configured
+    +-- UploadNotFound          no such upload to finalize
     +-- RequestTimedOut         the work did not end in its time
     +-- TooManyRequests         the key's rate limit is used up
     +-- TooManyAtOnce           the key has as many requests under way as it may
@@ -114,6 +115,10 @@ class ProcessNotCancellable(ServeError):
 
 class ProcessNotCompleted(ServeError):
     code = "process_not_completed"
+
+
+class UploadNotFound(ServeError):
+    code = "upload_not_found"
 
 
 class LoraNotUsable(ServeError):

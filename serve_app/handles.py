@@ -67,6 +67,16 @@ class HandleValidation:
         )
         return reply
 
+    async def create_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
+        response = self._handle.create_upload.remote(tenant, payload)
+        reply: dict[str, Any] = await answer(VALIDATION, response, VALIDATION_TIMEOUT_S)
+        return reply
+
+    async def finalize_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
+        response = self._handle.finalize_upload.remote(tenant, payload)
+        reply: dict[str, Any] = await answer(VALIDATION, response, UPLOAD_TIMEOUT_S)
+        return reply
+
 
 class HandleDispatch:
     """`Dispatch` over the handle of its deployment."""

@@ -34,6 +34,7 @@ from serve_app.ingress.api import create_app
 from serve_app.ingress.auth import KeyRing
 from serve_app.job_types.context import Services
 from serve_app.settings import RequestLimits
+from serve_app.validation.staged import StagedUploads
 from serve_app.validation.uploads import DatasetUploads
 from serve_app.validation.validator import Validator
 from storage.async_jobs import AsyncJobs, AsyncJobsApi
@@ -58,6 +59,7 @@ class LocalValidation:
     def __init__(self, store: ObjectStore, clock: Clock) -> None:
         self._validator = Validator(MODELS, "tiny", random_seed=lambda: 1234)
         self._uploads = DatasetUploads(store, keys_of, BUCKET, clock)
+        self._staged = StagedUploads(store, keys_of, BUCKET, clock, self._uploads, url_expires_s=3600)
 
     async def training(self, config: str | dict[str, Any]) -> TrainingPlan:
         return await asyncio.to_thread(self._validator.training, config)
@@ -70,6 +72,12 @@ class LocalValidation:
 
     async def store_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
         return await self._uploads.store(tenant, payload)
+
+    async def create_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
+        return await self._staged.create(tenant, payload)
+
+    async def finalize_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
+        return await self._staged.finalize(tenant, payload)
 
 
 class LocalDispatch:

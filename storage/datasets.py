@@ -22,6 +22,8 @@ from storage.keys import MANIFEST_NAME, Keys
 from storage.objects import ObjectStore, PutItem
 
 BATCH_FILES = 32
+# Files up to this size are stored as bytes, a batch at the same time.
+SMALL_FILE_BYTES = 2 * 1024 * 1024
 
 
 class DatasetNotFound(StorageError):
@@ -206,6 +208,8 @@ async def _store_batch(
     for filename, content, content_type in files:
         key = keys.dataset_file(folder, upload_id, filename)
         kind = content_type or mimetypes.guess_type(filename)[0]
+        if isinstance(content, Path) and content.stat().st_size <= SMALL_FILE_BYTES:
+            content = await asyncio.to_thread(content.read_bytes)
         if isinstance(content, Path):
             info = await store.upload_file(content, key, content_type=kind)
             sha256 = info.sha256

@@ -124,12 +124,21 @@ class Keys:
     def dataset_manifest(self, folder: str, upload_id: str) -> str:
         return f"{self._upload(folder, upload_id)}{MANIFEST_NAME}"
 
+    def stagings_prefix(self) -> str:
+        return f"{self.tenant_prefix}staging/"
+
     def staging_prefix(self, upload_id: str) -> str:
-        return f"{self.tenant_prefix}staging/{check_name(upload_id, 'an upload id')}/"
+        return f"{self.stagings_prefix()}{check_name(upload_id, 'an upload id')}/"
 
     def staging_file(self, upload_id: str, filename: str) -> str:
         """Where a presigned upload lands before it is verified."""
-        return f"{self.staging_prefix(upload_id)}{check_filename(filename)}"
+        if check_filename(filename).lower() == MANIFEST_NAME:
+            raise InvalidKey(filename, f"{MANIFEST_NAME} is reserved")
+        return f"{self.staging_prefix(upload_id)}{filename}"
+
+    def staging_manifest(self, upload_id: str) -> str:
+        """What an upload promised to bring."""
+        return f"{self.staging_prefix(upload_id)}{MANIFEST_NAME}"
 
     def process_prefix(self, process_id: str) -> str:
         return f"{self.tenant_prefix}processes/{check_name(process_id, 'a process id')}/"

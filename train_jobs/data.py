@@ -73,14 +73,24 @@ def read_folder(folder: Path, spec: DatasetSpec) -> list[Picture]:
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """Files with a picture's suffix, hidden ones left out, in name order. A missing folder has none."""
-    return sorted(
+    """Files with a picture's suffix, hidden ones and masks left out, in name order. A missing folder has none.
+
+    A mask is `x_mask.png` beside a picture `x`.
+    """
+    found = sorted(
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in IMAGE_SUFFIXES
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
+    pictures = {path.with_suffix("") for path in found}
+    return [path for path in found if not (path.stem.endswith("_mask") and _unmasked(path) in pictures)]
+
+
+def _unmasked(path: Path) -> Path:
+    """The picture that a mask would belong to, without a suffix."""
+    return path.with_name(path.stem.removesuffix("_mask") or "_")
 
 
 def read_caption(path: Path, spec: DatasetSpec) -> str:

@@ -89,6 +89,7 @@ TABLE: dict[type[BaseException], Row] = {
     s.ProcessNotFound: Row(404, "Process not found"),
     s.ProcessNotCancellable: Row(409, "Process not found or cannot be cancelled"),
     s.ProcessNotCompleted: Row(409, "Process not completed"),
+    s.UploadNotFound: Row(404, "There is no such upload, or it was created too long ago."),
     s.LoraNotUsable: Row(400, lambda e: f"LoRA '{e.name}' cannot be used: {e.reason}"),
     s.ModelNotServed: Row(
         400, lambda e: f"Model '{e.model}' is not served here. Models of this server: {', '.join(e.known)}"

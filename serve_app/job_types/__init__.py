@@ -11,7 +11,7 @@ from serve_app.job_types.health import health
 from serve_app.job_types.loras import download, list_models
 from serve_app.job_types.processes import cancel, process_status, processes
 from serve_app.job_types.train import train
-from serve_app.job_types.upload import upload_training_data
+from serve_app.job_types.upload import create_upload, finalize_upload, upload_training_data
 from train_jobs.errors import Problem
 
 HANDLERS: dict[str, Handler] = {
@@ -21,6 +21,8 @@ HANDLERS: dict[str, Handler] = {
     "generate": generate,
     "upload_training_data": upload_training_data,
     "upload_training_files": upload_training_data,
+    "create_upload": create_upload,
+    "finalize_upload": finalize_upload,
     "processes": processes,
     "process_status": process_status,
     "cancel": cancel,

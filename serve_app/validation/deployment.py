@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 from serve_app.collaborators import GenerationPlan, TrainingPlan
 from serve_app.settings import Settings
+from serve_app.validation.staged import StagedUploads
 from serve_app.validation.uploads import DatasetUploads
 from serve_app.validation.validator import Validator
 from storage.actor import StorageClient
@@ -20,11 +22,15 @@ class Validation:
     def __init__(self, settings: Settings) -> None:
         s3 = settings.s3()
         self._validator = Validator(settings.models, settings.default_model)
-        self._uploads = DatasetUploads(
-            StorageClient(s3, settings.breaker()),
-            lambda tenant: Keys(s3.prefix, tenant),
+        store = StorageClient(s3, settings.breaker())
+        self._uploads = DatasetUploads(store, _keys_of(s3.prefix), s3.bucket, _now)
+        self._staged = StagedUploads(
+            store,
+            _keys_of(s3.prefix),
             s3.bucket,
-            lambda: datetime.now(UTC),
+            _now,
+            self._uploads,
+            url_expires_s=settings.limits.url_expires_s,
         )
 
     async def training(self, config: str | dict[str, Any]) -> TrainingPlan:
@@ -38,3 +44,17 @@ class Validation:
 
     async def store_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
         return await self._uploads.store(tenant, payload)
+
+    async def create_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
+        return await self._staged.create(tenant, payload)
+
+    async def finalize_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
+        return await self._staged.finalize(tenant, payload)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _keys_of(prefix: str) -> Callable[[str], Keys]:
+    return lambda tenant: Keys(prefix, tenant)

@@ -1,4 +1,4 @@
-"""The `input` of the two job types with many fields, as schemas. What is not listed is a warning, not an error."""
+"""The `input` of the job types with many fields, as schemas. What is not listed is a warning, not an error."""
 
 from typing import Any, Literal
 
@@ -78,16 +78,43 @@ class UploadFile(BaseModel):
     content_type: str | None = Field(default=None, max_length=100)
 
 
-class UploadPayload(BaseModel):
+class DatasetFields(BaseModel):
+    """Which dataset an upload makes."""
+
     model_config = ConfigDict(extra="allow")
 
-    type: Literal["upload_training_data", "upload_training_files"] | None = None
     training_name: str = Field(pattern=r"^[a-zA-Z0-9_-]+$", max_length=100)
     dataset_folder: str | None = Field(default=None, pattern=r"^[a-zA-Z0-9_-][a-zA-Z0-9._-]*$", max_length=150)
     trigger_word: str | None = Field(default=None, max_length=100)
     cleanup_existing: bool = True
-    files: list[UploadFile] = Field(min_length=1, max_length=FILES_MAX)
 
     @property
     def folder(self) -> str:
         return self.dataset_folder or self.training_name
+
+
+class UploadPayload(DatasetFields):
+    type: Literal["upload_training_data", "upload_training_files"] | None = None
+    files: list[UploadFile] = Field(min_length=1, max_length=FILES_MAX)
+
+
+class StagedFile(BaseModel):
+    """A file that is to be PUT; `sha256` in hex, checked where it is given."""
+
+    model_config = ConfigDict(extra="allow")
+
+    filename: str = Field(min_length=1, max_length=200)
+    size: int = Field(gt=0)
+    content_type: str | None = Field(default=None, max_length=100)
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+
+
+class CreateUploadPayload(DatasetFields):
+    type: Literal["create_upload"] | None = None
+    files: list[StagedFile] = Field(min_length=1, max_length=FILES_MAX)
+
+
+class FinalizePayload(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    token: str = Field(min_length=1, max_length=100)

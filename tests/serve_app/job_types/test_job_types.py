@@ -16,32 +16,10 @@ from serve_app.testing import (
 from storage.datasets import latest_manifest
 from storage.errors import StorageFailed
 from storage.job_state import JobKind, JobState
+from tests.serve_app.job_types.asking import done, refused
 from train_jobs.spec import TrainSpec
 
 OWNER = "driver-1"
-
-
-async def ask(server: LocalServer, payload: dict[str, Any], key: str | None = None) -> dict[str, Any]:
-    async with server.client(**({} if key is None else {"key": key})) as http:
-        reply = await http.post("/v2/ep/runsync", json={"input": payload})
-    assert reply.status_code == 200, reply.text
-    body: dict[str, Any] = reply.json()
-    return body
-
-
-async def done(server: LocalServer, payload: dict[str, Any], key: str | None = None) -> dict[str, Any]:
-    reply = await ask(server, payload, key)
-    assert reply["status"] == "COMPLETED", reply
-    output: dict[str, Any] = reply["output"]
-    return output
-
-
-async def refused(server: LocalServer, payload: dict[str, Any]) -> dict[str, Any]:
-    reply = await ask(server, payload)
-    assert reply["status"] == "FAILED", reply
-    assert reply["error"] == reply["output"]["error"]
-    output: dict[str, Any] = reply["output"]
-    return output
 
 
 async def trained(server: LocalServer, folder: str = "cats", **files: Any) -> str:
@@ -76,6 +54,8 @@ async def test_every_job_type_of_this_landing_is_known() -> None:
         "generate",
         "upload_training_data",
         "upload_training_files",
+        "create_upload",
+        "finalize_upload",
         "processes",
         "process_status",
         "cancel",

@@ -1,0 +1,223 @@
+"""Training data sent past the payload limit: presigned PUTs into staging keys, then a look at what really arrived.
+
+What was promised is kept beside the staged files. A dataset exists from the end of `finalize` on, whose files are new
+objects made of the bytes that were checked: a presigned URL that is still valid can change nothing of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from serve_app.collaborators import Clock
+from serve_app.errors import InvalidRequest, UploadNotFound
+from serve_app.validation.archives import unpack
+from serve_app.validation.dataset_reply import dataset_reply
+from serve_app.validation.file_checks import (
+    EXTENSIONS,
+    IMAGE_TYPES,
+    TEXT_TYPES,
+    TOTAL_BYTES_MAX,
+    CheckedFile,
+    FileProblem,
+    FoundFile,
+    check_files,
+    check_names,
+    extension_of,
+    notes_on,
+)
+from serve_app.validation.payloads import CreateUploadPayload, FinalizePayload, StagedFile
+from serve_app.validation.uploads import DatasetUploads
+from serve_app.validation.validator import parse_payload, unknown_fields
+from storage.datasets import DatasetNotFound, latest_manifest, new_upload_id
+from storage.errors import ObjectNotFound
+from storage.keys import Keys
+from storage.objects import ObjectStore
+from train_jobs.errors import Problem
+
+ZIP = "zip"
+CONTENT_TYPES = {**IMAGE_TYPES, **TEXT_TYPES, ZIP: "application/zip"}
+STAGED_KEPT = timedelta(hours=24)
+UPLOAD_ID = re.compile(r"(\d{8}T\d{12}Z)-[0-9a-f]{8}")
+
+
+class StagedUploads:
+    """`uploads` makes the dataset once everything was checked."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        keys_of: Callable[[str], Keys],
+        bucket: str,
+        clock: Clock,
+        uploads: DatasetUploads,
+        *,
+        url_expires_s: int,
+    ) -> None:
+        self._store = store
+        self._keys_of = keys_of
+        self._bucket = bucket
+        self._clock = clock
+        self._uploads = uploads
+        self._url_expires_s = url_expires_s
+
+    async def create(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
+        """A URL for each file, and the token to finalize with. Raises InvalidRequest, StorageError.
+
+        Uploads of this tenant that were never finalized are removed a day after they were created.
+        """
+        request = parse_payload(CreateUploadPayload, payload)
+        _check_promises(request.files)
+        keys, now = self._keys_of(tenant), self._clock()
+        await self._remove_abandoned(keys, now)
+        upload_id = new_upload_id(now)
+        await self._store.put(
+            keys.staging_manifest(upload_id), request.model_dump_json().encode(), content_type="application/json"
+        )
+        return {
+            "message": "PUT each file to its url with the headers shown, then finalize_upload with the token",
+            "upload_id": upload_id,
+            "token": upload_id,
+            "training_name": request.training_name,
+            "dataset_folder": request.folder,
+            "expires_at": (now + timedelta(seconds=self._url_expires_s)).isoformat(),
+            "files": [await self._place_for(keys, upload_id, file) for file in request.files],
+            "warnings": list(unknown_fields(request)),
+        }
+
+    async def finalize(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
+        """Check what arrived and make it a dataset; the same reply for the same token, however often it is asked.
+
+        Raises UploadNotFound, InvalidRequest with every problem found, StorageError.
+        """
+        token = parse_payload(FinalizePayload, payload).token
+        keys = self._keys_of(tenant)
+        request = await self._promised(keys, token)
+        try:
+            manifest = await latest_manifest(self._store, keys, request.folder, upload_id=token)
+        except DatasetNotFound:
+            reply = await self._make(tenant, keys, request, token)
+        else:
+            reply = dataset_reply(manifest, keys, self._bucket, [])
+        await self._store.delete_many([keys.staging_file(token, file.filename) for file in request.files])
+        return reply
+
+    async def _make(self, tenant: str, keys: Keys, request: CreateUploadPayload, token: str) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(prefix="raylora-staged-") as name:
+            folder = Path(name)
+            arrived, problems = await self._fetch(keys, request, token, folder)
+            if problems:
+                raise InvalidRequest(problems)
+            files = await asyncio.to_thread(_checked, arrived, folder)
+            return await self._uploads.commit(tenant, request, token, files, notes_on(files))
+
+    async def _fetch(
+        self, keys: Keys, request: CreateUploadPayload, token: str, folder: Path
+    ) -> tuple[list[FoundFile], list[Problem]]:
+        found: list[FoundFile] = []
+        problems: list[Problem] = []
+        for index, file in enumerate(request.files):
+            place = f"files[{index}]"
+            try:
+                path = await self._fetch_one(keys.staging_file(token, file.filename), file, folder / f"staged-{index}")
+            except FileProblem as problem:
+                problems.append(problem.at(place))
+            else:
+                found.append(FoundFile(place, file.filename, path))
+        return found, problems
+
+    async def _fetch_one(self, key: str, file: StagedFile, path: Path) -> Path:
+        """Raises FileProblem, StorageError."""
+        try:
+            size_bytes = (await self._store.head(key)).size_bytes
+            # Before the download: a PUT by presigned URL may bring any number of bytes.
+            if size_bytes != file.size:
+                raise FileProblem("size", f"{size_bytes} bytes arrived instead of {file.size}", "invalid_value")
+            info = await self._store.download_file(key, path)
+        except ObjectNotFound:
+            raise FileProblem("", "was not uploaded", "missing") from None
+        if file.sha256 is not None and info.sha256 != file.sha256:
+            raise FileProblem("sha256", "the bytes that arrived have another sha256", "invalid_value")
+        return path
+
+    async def _place_for(self, keys: Keys, upload_id: str, file: StagedFile) -> dict[str, Any]:
+        content_type = CONTENT_TYPES[extension_of(file.filename)]
+        url = await self._store.presign_put(
+            keys.staging_file(upload_id, file.filename), expires_s=self._url_expires_s, content_type=content_type
+        )
+        return {"filename": file.filename, "method": "PUT", "url": url, "headers": {"Content-Type": content_type}}
+
+    async def _promised(self, keys: Keys, token: str) -> CreateUploadPayload:
+        """Raises UploadNotFound."""
+        if not UPLOAD_ID.fullmatch(token):
+            raise UploadNotFound
+        try:
+            body = await self._store.get(keys.staging_manifest(token))
+            return CreateUploadPayload.model_validate_json(body)
+        except (ObjectNotFound, ValidationError):
+            raise UploadNotFound from None
+
+    async def _remove_abandoned(self, keys: Keys, now: datetime) -> None:
+        prefix = keys.stagings_prefix()
+        old = [
+            info.key
+            for info in await self._store.list(prefix)
+            if _is_abandoned(info.key.removeprefix(prefix).split("/")[0], now)
+        ]
+        if old:
+            await self._store.delete_many(old)
+
+
+def _check_promises(files: Sequence[StagedFile]) -> None:
+    """Raises InvalidRequest for what can be known to be wrong before anything was sent."""
+    names = [file.filename for file in files]
+    problems = [
+        problem.at(f"files[{index}]")
+        for index, problem in enumerate(check_names(names, (*EXTENSIONS, ZIP)))
+        if problem is not None
+    ]
+    if sum(file.size for file in files) > TOTAL_BYTES_MAX:
+        problems.append(Problem("files", f"are over {TOTAL_BYTES_MAX // 2**20} MB in all", "too_large"))
+    for index, file in enumerate(files):
+        offered = CONTENT_TYPES.get(extension_of(file.filename))
+        if file.content_type is not None and offered is not None and file.content_type != offered:
+            problems.append(Problem(f"files[{index}].content_type", f"must be {offered}", "invalid_value"))
+    if problems:
+        raise InvalidRequest(problems)
+
+
+def _checked(arrived: Sequence[FoundFile], folder: Path) -> list[CheckedFile]:
+    """With the zips unpacked. Blocking. Raises InvalidRequest."""
+    found: list[FoundFile] = []
+    problems: list[Problem] = []
+    left_bytes = TOTAL_BYTES_MAX
+    for index, file in enumerate(arrived):
+        if extension_of(file.filename) != ZIP:
+            found.append(file)
+            continue
+        target = folder / f"unpacked-{index}"
+        target.mkdir()
+        inside, wrong = unpack(file.path, target, file.place, bytes_max=left_bytes)
+        left_bytes -= sum(item.path.stat().st_size for item in inside)
+        found += inside
+        problems += wrong
+    if problems:
+        raise InvalidRequest(problems)
+    files, problems = check_files(found)
+    if problems:
+        raise InvalidRequest(problems)
+    return files
+
+
+def _is_abandoned(upload_id: str, now: datetime) -> bool:
+    made = UPLOAD_ID.fullmatch(upload_id)
+    if made is None:
+        return False
+    return datetime.strptime(made[1], "%Y%m%dT%H%M%S%fZ").replace(tzinfo=UTC) + STAGED_KEPT <= now
