@@ -89,12 +89,14 @@ def draw(client: ApiClient, prompts: tuple[str, ...], lora: str | None, folder: 
         with Image.open(target) as image:
             return image.convert("RGB")
 
-    with ThreadPoolExecutor(4) as pool:
+    # All at once: the engine draws them as one batch.
+    with ThreadPoolExecutor(len(prompts)) as pool:
         return tuple(pool.map(one, range(len(prompts))))
 
 
 def draw_all(client: ApiClient, lora: str | None, folder: Path) -> Drawn:
-    return Drawn(draw(client, NEW_WORD, lora, folder / "zib"), draw(client, OLD_WORDS, lora, folder / "ordinary"))
+    pictures = draw(client, NEW_WORD + OLD_WORDS, lora, folder)
+    return Drawn(pictures[: len(NEW_WORD)], pictures[len(NEW_WORD) :])
 
 
 def train(client: ApiClient, console: Console) -> tuple[dict[str, Any], tuple[tuple[int, float], ...]]:
