@@ -8,12 +8,41 @@ from pathlib import Path
 import torch
 
 from diffusion.errors import ModelNotFound, UnsupportedModel
-from diffusion.families.base import Family, LoraTargets, TextEmbeds
+from diffusion.families.base import ALL_LEVELS, Family, LoraTargets, NoiseLevels, TextEmbeds
+from diffusion.families.flux1 import Flux1
+from diffusion.families.flux2 import Flux2Klein
+from diffusion.families.qwen_image import QwenImage
 from diffusion.families.sd1 import StableDiffusion1
+from diffusion.families.sd3 import StableDiffusion3
+from diffusion.families.sdxl import StableDiffusionXL
+from diffusion.families.z_image import ZImage
 
-__all__ = ["Family", "LoraTargets", "StableDiffusion1", "TextEmbeds", "load_family"]
+__all__ = [
+    "ALL_LEVELS",
+    "FAMILIES",
+    "Family",
+    "Flux1",
+    "Flux2Klein",
+    "LoraTargets",
+    "NoiseLevels",
+    "QwenImage",
+    "StableDiffusion1",
+    "StableDiffusion3",
+    "StableDiffusionXL",
+    "TextEmbeds",
+    "ZImage",
+    "load_family",
+]
 
-FAMILIES: dict[str, type[Family]] = {"StableDiffusionPipeline": StableDiffusion1}
+FAMILIES: dict[str, type[Family]] = {
+    "StableDiffusionPipeline": StableDiffusion1,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+    "FluxPipeline": Flux1,
+    "Flux2KleinPipeline": Flux2Klein,
+    "QwenImagePipeline": QwenImage,
+    "ZImagePipeline": ZImage,
+}
 """By ``_class_name`` in ``model_index.json``."""
 
 

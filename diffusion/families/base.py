@@ -23,6 +23,33 @@ LoraTargets = Literal["attention", "all"]
 
 
 @dataclass(frozen=True)
+class NoiseLevels:
+    """Which noise levels a training draws; the names and meanings are ai-toolkit's.
+
+    ``kind`` is for flow models: ``sigmoid`` (logit-normal), ``linear`` (uniform), or ``shift`` (uniform, moved towards
+    noise for larger pictures as when sampling). ``bias``: ``content`` prefers noisy, ``style`` clean latents.
+    ``first`` and ``last`` of 0..999 bound the part of the way from noise (0) to picture (999) that is trained.
+    """
+
+    kind: Literal["sigmoid", "linear", "shift"] = "sigmoid"
+    bias: Literal["balanced", "content", "style"] = "balanced"
+    first: int = 0
+    last: int = 999
+
+    def places(self, batch_size: int, generator: torch.Generator | None) -> Tensor:
+        """``[B]`` places in 0..1 on the way from noise to picture, on the CPU. Each takes one random number."""
+        place_B = torch.rand((batch_size,), generator=generator)
+        if self.bias == "content":
+            place_B = place_B**3
+        elif self.bias == "style":
+            place_B = 1 - place_B**3
+        return (self.first + place_B * (self.last + 1 - self.first)) / 1000
+
+
+ALL_LEVELS = NoiseLevels()
+
+
+@dataclass(frozen=True)
 class TextEmbeds:
     """Encoded prompts, one row each.
 
@@ -187,8 +214,18 @@ class Family(ABC):
     # -- training
 
     @abstractmethod
-    def sample_timesteps(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-        """``[B]`` random training timesteps. ``generator`` is a CPU generator; the result is on the device."""
+    def sample_timesteps(
+        self, batch_size: int, generator: torch.Generator | None = None, levels: NoiseLevels = ALL_LEVELS,
+        latent_shape: tuple[int, ...] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """``[B]`` random training timesteps. ``generator`` is a CPU generator; the result is on the device.
+
+        ``latent_shape`` is for ``levels.kind`` of ``shift``.
+        """
+
+    def conv_target_modules(self, component: str) -> list[str]:
+        """Names (suffixes) of the convolutions that a LoRA may adapt in ``component``; none for transformers."""
+        return []
 
     @abstractmethod
     def add_noise(self, latents_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor) -> Tensor:

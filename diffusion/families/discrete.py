@@ -10,6 +10,7 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 from diffusion.errors import SettingNotSupported, UnsupportedModel
+from diffusion.families.base import ALL_LEVELS, NoiseLevels
 
 # The LMS scheduler is left out: it needs scipy, which nothing else here does.
 SCHEDULERS = {
@@ -57,9 +58,12 @@ class DiscreteNoise:
             raise SettingNotSupported("scheduler", f"{name or cls.__name__} cannot do {steps} steps here") from exc
         return scheduler
 
-    def sample_timesteps(self, batch_size: int, generator: torch.Generator | None) -> Tensor:
-        """``[B]`` uniform over the schedule, int64, on the CPU."""
-        return torch.randint(0, self.timesteps_total, (batch_size,), generator=generator)
+    def sample_timesteps(
+        self, batch_size: int, generator: torch.Generator | None, levels: NoiseLevels = ALL_LEVELS
+    ) -> Tensor:
+        """``[B]`` over the schedule, int64, on the CPU; uniform but for ``levels.bias``."""
+        place_B = levels.places(batch_size, generator)
+        return ((1 - place_B) * self.timesteps_total).long().clamp(0, self.timesteps_total - 1)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps_B: Tensor) -> Tensor:
         noisy: Tensor = self._training.add_noise(latents, noise, timesteps_B)

@@ -1,0 +1,133 @@
+"""Z-Image: Qwen3 text encoder, a single-stream transformer, 16-channel VAE, flow matching.
+
+Follows ``ZImagePipeline`` and ``train_dreambooth_lora_z_image.py`` of diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import AutoencoderKL, ZImageTransformer2DModel
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+from diffusion.families.base import LoraTargets, TextEmbeds
+from diffusion.families.flow import FlowMatching, even_sigmas
+from diffusion.families.flow_family import FlowFamily
+from diffusion.families.parts import KlLatents, frozen, load_part, load_scheduler, load_weights, text_beyond
+
+TOKENS_MAX = 512
+
+
+class ZImage(FlowFamily):
+    """The model's timestep runs from noise (0) to picture (1), and it predicts ``picture - noise``."""
+
+    name = "z_image"
+    architecture = "z-image"
+
+    def __init__(
+        self, *, tokenizer: Any, text_encoder: Any, transformer: Any, vae: Any, scheduler: Any, device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.device, self.dtype = torch.device(device), dtype
+        self.tokenizer = tokenizer
+        self.text_encoder, self.transformer, self.vae = (
+            frozen(part, self.device, dtype) for part in (text_encoder, transformer, vae)
+        )
+        self.flow = FlowMatching(scheduler)
+        self.latents = KlLatents(self.vae, patch=2)
+        self.size_multiple = self.latents.size_multiple
+        self.native_size = 128 * self.latents.factor
+
+    @classmethod
+    def load(cls, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Self:
+        return cls(
+            tokenizer=load_part(folder, "tokenizer", AutoTokenizer),
+            text_encoder=load_weights(folder, "text_encoder", AutoModel, dtype),
+            transformer=load_weights(folder, "transformer", ZImageTransformer2DModel, dtype),
+            vae=load_weights(folder, "vae", AutoencoderKL, dtype),
+            scheduler=load_scheduler(folder),
+            device=device,
+            dtype=dtype,
+        )
+
+    # -- parts
+
+    @property
+    def lora_components(self) -> Mapping[str, nn.Module]:
+        return {"transformer": self.transformer}
+
+    def lora_target_modules(self, component: str, kind: LoraTargets = "attention") -> list[str]:
+        attention = ["to_q", "to_k", "to_v", "to_out.0"]
+        return attention if kind == "attention" else [*attention, "w1", "w2", "w3"]
+
+    # -- text
+
+    def encode_prompts(self, prompts: Sequence[str]) -> TextEmbeds:
+        """The last state but one of each real token; shorter prompts are padded and masked."""
+        tokens = self.tokenizer(
+            [self._in_chat(prompt) for prompt in prompts], padding="max_length", max_length=TOKENS_MAX,
+            truncation=True, return_tensors="pt",
+        )  # fmt: skip
+        mask_BL = tokens.attention_mask.to(self.device).bool()
+        states_BLD = self.text_encoder(
+            input_ids=tokens.input_ids.to(self.device), attention_mask=mask_BL, output_hidden_states=True
+        ).hidden_states[-2]
+        # Real tokens first, whatever side the tokenizer pads.
+        rows = [TextEmbeds(s[m][None], mask_BL=m[m][None].long()) for s, m in zip(states_BLD, mask_BL, strict=True)]
+        return TextEmbeds.cat(rows).to(dtype=self.dtype)
+
+    def _in_chat(self, prompt: str) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        return text
+
+    def truncated_text(self, prompt: str) -> str:
+        frame = len(self.tokenizer(self._in_chat(""), add_special_tokens=False).input_ids)
+        return text_beyond(self.tokenizer, prompt, TOKENS_MAX, special=frame)
+
+    # -- pictures and latents
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
+        return self.latents.shape(width, height)
+
+    def encode_image_moments(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """The example script trains on the posterior's mode, so the deviation is zero."""
+        mean, std = self.latents.encode_moments(images_BCHW)
+        return mean, torch.zeros_like(std)
+
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        return self.latents.decode(latents_BCHW)
+
+    def initial_noise(self, latent_shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """float32 in every dtype, as in the stock pipeline."""
+        return torch.randn((1, *latent_shape), generator=generator).to(self.device)
+
+    # -- denoising
+
+    def make_schedule(self, name: str | None, steps: int, latent_shape: tuple[int, ...]) -> Any:
+        tokens = self.picture_tokens(latent_shape)
+        return self.flow.make_schedule(name, steps, tokens=tokens, sigmas=even_sigmas(steps))
+
+    def uses_negative_prompt(self, guidance_scale: float) -> bool:
+        return guidance_scale > 0
+
+    def combine_guidance(self, negative: Tensor, positive: Tensor, scale: float) -> Tensor:
+        """Counted from the positive side: a scale of 0 is no guidance."""
+        return positive + scale * (positive - negative)
+
+    def predict(
+        self, latents_BCHW: Tensor, timesteps_B: Tensor, text: TextEmbeds, *, guidance_B: Tensor | None = None
+    ) -> Tensor:
+        if text.mask_BL is None:
+            raise ValueError("Z-Image needs to know which tokens are real")
+        states = [s[m.bool()].to(self.dtype) for s, m in zip(text.hidden_BLD, text.mask_BL, strict=True)]
+        latents_C1HW = list(latents_BCHW.to(self.dtype).unsqueeze(2).unbind(0))
+        outputs = self.transformer(
+            latents_C1HW, (1000 - timesteps_B.to(self.device)) / 1000, states, return_dict=False
+        )[0]
+        return -torch.stack(list(outputs)).squeeze(2)
