@@ -1,6 +1,7 @@
 # Everything runs from .venv, which `setup` makes. PIP_FLAGS goes to pip as it is.
 PYTHON ?= python3.11
 PIP_FLAGS ?=
+BENCH_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -46,6 +47,9 @@ check: setup
 fmt: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench-%: setup
+	$(BIN)/python benchmarks/bench_$*.py $(BENCH_ARGS)
 
 bench: setup
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
