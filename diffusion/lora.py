@@ -2,7 +2,8 @@
 
 In memory a LoRA has one form whatever the file's: keys ``<component>.<module path>.lora_A.weight`` and
 ``.lora_B.weight`` (what diffusers writes), and one alpha per module. A layer's effect is
-``scale * alpha / rank * B @ A``.
+``scale * alpha / rank * B @ A``; with a magnitude (DoRA, Liu et al. 2024, arXiv:2402.09353) the rows of the changed
+weight are then scaled to that norm. LoHa and LoKr become such pairs when they are read.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,25 +31,33 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusion.errors import LoraInvalid, LoraMismatch
+from diffusion.lycoris import expand
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_METADATA_KEY = "lora_adapter_metadata"
 """Metadata entry in which diffusers keeps peft's settings; without it a reader takes alpha = rank."""
 KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+PEFT_PREFIX = "base_model.model."
 UNSUPPORTED_KEYS = {
-    "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "lora_mid": "Tucker LoCon",
+    "lora_mid": "Tucker LoCon", "hada_t": "Tucker LoHa", "lokr_t": "Tucker LoKr", "oft_": "OFT", "boft_": "BOFT",
+    "glora_": "GLoRA", "lora_embedding_": "an adapted embedding",
 }  # fmt: skip
+MAGNITUDE_ENDS = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 LoraFormat = Literal["diffusers", "kohya"]
 
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """One adapted module: ``A`` is ``[rank, in, ...]``, ``B`` is ``[out, rank, ...]`` (with kernel sides for conv)."""
+    """One adapted module: ``A`` is ``[rank, in, ...]``, ``B`` is ``[out, rank, ...]`` (with kernel sides for conv).
+
+    ``magnitude`` is ``[out]``, only for DoRA.
+    """
 
     A: Tensor
     B: Tensor
     alpha: float
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -63,6 +72,7 @@ class LoraFile:
     alphas: Mapping[str, float]
     metadata: Mapping[str, str]
     source_format: LoraFormat
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -72,7 +82,12 @@ class LoraFile:
     def layers(self) -> dict[str, LoraLayer]:
         """By ``<component>.<module path>``."""
         return {
-            path: LoraLayer(self.state[f"{path}.lora_A.weight"], self.state[f"{path}.lora_B.weight"], alpha)
+            path: LoraLayer(
+                self.state[f"{path}.lora_A.weight"],
+                self.state[f"{path}.lora_B.weight"],
+                alpha,
+                self.magnitudes.get(path),
+            )
             for path, alpha in self.alphas.items()
         }
 
@@ -83,17 +98,20 @@ def read_lora(path: Path) -> LoraFile:
     for mark, kind in UNSUPPORTED_KEYS.items():
         if any(mark in key for key in raw):
             raise LoraInvalid(f"{kind} is not supported")
-    alphas: dict[str, float]
-    source_format: LoraFormat
-    if all(key.startswith(KOHYA_PREFIXES) for key in raw):
-        state, alphas = _from_kohya(raw)
-        source_format = "kohya"
+    weights, magnitudes = _without_magnitudes(raw)
+    if raw and all(key.startswith(KOHYA_PREFIXES) for key in raw):
+        state, alphas, paths = _from_kohya(expand(weights, down="lora_down.weight", up="lora_up.weight"))
+        magnitudes = {paths[name]: tensor for name, tensor in magnitudes.items() if name in paths}
+        source_format: LoraFormat = "kohya"
     else:
-        state, alphas = _from_diffusers(raw, metadata)
+        weights = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in weights.items()}
+        magnitudes = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in magnitudes.items()}
+        state, alphas = _from_diffusers(expand(weights, down="lora_A.weight", up="lora_B.weight"), metadata)
         source_format = "diffusers"
     _check_pairs(state)
+    _check_magnitudes(state, magnitudes)
     alphas = {path: alphas.get(path, float(rank)) for path, rank in _ranks(state).items()}
-    return LoraFile(state, alphas, metadata, source_format)
+    return LoraFile(state, alphas, metadata, source_format, magnitudes)
 
 
 def save_lora(
@@ -121,15 +139,18 @@ def save_lora(
 
 
 def fit_layers(lora: LoraFile, components: Mapping[str, nn.Module]) -> dict[str, dict[str, LoraLayer]]:
-    """The layers by component, then by that module's own path names. Raises LoraMismatch unless every layer fits."""
+    """The layers by component, then by that module's own path names. Raises LoraMismatch unless every layer fits.
+
+    A file that names no component, as peft saves a single module, is for the first. The weights get the shapes of the
+    layers' own: a flat convolution pair its kernel's.
+    """
     fitted: dict[str, dict[str, LoraLayer]] = {}
     for full_path, layer in lora.layers().items():
         component, _, path = full_path.partition(".")
         if component not in components:
-            raise LoraMismatch(f"it adapts {component!r}, which this model does not have")
+            component, path = _without_component(full_path, components)
         path = _own_path(path, components[component])
-        _check_shape(path, layer, components[component])
-        fitted.setdefault(component, {})[path] = layer
+        fitted.setdefault(component, {})[path] = _shaped(path, layer, components[component])
     return fitted
 
 
@@ -154,19 +175,37 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise LoraInvalid("damaged, or not really a safetensors file") from exc
 
 
-def _from_kohya(raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Module by module, so that each alpha stays with its module; the naming rules are diffusers' own."""
+def _without_magnitudes(raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The other weights, and DoRA's magnitudes by the path that the file gives them."""
+    weights: dict[str, Tensor] = {}
+    magnitudes: dict[str, Tensor] = {}
+    for key, tensor in raw.items():
+        end = next((end for end in MAGNITUDE_ENDS if key.endswith(end)), None)
+        if end is None:
+            weights[key] = tensor
+        else:
+            magnitudes[key.removesuffix(end)] = tensor.flatten()
+    return weights, magnitudes
+
+
+def _from_kohya(raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float], dict[str, str]]:
+    """Module by module, so that each alpha stays with its module; the naming rules are diffusers' own.
+
+    The third part gives each of the file's module names its path.
+    """
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in raw.items():
         groups.setdefault(key.partition(".")[0], {})[key] = tensor
     state: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
-    for group in groups.values():
+    paths: dict[str, str] = {}
+    for name, group in groups.items():
         converted, alpha = _convert_kohya_module(group)
         state.update(converted)
+        paths[name] = next(iter(converted)).rpartition(".lora_")[0]
         if alpha is not None:
-            alphas[next(iter(converted)).rpartition(".lora_")[0]] = alpha
-    return state, alphas
+            alphas[paths[name]] = alpha
+    return state, alphas, paths
 
 
 def _convert_kohya_module(group: dict[str, Tensor]) -> tuple[dict[str, Tensor], float | None]:
@@ -249,7 +288,25 @@ def _check_pairs(state: Mapping[str, Tensor]) -> None:
             raise LoraInvalid(f"the two weights of {path!r} do not belong together")
 
 
+def _check_magnitudes(state: Mapping[str, Tensor], magnitudes: Mapping[str, Tensor]) -> None:
+    for path, magnitude in magnitudes.items():
+        b = state.get(f"{path}.lora_B.weight")
+        if b is None or magnitude.numel() != b.shape[0]:
+            raise LoraInvalid(f"the DoRA magnitude of {path!r} is not one number per output of its layer")
+        if not magnitude.is_floating_point() or not bool(torch.isfinite(magnitude).all()):
+            raise LoraInvalid(f"the DoRA magnitude of {path!r} is not made of finite numbers")
+
+
 # -- fitting
+
+
+def _without_component(full_path: str, components: Mapping[str, nn.Module]) -> tuple[str, str]:
+    first = next(iter(components))
+    try:
+        components[first].get_submodule(full_path)
+    except AttributeError:
+        raise LoraMismatch(f"it adapts {full_path.partition('.')[0]!r}, which this model does not have") from None
+    return first, full_path
 
 
 def _own_path(path: str, component: nn.Module) -> str:
@@ -263,13 +320,23 @@ def _own_path(path: str, component: nn.Module) -> str:
     raise LoraMismatch(f"this model has no layer {path!r}")
 
 
-def _check_shape(path: str, layer: LoraLayer, component: nn.Module) -> None:
+def _shaped(path: str, layer: LoraLayer, component: nn.Module) -> LoraLayer:
+    """The layer's pair in the shapes of the module it adapts. Raises LoraMismatch where it is not for that module."""
     module = component.get_submodule(path)
     module = getattr(module, "base_layer", module)  # already carries another adapter
     weight = getattr(module, "weight", None)
     if not isinstance(module, nn.Linear | nn.Conv2d) or not isinstance(weight, Tensor):
         raise LoraMismatch(f"layer {path!r} cannot carry a LoRA")
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        raise LoraMismatch(f"layer {path!r} is a grouped convolution")
+    if layer.A.ndim == 2 and weight.ndim == 4 and layer.A.shape[1] == weight[0].numel():
+        kernel = layer.A.reshape(layer.rank, *weight.shape[1:])
+        layer = replace(layer, A=kernel, B=layer.B.reshape(*layer.B.shape[:2], 1, 1))
+    if weight.ndim == 2 and layer.A.ndim == 4 and layer.A.shape[2:] == (1, 1):
+        # Models of one architecture have these projections as 1x1 convolutions or as linear layers.
+        layer = replace(layer, A=layer.A.flatten(1), B=layer.B.flatten(1))
     expected = (weight.shape[0], weight.shape[1], weight.ndim)
     found = (layer.B.shape[0], layer.A.shape[1], layer.A.ndim)
     if found != expected or layer.A.shape[2:] != weight.shape[2:]:
         raise LoraMismatch(f"layer {path!r} is {tuple(weight.shape)}, the LoRA was made for {found[:2]}")
+    return layer

@@ -26,7 +26,7 @@ class Previews:
     def __init__(
         self, family: Family, lora: TrainableLora, spec: SampleSpec, *, name: str, scratch: Path, store: StoreSample
     ) -> None:
-        self._engine = Engine(family, loras_max=1)
+        self._engine = Engine(family, adapter_bytes_max=0)
         self._lora = lora
         self._spec = spec
         self._name = name

@@ -1,45 +1,82 @@
-"""Iteration-level batching: samples join and leave between denoiser calls, each with its own steps, seed and guidance.
+"""Iteration-level batching: pictures join and leave between denoiser calls, each with its own steps, seed and LoRAs.
 
-One denoiser call per iteration covers every active sample, each at its own timestep. Samples share a batch when their
-latent shape and their LoRAs agree.
+Calls from any number of threads share one batch per latent shape. There is no thread of the engine's own: whoever waits
+for pictures drives the loop, and hands it on when his own are done.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image
 
-from diffusion.engine.lora_pool import LoraPool
-from diffusion.engine.request import GeneratedImage, GenerateRequest, LoraRef, RenderedImage, size_of
+from diffusion.engine.adapter_cache import AdapterCache, Lease
+from diffusion.engine.at_rest import at_rest
+from diffusion.engine.denoise import Denoiser
+from diffusion.engine.lora_slots import LoraSlots
+from diffusion.engine.memory import BatchLimits, MeasureMemory, device_memory
+from diffusion.engine.order import FairOrder, Group
+from diffusion.engine.packed import load_adapter
+from diffusion.engine.prompts import Prompts
+from diffusion.engine.request import GeneratedImage, GenerateRequest, RenderedImage, size_of
 from diffusion.engine.sample import Sample
-from diffusion.errors import Cancelled, OutOfGpuMemory, SettingNotSupported
-from diffusion.families.base import Family, TextEmbeds
+from diffusion.engine.start import size_near
+from diffusion.engine.ticket import OnStep, ShouldStop, Ticket
+from diffusion.errors import OutOfGpuMemory, SettingNotSupported
+from diffusion.families.base import Family
+
+logger = logging.getLogger(__name__)
 
 SEED_MAX = 2**63 - 1
-BatchKey = tuple[tuple[int, ...], tuple[LoraRef, ...]]
-OnStep = Callable[[int, int], None]
-ShouldStop = Callable[[], bool]
+ADAPTER_BYTES_MAX = 2 * 2**30
+LOAD_POLL_S = 0.05
+"""How often a call that waits only for adapters asks its ``should_stop``."""
 
 
 class Engine:
-    """Makes pictures with one family. Calls from several threads wait for one another.
+    """Makes pictures with one family; thread-safe.
 
-    ``batch_max`` bounds the pictures in one denoiser call; the others wait and join as places become free.
+    ``batch_max`` bounds the pictures in one denoiser call. ``adapter_bytes_max`` bounds the adapters kept in memory
+    while nobody uses them. ``compiled`` compiles the denoiser's repeated blocks with this torch.compile backend.
+    ``turns`` orders the calls of several engines on one device.
     """
 
-    def __init__(self, family: Family, *, batch_max: int = 8, loras_max: int = 4) -> None:
+    def __init__(
+        self,
+        family: Family,
+        *,
+        batch_max: int = 8,
+        adapter_bytes_max: int = ADAPTER_BYTES_MAX,
+        compiled: str | None = None,
+        memory: MeasureMemory | None = None,
+        turns: AbstractContextManager[None] | None = None,
+    ) -> None:
         self.family = family
-        self._batch_max = batch_max
-        self._loras = LoraPool(family, loras_max)
-        self._lock = threading.Lock()
+        self._memory = memory or (lambda: device_memory(family.device))
+        self._turns = turns or nullcontext()
+        self._limits = BatchLimits(batch_max)
+        self._slots = LoraSlots(family, fixed_shapes=compiled is not None)
+        self._prompts = Prompts(family, self._slots)
+        self._denoiser = Denoiser(family, self._slots, self._limits, fixed_shapes=compiled is not None)
+        if compiled is not None:
+            _compile(family, compiled)
+        self._order = FairOrder()
+        self._changed = threading.Condition()
+        self._driving = False
+        self._inbox: deque[Ticket] = deque()
+        self._live: list[Ticket] = []
+        self.adapters = AdapterCache(
+            lambda stamp: load_adapter(stamp, family), bytes_max=adapter_bytes_max, on_loaded=self._wake
+        )
 
     def generate(
         self,
@@ -61,147 +98,261 @@ class Engine:
         """As ``generate``, but float pixels.
 
         ``on_step(step, total)`` counts denoising steps over all requests, after each denoiser call; it and
-        ``should_stop`` are called on this thread between denoiser calls. All requests succeed or none does.
+        ``should_stop`` are called between denoiser calls, on this thread or on another that waits for pictures. All
+        requests of a call succeed or none does; those of other calls are not concerned.
 
         Raises SizeNotSupported and SettingNotSupported before any work, LoraInvalid, LoraMismatch, Cancelled,
         OutOfGpuMemory.
         """
-        requests = [self._sized(request) for request in requests]
-        try:
-            with self._lock, torch.no_grad(), _eval_mode(self.family):
-                batches = self._plan(requests)
-                progress = _Progress([s for samples in batches.values() for s in samples], on_step, should_stop)
-                finished: dict[int, RenderedImage] = {}
-                for (_, loras), samples in batches.items():
-                    progress.check()
-                    with self._loras.active(loras):
-                        finished |= {s.index: self._rendered(s, pixels) for s, pixels in self._run(samples, progress)}
-            return [finished[index] for index in range(len(requests))]
-        except torch.OutOfMemoryError:
-            failure = self._out_of_memory(requests)
-        # Outside the except clause: a chained exception would keep the frames, and so the tensors, alive.
-        torch.cuda.empty_cache()  # does nothing where there is no CUDA
-        raise failure
+        ticket = self.submit(requests, on_step=on_step, should_stop=should_stop)
+        self.wait(ticket)
+        return ticket.images()
+
+    def submit(
+        self,
+        requests: Sequence[GenerateRequest],
+        *,
+        on_step: OnStep | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> Ticket:
+        """Check the requests, start loading their adapters, and queue them; ``wait`` makes them.
+
+        Raises SizeNotSupported, SettingNotSupported, and LoraInvalid for a file that does not exist.
+        """
+        samples = [self._sample(index, self._sized(request)) for index, request in enumerate(requests)]
+        ticket = Ticket(samples, self._borrowed(samples), on_step, should_stop)
+        with self._changed:
+            self._live.append(ticket)
+            self._inbox.append(ticket)
+            self._changed.notify_all()
+        return ticket
+
+    def wait(self, ticket: Ticket) -> None:
+        """Until ``ticket`` is finished, driving the engine while nobody else does."""
+        while not ticket.finished:
+            with self._changed:
+                self._changed.wait_for(lambda: ticket.finished or not self._driving)
+                if ticket.finished:
+                    return
+                self._driving = True
+            try:
+                self._drive(ticket)
+            finally:
+                with self._changed:
+                    self._driving = False
+                    self._changed.notify_all()
+
+    def step(self) -> bool:
+        """One iteration: admit, join, one denoiser call, leave. False where there was nothing to denoise.
+
+        For callers that drive the engine themselves, from one thread.
+        """
+        with torch.no_grad():
+            self._check_stops()
+            self._admit()
+            group = self._order.next()
+            if group is not None:
+                with self._turns:
+                    self._iterate(group)
+        return group is not None
 
     def clear_loras(self) -> None:
-        """Free every loaded LoRA; the next request that needs one reads its file again."""
-        with self._lock:
-            self._loras.clear()
+        """Free every adapter and every slot; layers are of their own class again. Waits for the pictures under way."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._driving)
+            self._slots.remove()
+            self.adapters.clear()
+
+    def close(self) -> None:
+        """Free what ``clear_loras`` frees, and the threads that load."""
+        self.clear_loras()
+        self.adapters.close()
+
+    # -- taking requests
 
     def _sized(self, request: GenerateRequest) -> GenerateRequest:
-        """The request with the model's own size where it names none."""
-        native = self.family.native_size_px
+        """The request with its picture's size, or the model's own, where it names none."""
+        width = height = self.family.native_size_px
+        if request.init_image is not None:
+            width, height = size_near(request.init_image, self.family.size_multiple)
         return replace(
             request,
-            width=native if request.width is None else request.width,
-            height=native if request.height is None else request.height,
+            width=width if request.width is None else request.width,
+            height=height if request.height is None else request.height,
         )
 
-    def _plan(self, requests: Sequence[GenerateRequest]) -> dict[BatchKey, list[Sample]]:
-        """Checked samples by what may share a batch, in order of arrival."""
-        batches: dict[BatchKey, list[Sample]] = {}
-        for index, request in enumerate(requests):
-            shape = self.family.latent_shape(*size_of(request))
-            if not 0 <= request.seed <= SEED_MAX:
-                raise SettingNotSupported("seed", f"must be between 0 and {SEED_MAX}")
-            schedule = self.family.make_schedule(request.scheduler, request.steps, shape)
-            sample = Sample(self.family, request, index, schedule)
-            batches.setdefault((shape, tuple(request.loras)), []).append(sample)
-        return batches
+    def _sample(self, index: int, request: GenerateRequest) -> Sample:
+        shape = self.family.latent_shape(*size_of(request))
+        if not 0 <= request.seed <= SEED_MAX:
+            raise SettingNotSupported("seed", f"must be between 0 and {SEED_MAX}")
+        return Sample(self.family, request, index, self.family.make_schedule(request.scheduler, request.steps, shape))
 
-    def _run(self, samples: Sequence[Sample], progress: _Progress) -> Iterator[tuple[Sample, torch.Tensor]]:
-        """Drive samples that share shape and LoRAs; yields each with its pixels when it is done."""
-        waiting, active = deque(samples), list[Sample]()
-        while waiting or active:
-            progress.check()
-            joining = [waiting.popleft() for _ in range(min(len(waiting), self._batch_max - len(active)))]
-            active += joining
-            self._begin(joining)
-            self._denoise(active)
-            leaving = [(sample, self._decode(sample)) for sample in active if sample.done]
-            active = [sample for sample in active if not sample.done]
-            progress.advance(len(active) + len(leaving))
-            yield from leaving
+    def _borrowed(self, samples: Sequence[Sample]) -> list[list[Lease]]:
+        leases: list[list[Lease]] = []
+        try:
+            for sample in samples:
+                leases.append([])
+                for lora in sample.request.loras:
+                    leases[-1].append(self.adapters.borrow(lora.path))
+        except BaseException:
+            for lease in (lease for own in leases for lease in own):
+                self.adapters.release(lease)
+            raise
+        return leases
+
+    # -- the loop
+
+    def _drive(self, ticket: Ticket) -> None:
+        """Until ``ticket`` is finished. An error that belongs to no ticket ends all of them, and is raised."""
+        try:
+            with at_rest(self.family):
+                try:
+                    while not ticket.finished:
+                        if not self.step():
+                            self._await_adapters()
+                finally:
+                    self._slots.release()
+                    self._denoiser.forget()
+        except BaseException as error:
+            for live in list(self._live):
+                self._finish(live, error)
+            raise
+
+    def _await_adapters(self) -> None:
+        with self._changed:
+            waiting = [ticket for ticket in self._inbox if not ticket.adapters_ready]
+            if waiting and len(waiting) == len(self._inbox):
+                self._changed.wait(LOAD_POLL_S)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _check_stops(self) -> None:
+        for ticket in list(self._live):
+            self._attempt([ticket], ticket.check_stop)
+
+    def _admit(self) -> None:
+        """Queue the tickets whose adapters are there; the others do not hold them up."""
+        for _ in range(len(self._inbox)):
+            with self._changed:
+                ticket = self._inbox.popleft()
+                if not ticket.finished and not ticket.adapters_ready:
+                    self._inbox.append(ticket)
+                    continue
+            if not ticket.finished and self._attempt([ticket], ticket.assign_adapters):
+                self._order.add(ticket)
+                if not ticket.samples:
+                    self._finish(ticket)
+
+    def _iterate(self, group: Group) -> None:
+        self._join(group)
+        if not group.active:
+            return
+        samples = list(group.active)
+        tickets = {sample: self._ticket_of(sample) for sample in samples}
+        self._order.charge(group, sum(sample.rows for sample in samples))
+        answers = self._denoiser.predict(samples, table=group.shape)
+        for sample, answer in zip(samples, answers, strict=True):
+            if tickets[sample].finished:
+                continue
+            if answer is None:
+                self._finish(tickets[sample], self._out_of_memory(sample))
+            else:
+                self._attempt([tickets[sample]], partial(self._advance, group, tickets[sample], sample, answer))
+        moved = [tickets[sample] for sample in samples if not tickets[sample].finished]
+        for ticket in dict.fromkeys(moved):
+            self._attempt([ticket], partial(ticket.count, moved.count(ticket)))
+            if len(ticket.rendered) == len(ticket.samples):
+                self._finish(ticket)
+
+    def _advance(self, group: Group, ticket: Ticket, sample: Sample, answer: torch.Tensor) -> None:
+        sample.advance(answer)
+        if sample.done:
+            group.leave({sample})
+            # One at a time: the VAE's activations, not the denoiser's, are the peak of memory.
+            pixels_CHW = self.family.decode(sample.latents)[0].cpu()
+            ticket.rendered[sample.index] = self._rendered(sample, pixels_CHW)
+
+    def _join(self, group: Group) -> None:
+        """Fill the batch up and encode the prompts of those who join."""
+        joining: list[tuple[Ticket, Sample]] = []
+        while len(group.active) + len(joining) < self._limits.of(group.shape):
+            waiting = group.next_waiting()
+            if waiting is None:
+                break
+            joining.append(waiting)
+        if not joining:
+            return
+        tickets = list(dict.fromkeys(ticket for ticket, _ in joining))
+        if len(tickets) > 1 and self._attempt([], partial(self._begin, [sample for _, sample in joining])):
+            group.active += [sample for _, sample in joining]
+            return
+        for ticket in tickets:  # one by one, so that an error meets its own request
+            own = [sample for t, sample in joining if t is ticket]
+            if self._attempt([ticket], partial(self._begin, own)):
+                group.active += own
 
     def _begin(self, samples: Sequence[Sample]) -> None:
-        """Encode the prompts of samples that join, each distinct text once."""
-        if not samples:
+        for sample, text in zip(samples, self._prompts.encode(samples), strict=True):
+            if sample.text is None:
+                sample.begin(text)
+
+    def _attempt(self, tickets: Sequence[Ticket], work: Callable[[], None]) -> bool:
+        """Whether ``work`` went well; where it did not, its error ends ``tickets``. Exceptions that are no Exception
+        (an interrupt) pass through."""
+        try:
+            work()
+        except torch.OutOfMemoryError:
+            error: Exception | None = None
+        except Exception as exc:  # noqa: BLE001 - it is raised where the ticket's pictures are asked for
+            error = exc
+        else:
+            return True
+        if error is None:
+            torch.cuda.empty_cache()
+        for ticket in tickets:
+            self._finish(ticket, error or self._out_of_memory(*ticket.samples))
+        return False
+
+    def _finish(self, ticket: Ticket, error: BaseException | None = None) -> None:
+        if ticket.finished:
             return
-        texts = [_texts(sample) for sample in samples]
-        distinct = list(dict.fromkeys(text for pair in texts for text in pair))
-        embeds = self.family.encode_prompts(distinct)
-        for sample, pair in zip(samples, texts, strict=True):
-            sample.begin(embeds.rows([distinct.index(text) for text in pair]))
+        self._order.remove(ticket)
+        ticket.error = error
+        ticket.release(self.adapters)
+        with self._changed:
+            self._live.remove(ticket)
+            ticket.finished = True
+            self._changed.notify_all()
 
-    def _denoise(self, active: Sequence[Sample]) -> None:
-        """One denoiser call for all of them."""
-        rows = [sample.rows for sample in active]
-        device = self.family.device
-        per_sample = torch.tensor([[float(s.timestep), s.request.guidance_scale] for s in active])
-        # [B, 2] -> a row per denoiser row, in one transfer
-        timesteps_B, guidance_B = per_sample.repeat_interleave(torch.tensor(rows), dim=0).to(device).unbind(1)
-        predictions_BCHW = self.family.predict(
-            torch.cat([sample.denoiser_input() for sample in active]),
-            timesteps_B,
-            TextEmbeds.cat([sample.text for sample in active if sample.text is not None]),
-            guidance_B=guidance_B,
-        )
-        for sample, prediction in zip(active, torch.split(predictions_BCHW, rows), strict=True):
-            sample.advance(prediction)
+    def _ticket_of(self, sample: Sample) -> Ticket:
+        return next(ticket for ticket in self._live if sample in ticket.samples)
 
-    def _decode(self, sample: Sample) -> torch.Tensor:
-        # One at a time: the VAE's activations, not the denoiser's, are the peak of memory.
-        return self.family.decode(sample.latents)[0].cpu()
-
-    def _out_of_memory(self, requests: Sequence[GenerateRequest]) -> OutOfGpuMemory:
-        device, (width, height) = self.family.device, max(map(size_of, requests), key=math.prod)
-        free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (None, None)
-        return OutOfGpuMemory(min(len(requests), self._batch_max), width, height, free, total)
+    def _out_of_memory(self, *samples: Sample) -> OutOfGpuMemory:
+        width, height = max((size_of(sample.request) for sample in samples), key=math.prod)
+        memory = self._memory()
+        return OutOfGpuMemory(len(samples), width, height, memory.free_bytes, memory.total_bytes)
 
     def _rendered(self, sample: Sample, pixels_CHW: torch.Tensor) -> RenderedImage:
         request = sample.request
         texts = {"prompt": request.prompt}
-        if self.family.uses_negative_prompt(request.guidance_scale):
+        if sample.uses_negative_prompt:
             texts["negative prompt"] = request.negative_prompt
         cut = {field: self.family.truncated_text(text) for field, text in texts.items()}
         warnings = tuple(f"the {field} is too long; left out: {text}" for field, text in cut.items() if text)
         return RenderedImage(pixels_CHW, request, warnings)
 
 
-class _Progress:
-    """Counts denoising steps over all samples, tells the caller, and asks whether to stop."""
+def _compile(family: Family, backend: str) -> None:
+    """The repeated blocks only: compile time falls several times at the same speed (diffusers' regional compilation).
 
-    def __init__(self, samples: Sequence[Sample], on_step: OnStep | None, should_stop: ShouldStop | None) -> None:
-        self._done, self._total = 0, sum(sample.steps_total for sample in samples)
-        self._on_step, self._should_stop = on_step, should_stop
-
-    def check(self) -> None:
-        if self._should_stop is not None and self._should_stop():
-            raise Cancelled(self._done, self._total)
-
-    def advance(self, steps: int) -> None:
-        self._done += steps
-        if self._on_step is not None:
-            self._on_step(self._done, self._total)
-
-
-@contextmanager
-def _eval_mode(family: Family) -> Iterator[None]:
-    """Modules in training are put into eval mode (no dropout in a preview) and back."""
-    components = family.lora_components.values()
-    training = [module for component in components for module in component.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _texts(sample: Sample) -> list[str]:
-    negative = [sample.request.negative_prompt] if sample.uses_negative_prompt else []
-    return [*negative, sample.request.prompt]
+    Raises SettingNotSupported for a denoiser that names no such blocks.
+    """
+    compile_blocks = getattr(family.denoiser, "compile_repeated_blocks", None)
+    if compile_blocks is None:
+        raise SettingNotSupported("compile", "this model's denoiser has no repeated blocks")
+    compile_blocks(backend=backend, dynamic=False)
 
 
 def _to_image(rendered: RenderedImage) -> GeneratedImage:

@@ -21,7 +21,11 @@ class LoraRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """One picture. ``width`` and ``height`` are pixels; None, like a ``scheduler`` of None, is the model's own."""
+    """One picture. ``width`` and ``height`` are pixels; None, like a ``scheduler`` of None, is the model's own.
+
+    With an ``init_image`` the picture starts from it, and only the last ``strength`` (above 0, at most 1) of the steps
+    are done; with a ``mask`` too, only where that is light is anything changed.
+    """
 
     prompt: str
     negative_prompt: str = ""
@@ -32,10 +36,13 @@ class GenerateRequest:
     seed: int
     loras: tuple[LoraRef, ...] = ()
     scheduler: str | None = None
+    init_image: Image.Image | None = field(default=None, repr=False)
+    mask: Image.Image | None = field(default=None, repr=False)
+    strength: float = 0.8
 
     def settings(self) -> dict[str, Any]:
-        """JSON-able, without file system paths."""
-        return {
+        """JSON-able, without file system paths and pictures."""
+        settings: dict[str, Any] = {
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
             "width": self.width,
@@ -46,6 +53,9 @@ class GenerateRequest:
             "scheduler": self.scheduler,
             "loras": [{"name": lora.name or lora.path.stem, "scale": lora.scale} for lora in self.loras],
         }
+        if self.init_image is not None:
+            settings |= {"mode": "image_to_image" if self.mask is None else "inpainting", "strength": self.strength}
+        return settings
 
 
 def size_of(request: GenerateRequest) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""One picture on its way from noise: its own scheduler, timesteps, random generator and prompts."""
+"""One picture on its way from its start: its own scheduler, timesteps, random generator, prompts and LoRAs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from diffusion.engine.request import GenerateRequest, size_of
+from diffusion.engine.slot_table import Combo
+from diffusion.engine.start import choose_start
 from diffusion.families.base import Family, TextEmbeds
 
 
@@ -16,16 +18,21 @@ class Sample:
     """Advances by one denoiser call at a time; does not know what else is in the batch.
 
     ``schedule`` is a diffusers scheduler of its own with timesteps set. ``text`` holds the negative prompt's row
-    first when guidance needs one: the order of the rows it contributes to a batch.
+    first when guidance needs one: the order of the rows it contributes to a batch. ``combo`` is what the engine found
+    under ``request.loras``. Raises SettingNotSupported.
     """
 
     def __init__(self, family: Family, request: GenerateRequest, index: int, schedule: Any) -> None:
         self.request, self.index = request, index
+        self.shape = family.latent_shape(*size_of(request))
+        self.combo: Combo = ()
         self._family, self._schedule = family, schedule
-        self._timesteps: Tensor = schedule.timesteps
-        self._position = 0
         self._generator = torch.Generator("cpu").manual_seed(request.seed)
+        self._start = choose_start(family, request, schedule, self._generator)
+        self._timesteps = self._start.timesteps
+        self._position = 0
         self._latents_BCHW: Tensor | None = None
+        self.uses_negative_prompt = family.uses_negative_prompt(request.guidance_scale)
         self.text: TextEmbeds | None = None
         self._step_options: dict[str, Any] = {"return_dict": False}
         # As in the stock pipelines: schedulers that draw noise in a step take it from the picture's own generator.
@@ -41,13 +48,15 @@ class Sample:
         return self._position >= self.steps_total
 
     @property
-    def uses_negative_prompt(self) -> bool:
-        return self._family.uses_negative_prompt(self.request.guidance_scale)
-
-    @property
     def rows(self) -> int:
         """Rows it takes in a denoiser call."""
         return 2 if self.uses_negative_prompt else 1
+
+    @property
+    def texts(self) -> list[str]:
+        """One per row."""
+        negative = [self.request.negative_prompt] if self.uses_negative_prompt else []
+        return [*negative, self.request.prompt]
 
     @property
     def latents(self) -> Tensor:
@@ -63,9 +72,7 @@ class Sample:
 
     def begin(self, text: TextEmbeds) -> None:
         """Draw the first noise. Called once, when the sample joins a batch."""
-        shape = self._family.latent_shape(*size_of(self.request))
-        noise = self._family.initial_noise(shape, self._generator)
-        self._latents_BCHW = noise * getattr(self._schedule, "init_noise_sigma", 1.0)
+        self._latents_BCHW = self._start.first_latents()
         self.text = text
 
     def denoiser_input(self) -> Tensor:
@@ -81,5 +88,6 @@ class Sample:
         if self.uses_negative_prompt:
             negative, positive = prediction_BCHW.chunk(2)
             prediction = self._family.combine_guidance(negative, positive, self.request.guidance_scale)
-        self._latents_BCHW = self._schedule.step(prediction, self.timestep, self.latents, **self._step_options)[0]
+        latents = self._schedule.step(prediction, self.timestep, self.latents, **self._step_options)[0]
+        self._latents_BCHW = self._start.after_step(latents, self._position)
         self._position += 1

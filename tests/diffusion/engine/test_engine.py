@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusion.engine import Engine, GenerateRequest
+from diffusion.engine.memory import GROW_AFTER_STEPS, BatchLimits, Memory
 from diffusion.errors import Cancelled, OutOfGpuMemory, SettingNotSupported, SizeNotSupported
 from diffusion.families import StableDiffusion1, load_family
 from diffusion.families.discrete import SCHEDULERS
@@ -179,16 +181,132 @@ def test_modules_in_training_mode_are_back_in_it_after_a_picture(family: StableD
     assert all(module.training for module in family.unet.modules())
 
 
-def test_running_out_of_memory_says_how_much_was_asked(family: StableDiffusion1) -> None:
-    # A CPU never raises this error itself, so the failing allocation is stood in for.
+def out_of_memory_above(family: StableDiffusion1, rows_max: int) -> list[int]:
+    """A CPU never runs out of memory like a GPU, so its failing allocation is stood in for. Returns the rows asked."""
+    asked: list[int] = []
+    predict = family.predict
+
+    def limited(latents: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        asked.append(len(latents))
+        if len(latents) > rows_max:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return predict(latents, *args, **kwargs)
+
+    family.predict = limited  # type: ignore[method-assign]
+    return asked
+
+
+def test_a_picture_that_does_not_fit_alone_fails_with_the_numbers(family: StableDiffusion1) -> None:
+    out_of_memory_above(family, 0)
+    engine = Engine(family, memory=lambda: Memory(3 * 2**20, 2**30))
+    with pytest.raises(OutOfGpuMemory, match=r"1 picture\(s\) of 64x64 at once: 3 MiB free of 1024 MiB") as caught:
+        engine.generate([PLAIN, PLAIN])
+    assert caught.value.__context__ is None  # nothing keeps the failed call's tensors alive
+    assert pickle.loads(pickle.dumps(caught.value)).pictures == 1  # noqa: S301 - our own bytes
+
+
+def test_a_batch_that_does_not_fit_is_split_and_gives_the_same_pictures(family: StableDiffusion1) -> None:
+    requests = [dataclasses.replace(PLAIN, seed=seed, steps=3) for seed in range(5)]
+    expected = pixels(Engine(family), *requests)
+    asked = out_of_memory_above(family, 4)
+    made = pixels(Engine(family), *requests)
+    assert max(difference(a, b) for a, b in zip(expected, made, strict=True)) < TOLERANCE
+    assert asked[:4] == [10, 4, 4, 2]
+    assert asked.count(10) == 1  # what did not fit once is not tried at every step
+
+
+def test_a_limit_set_by_a_shortage_is_left_again() -> None:
+    limits = BatchLimits(4)
+    limits.ran_out("64x64", 4)
+    assert (limits.of("64x64"), limits.of("32x32")) == (2, 4)
+    for _ in range(2 * GROW_AFTER_STEPS):
+        limits.fitted("64x64", limits.of("64x64"))
+    assert limits.of("64x64") == 4
+    limits.ran_out("64x64", 1)
+    assert limits.of("64x64") == 1
+
+
+def test_calls_of_several_threads_share_batches_and_get_their_own_pictures(family: StableDiffusion1) -> None:
+    engine = Engine(family)
+    requests = [dataclasses.replace(PLAIN, seed=seed, steps=4 + seed) for seed in range(4)]
+    alone = [pixels(engine, request)[0] for request in requests]
+    batches: list[int] = []
+    watch = family.unet.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0]) // 2))
+    tickets = [engine.submit([request]) for request in requests]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(engine.wait, tickets))
+    watch.remove()
+    assert max(batches) == 4
+    assert batches[-1] == 1
+    for expected, ticket in zip(alone, tickets, strict=True):
+        assert difference(expected, ticket.images()[0].pixels_CHW) < TOLERANCE
+
+
+def test_one_calls_stop_ends_its_own_pictures_only(family: StableDiffusion1) -> None:
+    engine = Engine(family)
+    stopping = {"now": False}
+    stopped = engine.submit([PLAIN, PLAIN], should_stop=lambda: stopping["now"])
+    other = engine.submit([dataclasses.replace(PLAIN, seed=8)])
+    engine.step()
+    stopping["now"] = True
+    engine.wait(other)
+    with pytest.raises(Cancelled) as caught:
+        stopped.images()
+    assert (caught.value.step, caught.value.total) == (2, 8)
+    assert difference(other.images()[0].pixels_CHW, pixels(engine, dataclasses.replace(PLAIN, seed=8))[0]) < TOLERANCE
+
+
+def test_an_error_in_one_calls_callback_ends_that_call_only(family: StableDiffusion1) -> None:
+    def failing(step: int, total: int) -> None:
+        raise RuntimeError("the listener broke")
+
+    engine = Engine(family)
+    broken, other = engine.submit([PLAIN], on_step=failing), engine.submit([PLAIN])
+    engine.wait(other)
+    assert len(other.images()) == 1
+    with pytest.raises(RuntimeError, match="listener"):
+        broken.images()
+
+
+def test_small_and_large_pictures_both_move(family: StableDiffusion1) -> None:
+    engine = Engine(family)
+    areas: list[int] = []
+    family.unet.register_forward_pre_hook(lambda _, inputs: areas.append(inputs[0].shape[-1] ** 2))
+    large = engine.submit([dataclasses.replace(PLAIN, width=128, height=128, steps=8)])
+    small = engine.submit([dataclasses.replace(PLAIN, width=32, height=32, steps=20)])
+    engine.wait(small)
+    assert not large.finished
+    assert areas.count(32 * 32) >= 1  # the large one had its turns meanwhile
+    assert areas.count(8 * 8) == 20
+    engine.wait(large)
+
+
+def test_a_call_with_many_pictures_does_not_shut_out_one_with_few(family: StableDiffusion1) -> None:
+    engine = Engine(family, batch_max=2)
+    many = engine.submit([dataclasses.replace(PLAIN, seed=seed, steps=2) for seed in range(6)])
+    few = engine.submit([dataclasses.replace(PLAIN, steps=2)])
+    engine.wait(few)
+    assert not many.finished
+    engine.wait(many)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken kernel"), KeyboardInterrupt()])
+def test_an_error_of_the_denoiser_ends_every_call_and_the_engine_goes_on(
+    error: BaseException, family: StableDiffusion1
+) -> None:
+    engine = Engine(family)
+    predict = family.predict
+
     def failing(*_: Any, **__: Any) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise error
 
     family.predict = failing  # type: ignore[method-assign]
-    with pytest.raises(OutOfGpuMemory, match=r"2 picture\(s\) of 64x64") as caught:
-        Engine(family).generate([PLAIN, PLAIN])
-    assert caught.value.__context__ is None  # nothing keeps the failed call's tensors alive
-    assert pickle.loads(pickle.dumps(caught.value)).pictures == 2  # noqa: S301 - our own bytes
+    other = engine.submit([PLAIN])
+    with pytest.raises(type(error)):
+        engine.generate([PLAIN])
+    assert other.finished
+    family.predict = predict  # type: ignore[method-assign]
+    assert len(engine.generate([PLAIN])) == 1
 
 
 def test_a_request_without_a_size_gets_the_models_own(family: StableDiffusion1) -> None:

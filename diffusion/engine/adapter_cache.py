@@ -1,0 +1,125 @@
+"""Adapters in memory: each file read and packed once, off the thread that denoises, the oldest unused leaving first."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusion.engine.packed import Adapter, FileStamp, stamp_of
+
+logger = logging.getLogger(__name__)
+
+LOADERS = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Lease:
+    """A hold on one adapter: it stays in memory until ``AdapterCache.release``, once per lease."""
+
+    stamp: FileStamp
+    loading: Future[Adapter]
+
+    @property
+    def ready(self) -> bool:
+        return self.loading.done()
+
+    def adapter(self) -> Adapter:
+        """Waits for the load. Raises what it raised: LoraInvalid, LoraMismatch."""
+        return self.loading.result()
+
+
+@dataclass(eq=False)
+class _Entry:
+    loading: Future[Adapter]
+    leases: int = 0
+    size_bytes: int = 0
+
+
+class AdapterCache:
+    """At most ``bytes_max`` of adapters that nobody uses; those in use stay whatever they weigh. Thread-safe.
+
+    A failed load is not kept: the next request reads the file again.
+    """
+
+    def __init__(self, load: Callable[[FileStamp], Adapter], *, bytes_max: int, on_loaded: Callable[[], None]) -> None:
+        """``on_loaded`` is called on the loader's thread whenever a load has ended, however it ended."""
+        self._load = load
+        self._bytes_max = bytes_max
+        self._on_loaded = on_loaded
+        self._entries: OrderedDict[FileStamp, _Entry] = OrderedDict()
+        self._lock = threading.Lock()
+        self._loaders: ThreadPoolExecutor | None = None
+        self.loads_total = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def size_bytes(self) -> int:
+        with self._lock:
+            return sum(entry.size_bytes for entry in self._entries.values())
+
+    def borrow(self, path: Path) -> Lease:
+        """Starts the load where nobody has yet, and returns at once. Raises LoraInvalid where there is no file."""
+        stamp = stamp_of(path)
+        with self._lock:
+            entry = self._entries.get(stamp)
+            starts = entry is None
+            if entry is None:
+                entry = self._entries[stamp] = _Entry(Future())
+            entry.leases += 1
+            self._entries.move_to_end(stamp)
+        if starts:
+            self._start(stamp, entry)
+        return Lease(stamp, entry.loading)
+
+    def release(self, lease: Lease) -> None:
+        with self._lock:
+            entry = self._entries.get(lease.stamp)
+            if entry is not None and entry.loading is lease.loading:
+                entry.leases -= 1
+            self._evict(self._bytes_max)
+
+    def clear(self) -> None:
+        """Forget every adapter that nobody uses."""
+        with self._lock:
+            self._evict(0)
+
+    def close(self) -> None:
+        """Waits for the loads under way."""
+        if self._loaders is not None:
+            self._loaders.shutdown()
+
+    def _start(self, stamp: FileStamp, entry: _Entry) -> None:
+        with self._lock:
+            if self._loaders is None:
+                self._loaders = ThreadPoolExecutor(LOADERS, thread_name_prefix="adapter")
+            self.loads_total += 1
+        self._loaders.submit(self._run, stamp, entry)
+
+    def _run(self, stamp: FileStamp, entry: _Entry) -> None:
+        try:
+            adapter = self._load(stamp)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the waiting requests must hear of it
+            logger.info("an adapter could not be loaded: %s", type(error).__name__)
+            with self._lock:
+                del self._entries[stamp]
+            entry.loading.set_exception(error)
+        else:
+            entry.size_bytes = adapter.size_bytes
+            entry.loading.set_result(adapter)
+        self._on_loaded()
+
+    def _evict(self, bytes_max: int) -> None:
+        total_bytes = sum(entry.size_bytes for entry in self._entries.values())
+        for stamp, entry in list(self._entries.items()):
+            if total_bytes <= bytes_max:
+                return
+            if entry.leases == 0 and entry.loading.done():
+                total_bytes -= entry.size_bytes
+                del self._entries[stamp]

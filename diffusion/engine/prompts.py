@@ -1,0 +1,70 @@
+"""Encoded prompts: each distinct text once, remembered, with the text encoder's LoRAs of whoever asked."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from diffusion.engine.lora_slots import LoraSlots
+from diffusion.engine.packed import FileStamp
+from diffusion.engine.sample import Sample
+from diffusion.engine.slot_table import Combo
+from diffusion.families.base import Family, TextEmbeds
+
+CACHE_BYTES_MAX = 64 * 2**20
+ROWS_MAX = 16
+"""Prompts in one call of the text encoder."""
+Key = tuple[str, tuple[tuple[FileStamp, float], ...]]
+
+
+class Prompts:
+    """One per engine; its memory holds only while the text encoders' own weights stay as they are."""
+
+    def __init__(self, family: Family, slots: LoraSlots, *, cache_bytes_max: int = CACHE_BYTES_MAX) -> None:
+        self._family, self._slots = family, slots
+        self._bytes_max = cache_bytes_max
+        self._cache: OrderedDict[Key, TextEmbeds] = OrderedDict()
+        denoiser = family.denoiser
+        self._encoders = [name for name, module in family.lora_components.items() if module is not denoiser]
+
+    def encode(self, samples: Sequence[Sample]) -> list[TextEmbeds]:
+        """The rows of each sample: its negative prompt where it has one, then its prompt."""
+        combos = [self._encoder_combo(sample.combo) for sample in samples]
+        keys = [[_key(text, combo) for text in s.texts] for s, combo in zip(samples, combos, strict=True)]
+        wanted = {key: combo for own, combo in zip(keys, combos, strict=True) for key in own}
+        found = {key: self._cache[key] for key in wanted if key in self._cache}
+        missing = [key for key in wanted if key not in found]
+        for first in range(0, len(missing), ROWS_MAX):
+            part = missing[first : first + ROWS_MAX]
+            embeds = self._encode([text for text, _ in part], [wanted[key] for key in part])
+            found |= {key: embeds.rows(slice(row, row + 1)) for row, key in enumerate(part)}
+        self._remember(found)
+        return [TextEmbeds.cat([found[key] for key in own]) for own in keys]
+
+    def _encode(self, texts: Sequence[str], combos: Sequence[Combo]) -> TextEmbeds:
+        if any(combos):
+            for name in self._encoders:
+                self._slots.arrange(name, combos)
+        else:
+            self._slots.release(self._encoders)
+        return self._family.encode_prompts(texts)
+
+    def _encoder_combo(self, combo: Combo) -> Combo:
+        return tuple((a, scale) for a, scale in combo if not a.parts.keys().isdisjoint(self._encoders))
+
+    def _remember(self, found: dict[Key, TextEmbeds]) -> None:
+        for key, embeds in found.items():
+            self._cache[key] = embeds
+            self._cache.move_to_end(key)
+        total_bytes = sum(_size_bytes(embeds) for embeds in self._cache.values())
+        while total_bytes > self._bytes_max:
+            _, embeds = self._cache.popitem(last=False)
+            total_bytes -= _size_bytes(embeds)
+
+
+def _key(text: str, combo: Combo) -> Key:
+    return text, tuple((adapter.stamp, scale) for adapter, scale in combo)
+
+
+def _size_bytes(embeds: TextEmbeds) -> int:
+    return sum(tensor.nbytes for tensor in embeds.tensors().values())

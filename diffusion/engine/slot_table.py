@@ -1,0 +1,105 @@
+"""The LoRAs of one batch, stacked: slot ``i`` holds everything that the rows at place ``i`` of the batch use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffusion.engine.packed import Adapter, Columns, FileStamp, Layout, Packed
+
+Combo = tuple[tuple[Adapter, float], ...]
+"""The adapters of one picture with their scales, in order; each adapter once."""
+
+
+class SlotTable:
+    """``A [slots, rank, sum of in]``, ``B [slots, rank, sum of out]`` for the layers of one component.
+
+    Each layer's part is a view. Filling a slot changes values only, never a shape, a stride or an address.
+    """
+
+    def __init__(
+        self, component: str, layout: Layout, *, slots: int, rank: int, dora: bool, device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.layout, self.slots, self.rank = layout, slots, rank
+        self._component = component
+        self._A = torch.zeros(slots, rank, layout.a_width, device=device, dtype=dtype)
+        self._B = torch.zeros(slots, rank, layout.b_width, device=device, dtype=dtype)
+        self._scale = torch.ones(slots, layout.b_width, device=device, dtype=dtype) if dora else None
+        # By name: the adapters themselves may leave memory while a slot still has their values.
+        self._contents: list[tuple[tuple[FileStamp, float], ...]] = [()] * slots
+        self._ranks = [0] * slots
+
+    @property
+    def dora(self) -> bool:
+        return self._scale is not None
+
+    @property
+    def size_bytes(self) -> int:
+        return self._A.nbytes + self._B.nbytes + (0 if self._scale is None else self._scale.nbytes)
+
+    def fill(self, combos: Sequence[Combo]) -> int:
+        """Slot ``i`` gets ``combos[i]``. Returns how many slots had to be written: those whose content differs."""
+        written = 0
+        for slot, combo in enumerate(combos):
+            content = tuple((adapter.stamp, scale) for adapter, scale in combo)
+            if content != self._contents[slot]:
+                self._write(slot, combo)
+                self._contents[slot] = content
+                written += 1
+        return written
+
+    def views(self, slots: int, rank: int, *, dora: bool) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
+        """By layer: ``A [slots, in, rank]``, ``B [slots, rank, out]`` and, with ``dora``, scales ``[slots, out]``."""
+        return {path: self._view(at, slots, rank, dora=dora) for path, at in self.layout.columns.items()}
+
+    def _view(self, at: Columns, slots: int, rank: int, *, dora: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        scale = None
+        if dora and self._scale is not None:
+            scale = self._scale[:slots, at.b_start : at.b_start + at.b_width]
+        return (
+            self._A[:slots, :rank, at.a_start : at.a_start + at.a_width].transpose(1, 2),
+            self._B[:slots, :rank, at.b_start : at.b_start + at.b_width],
+            scale,
+        )
+
+    def _write(self, slot: int, combo: Combo) -> None:
+        if self._scale is not None:
+            self._scale[slot] = 1
+        parts = [(adapter.parts[self._component], s) for adapter, s in combo if self._component in adapter.parts]
+        first = 0
+        for part, scale in parts:
+            self._copy(slot, first, part, scale)
+            if part.dora:
+                self._apply_dora(slot, first, part, scale)
+            first += part.rank
+        if first < self._ranks[slot]:
+            self._A[slot, first : self._ranks[slot]] = 0
+            self._B[slot, first : self._ranks[slot]] = 0
+        self._ranks[slot] = first
+
+    def _copy(self, slot: int, first: int, part: Packed, scale: float) -> None:
+        A, B = self._A[slot, first : first + part.rank], self._B[slot, first : first + part.rank]
+        a_runs, b_runs = part.runs(self.layout)
+        if part.layout.a_width < self.layout.a_width:
+            A.zero_()
+            B.zero_()
+        for start, to, width in a_runs:
+            A[:, to : to + width].copy_(part.A[:, start : start + width], non_blocking=True)
+        for start, to, width in b_runs:
+            B[:, to : to + width].copy_(part.B[:, start : start + width], non_blocking=True)
+        if scale != 1.0:
+            B.mul_(scale)
+
+    def _apply_dora(self, slot: int, first: int, part: Packed, scale: float) -> None:
+        """One LoRA after another, as peft does: a DoRA scales what came before it, its own change included."""
+        if self._scale is None:
+            raise RuntimeError("the table has no room for output scales")
+        for path, dora in part.dora.items():
+            at = self.layout.columns[path]
+            columns = slice(at.b_start, at.b_start + at.b_width)
+            factor = dora.output_scale(scale).to(self._scale.device, self._scale.dtype)
+            self._scale[slot, columns] *= factor
+            self._B[slot, : first + part.rank, columns] *= factor

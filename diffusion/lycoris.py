@@ -1,0 +1,91 @@
+"""LoHa and LoKr weights as plain LoRA pairs, exactly.
+
+Both write a layer's change as a product of small matrices that is itself of low rank, so factors of that rank exist in
+closed form and nothing is approximated. Formulas: Yeh et al. 2023, arXiv:2309.14859, sections 4.1 (LoHa, a Hadamard
+product) and 4.2 (LoKr, a Kronecker product); key names as LyCORIS and peft write them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from diffusion.errors import LoraInvalid
+
+RANK_MAX = 512
+"""An expansion beyond it would cost more than the layer it adapts."""
+LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+
+
+def expand(raw: Mapping[str, Tensor], *, down: str, up: str) -> dict[str, Tensor]:
+    """``raw`` with every LoHa and LoKr module replaced by its pair, named ``<path>.<down>`` and ``<path>.<up>``.
+
+    A convolution's pair is flat: ``[rank, in * kernel]``. Other keys stay. Raises LoraInvalid for an incomplete module,
+    and for Tucker-decomposed ones, which have no pair of this form.
+    """
+    modules: dict[str, dict[str, Tensor]] = {}
+    kept: dict[str, Tensor] = {}
+    for key, tensor in raw.items():
+        path, _, part = key.removesuffix(".weight").rpartition(".")
+        if part.startswith(("hada_", "lokr_")):
+            modules.setdefault(path, {})[part] = tensor
+        else:
+            kept[key] = tensor
+    for path, parts in modules.items():
+        alpha = kept.pop(f"{path}.alpha", None)
+        A, B, rank = _loha(path, parts) if any(part in LOHA for part in parts) else _lokr(path, parts)
+        expanded = A.shape[0]
+        kept[f"{path}.{down}"], kept[f"{path}.{up}"] = A, B
+        # The pair is scaled by alpha / its own rank, the file's module by alpha / rank.
+        scale = 1.0 if alpha is None or rank == 0 else float(alpha) / rank
+        kept[f"{path}.alpha"] = torch.tensor(scale * expanded)
+    return kept
+
+
+def _loha(path: str, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int]:
+    """``(w1_a w1_b) * (w2_a w2_b)``: row ``(p, q)`` of A is ``w1_b[p] * w2_b[q]``, column of B likewise."""
+    if set(parts) != set(LOHA):
+        raise LoraInvalid(f"the LoHa weights of {path!r} are incomplete or Tucker-decomposed")
+    w1_a, w1_b, w2_a, w2_b = (parts[name].float().flatten(1) for name in LOHA)
+    if w1_a.shape[0] != w2_a.shape[0] or w1_b.shape[1] != w2_b.shape[1]:
+        raise LoraInvalid(f"the LoHa weights of {path!r} do not belong together")
+    if w1_a.shape[1] != w1_b.shape[0] or w2_a.shape[1] != w2_b.shape[0]:
+        raise LoraInvalid(f"the LoHa weights of {path!r} do not belong together")
+    _check_rank(path, w1_b.shape[0] * w2_b.shape[0])
+    A = torch.einsum("pi,qi->pqi", w1_b, w2_b).flatten(0, 1)
+    B = torch.einsum("op,oq->opq", w1_a, w2_a).flatten(1)
+    return A.contiguous(), B.contiguous(), w1_b.shape[0]
+
+
+def _lokr(path: str, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int]:
+    """``kron(w1, w2)``: with ``w = U V`` for both, ``kron(U1, U2) kron(V1, V2)``."""
+    if not set(parts) <= set(LOKR):
+        raise LoraInvalid(f"the LoKr weights of {path!r} are Tucker-decomposed")
+    U1, V1, rank1 = _factors(path, parts, "lokr_w1")
+    U2, V2, rank2 = _factors(path, parts, "lokr_w2")
+    _check_rank(path, U1.shape[1] * U2.shape[1])
+    # LyCORIS ignores alpha where neither factor is decomposed: rank 0 says so.
+    return torch.kron(V1, V2).contiguous(), torch.kron(U1, U2).contiguous(), rank2 or rank1
+
+
+def _factors(path: str, parts: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor, int]:
+    """``U [out, r]``, ``V [r, in]`` and the file's own rank, 0 for a full matrix."""
+    if f"{name}_a" in parts and f"{name}_b" in parts:
+        U, V = parts[f"{name}_a"].float().flatten(1), parts[f"{name}_b"].float().flatten(1)
+        if U.shape[1] != V.shape[0]:
+            raise LoraInvalid(f"the LoKr weights of {path!r} do not belong together")
+        return U, V, V.shape[0]
+    if name not in parts:
+        raise LoraInvalid(f"the LoKr weights of {path!r} are incomplete")
+    full = parts[name].float().flatten(1)
+    if full.shape[0] <= full.shape[1]:
+        return torch.eye(full.shape[0]), full, 0
+    return full, torch.eye(full.shape[1]), 0
+
+
+def _check_rank(path: str, rank: int) -> None:
+    if not 0 < rank <= RANK_MAX:
+        raise LoraInvalid(f"the weights of {path!r} have rank {rank}; {RANK_MAX} is the most")
