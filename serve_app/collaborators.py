@@ -11,6 +11,7 @@ from serve_app.dispatch.rates import Grant, Rate
 from serve_app.dispatch.replies import Fingerprint, Reply
 from serve_app.inference.plan import GenerationWork
 from storage.async_jobs import AsyncJobsApi
+from storage.imported_loras import ImportedLora
 
 Clock = Callable[[], datetime]
 """Now, aware, in UTC."""
@@ -50,7 +51,15 @@ class Validation(Protocol):
         """What each key of a training config would do, and what the training would be; raises InvalidRequest (size)."""
         ...
 
+    async def training_spec(self, spec: dict[str, Any]) -> TrainingPlan:
+        """Like `training`, for a TrainSpec as JSON."""
+        ...
+
     async def generation(self, payload: dict[str, Any]) -> GenerationPlan: ...
+    async def finish_lora_import(self, tenant: str, lora_id: str) -> ImportedLora:
+        """Verify a staged adapter. Raises ImportedLoraNotFound, LoraFileInvalid, StorageError."""
+        ...
+
     async def store_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
         """Check and store an upload; returns the reply's fields."""
         ...

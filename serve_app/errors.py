@@ -15,6 +15,10 @@
     +-- ProcessNotCancellable   unknown, another tenant's or already ended
     +-- ProcessNotCompleted     its files do not exist yet
     +-- LoraNotUsable           the request names an adapter that cannot be applied
+    +-- LoraFileInvalid         an imported adapter's file is not one
+    +-- GenerationRefused       a generation failed for what was asked
+    +-- GenerationFailed        a generation failed on our side
+    +-- DatasetInUse            a training that has not ended reads it
     +-- ModelNotServed          the request names a base model that is not configured
     +-- UploadNotFound          no such upload to finalize
     +-- RequestTimedOut         the work did not end in its time
@@ -130,6 +134,44 @@ class LoraNotUsable(ServeError):
         super().__init__(name, reason)
         self.name = name
         self.reason = reason
+
+
+class LoraFileInvalid(ServeError):
+    """`reason` is one of our own sentences."""
+
+    code = "lora_file_invalid"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class GenerationRefused(ServeError):
+    """`message` is the failed record's, which is written for clients."""
+
+    code = "generation_refused"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class GenerationFailed(ServeError):
+    """Like GenerationRefused, for a failure that the request is no reason for."""
+
+    code = "generation_failed"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class DatasetInUse(ServeError):
+    code = "dataset_in_use"
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self.folder = folder
 
 
 class ModelNotServed(ServeError):

@@ -16,6 +16,7 @@ from serve_app.dispatch.replies import Fingerprint, Reply
 from serve_app.errors import ServiceUnavailable
 from serve_app.inference.plan import GenerationWork
 from serve_app.ingress.errors import unwrapped
+from storage.imported_loras import ImportedLora
 
 CALL_TIMEOUT_S = 15.0
 # Stands before every request, and each replica can count by itself.
@@ -60,6 +61,15 @@ class HandleValidation:
     async def generation(self, payload: dict[str, Any]) -> GenerationPlan:
         plan: GenerationPlan = await answer(VALIDATION, self._handle.generation.remote(payload), VALIDATION_TIMEOUT_S)
         return plan
+
+    async def training_spec(self, spec: dict[str, Any]) -> TrainingPlan:
+        plan: TrainingPlan = await answer(VALIDATION, self._handle.training_spec.remote(spec), VALIDATION_TIMEOUT_S)
+        return plan
+
+    async def finish_lora_import(self, tenant: str, lora_id: str) -> ImportedLora:
+        response = self._handle.finish_lora_import.remote(tenant, lora_id)
+        lora: ImportedLora = await answer(VALIDATION, response, UPLOAD_TIMEOUT_S)
+        return lora
 
     async def store_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
         reply: dict[str, Any] = await answer(

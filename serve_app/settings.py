@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import (
@@ -25,6 +25,9 @@ from storage.settings import BreakerSettings, RecordsSettings, S3Settings
 CONFIG_FILE_VARIABLE = "RAYLORA_CONFIG"
 TINY_MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny" / "model"
 MIB = 1024 * 1024
+
+
+Origin = Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?$")]
 
 
 class SettingsIncomplete(ValueError):
@@ -96,6 +99,8 @@ class Settings(BaseSettings):
     object_store_bytes: int = Field(default=512 * MIB, ge=80 * MIB)
 
     api_key: SecretStr | None = None
+    # Origins whose pages may call this server from a browser: `https://studio.example.com`. Never all of them.
+    cors_origins: tuple[Origin, ...] = ()
     default_tenant: str = Field(default="default", pattern=r"^[a-zA-Z0-9_-]{1,64}$")
 
     models: dict[str, str] = Field(default_factory=lambda: {"tiny": str(TINY_MODEL)}, min_length=1)

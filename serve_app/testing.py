@@ -34,10 +34,12 @@ from serve_app.ingress.api import create_app
 from serve_app.ingress.auth import KeyRing
 from serve_app.job_types.context import Services
 from serve_app.settings import RequestLimits
+from serve_app.validation.lora_imports import LoraImports
 from serve_app.validation.staged import StagedUploads
 from serve_app.validation.uploads import DatasetUploads
 from serve_app.validation.validator import Validator
 from storage.async_jobs import AsyncJobs, AsyncJobsApi
+from storage.imported_loras import ImportedLora
 from storage.jobs import Jobs
 from storage.keys import Keys
 from storage.objects import ObjectStore
@@ -58,6 +60,7 @@ class LocalValidation:
 
     def __init__(self, store: ObjectStore, clock: Clock) -> None:
         self._validator = Validator(MODELS, "tiny", random_seed=lambda: 1234)
+        self._loras = LoraImports(store, keys_of)
         self._uploads = DatasetUploads(store, keys_of, BUCKET, clock)
         self._staged = StagedUploads(store, keys_of, BUCKET, clock, self._uploads, url_expires_s=3600)
 
@@ -66,6 +69,12 @@ class LocalValidation:
 
     async def training_check(self, config: str | dict[str, Any]) -> dict[str, Any]:
         return await asyncio.to_thread(self._validator.training_check, config)
+
+    async def training_spec(self, spec: dict[str, Any]) -> TrainingPlan:
+        return await asyncio.to_thread(self._validator.training_spec, spec)
+
+    async def finish_lora_import(self, tenant: str, lora_id: str) -> ImportedLora:
+        return await self._loras.finish(tenant, lora_id)
 
     async def generation(self, payload: dict[str, Any]) -> GenerationPlan:
         return await asyncio.to_thread(self._validator.generation, payload)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from storage.errors import LeaseLost
+from storage.errors import IllegalTransition, LeaseLost
 from storage.job_record import LAUNCHER_OWNER, SETTLED_BY_SWEEP, JobFailure, JobRecord, NewJob
 from storage.job_state import JobState, check_transition
 
@@ -141,6 +142,15 @@ def queue_again(record: JobRecord, now: datetime) -> JobRecord:
         cancel_requested_at=None,
         **_UNSTARTED,
     )
+
+
+def drop_outputs(record: JobRecord, names: Sequence[str], now: datetime) -> JobRecord:
+    """The lists `names` of its output, emptied. Raises IllegalTransition for a job that has not ended."""
+    if not record.state.is_terminal:
+        raise IllegalTransition(record.id, record.state.value, record.state.value)
+    output = record.output or {}
+    emptied: dict[str, list[Any]] = {name: [] for name in names if output.get(name)}
+    return _touched(record, now, output={**output, **emptied}) if emptied else record
 
 
 def check_owner(record: JobRecord, owner: str) -> None:

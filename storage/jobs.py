@@ -34,6 +34,7 @@ from storage.job_record import (
     Submission,
 )
 from storage.job_state import JobKind, JobState
+from storage.kept_replies import KeptReplies
 from storage.records import IdempotencyEntry, Records, RecordsTx
 
 __all__ = [
@@ -77,7 +78,7 @@ def new_job_id(kind: JobKind) -> str:
     return f"{kind.id_prefix}{secrets.token_hex(6)}"
 
 
-class Jobs:
+class Jobs(KeptReplies):
     """Every method is one transaction: it happens as a whole or not at all, and is safe to call from many threads.
 
     All methods raise RecordsError when the database fails. Methods that take an `owner` raise LeaseLost when that
@@ -184,6 +185,19 @@ class Jobs:
             return job_steps.queue_again(record, now)
 
         return self._change("retry", job_id, step)
+
+    def drop_outputs(self, job_id: str, names: Sequence[str], *, tenant: str | None) -> JobRecord:
+        """Empty the lists `names` of an ended job's output, whose files are deleted next. Its state stays.
+
+        Raises IllegalTransition for a job that has not ended.
+        """
+        now = self._clock()
+
+        def step(record: JobRecord) -> JobRecord:
+            _visible(record, job_id, tenant)
+            return job_steps.drop_outputs(record, names, now)
+
+        return self._change("drop_outputs", job_id, step)
 
     def purge_queue(self, tenant: str, *, kind: JobKind | None = None) -> int:
         """Cancel everything of a tenant that is still queued. Returns how many jobs that were."""

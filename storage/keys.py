@@ -2,6 +2,7 @@
 
     <prefix>/<tenant>/datasets/<folder>/<upload_id>/<filename>
     <prefix>/<tenant>/staging/<upload_id>/<filename>
+    <prefix>/<tenant>/loras/<lora_id>/{<filename>,manifest.json}
     <prefix>/<tenant>/processes/<process_id>/{lora,checkpoints/<step>,samples,images,logs}/...
     <prefix>/processes/<process_id>.json                     mirror of a job record, all tenants
 
@@ -139,6 +140,18 @@ class Keys:
     def staging_manifest(self, upload_id: str) -> str:
         """What an upload promised to bring."""
         return f"{self.staging_prefix(upload_id)}{MANIFEST_NAME}"
+
+    def loras_prefix(self) -> str:
+        """Adapters that were brought in, not trained here."""
+        return f"{self.tenant_prefix}loras/"
+
+    def imported_lora_file(self, lora_id: str, filename: str) -> str:
+        if check_filename(filename).lower() == MANIFEST_NAME:
+            raise InvalidKey(filename, f"{MANIFEST_NAME} is reserved")
+        return f"{self.loras_prefix()}{check_name(lora_id, 'an adapter id')}/{filename}"
+
+    def imported_lora_manifest(self, lora_id: str) -> str:
+        return f"{self.loras_prefix()}{check_name(lora_id, 'an adapter id')}/{MANIFEST_NAME}"
 
     def process_prefix(self, process_id: str) -> str:
         return f"{self.tenant_prefix}processes/{check_name(process_id, 'a process id')}/"

@@ -20,6 +20,7 @@ from sqlalchemy import exc as sa_exc
 from storage.errors import JobError, RecordConflict, RecordsFailed, RecordsMisconfigured, RecordsUnavailable
 from storage.job_record import JobRecord, Submission
 from storage.job_state import LEASED_STATES, TERMINAL_STATES, JobKind, JobState
+from storage.reply_rows import ReplyRows, replies_table
 
 BUSY_TIMEOUT_S = 30.0
 
@@ -122,6 +123,8 @@ outbox = sa.Table(
 
 flags = sa.Table("flags", _metadata, sa.Column("name", sa.String(64), primary_key=True))
 
+replies = replies_table(_metadata, UtcDateTime())
+
 
 @dataclass(frozen=True)
 class IdempotencyEntry:
@@ -218,6 +221,7 @@ class RecordsTx:
 
     def __init__(self, connection: sa.Connection) -> None:
         self._connection = connection
+        self.replies = ReplyRows(connection, replies)
 
     # --- jobs
 

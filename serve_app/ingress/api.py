@@ -1,28 +1,49 @@
 """The FastAPI application. Plain: its collaborators are handed in, so it runs without Ray."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.routing import Match
 
-from serve_app.errors import BodyInvalid, MethodNotAllowed, RouteNotFound, ServeError
+from serve_app.errors import BodyInvalid, InvalidRequest, MethodNotAllowed, RouteNotFound, ServeError
 from serve_app.ingress.auth import KeyRing
 from serve_app.ingress.middleware import Authentication, BodyLimit, EdgeHeaders, Guard, request_id_of
+from serve_app.ingress.native.router import native_router
+from serve_app.ingress.openapi import document
 from serve_app.ingress.rate_limits import RateGate, RateLimit
+from serve_app.ingress.readiness import DiskSpace, check_readiness, disk_of
+from serve_app.ingress.reference import reference_router
 from serve_app.ingress.replies import error_response
 from serve_app.ingress.runpod import runpod_router
 from serve_app.ingress.runpod_jobs import RunpodJobs
 from serve_app.job_types.context import Services
-from serve_app.job_types.health import check_services
+from train_jobs.errors import Problem
+from train_jobs.spec import format_path
+
+ACCEPTED_HEADERS = ("Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "X-Request-ID", "traceparent")
+EXPOSED_HEADERS = ("X-Request-ID", "traceparent", "Retry-After", "Idempotent-Replayed", "X-Seed")
 
 
-def create_app(services: Services, keys: KeyRing) -> FastAPI:
-    """Every route but GET /livez needs a key of `keys`. No CORS headers are sent."""
+def create_app(
+    services: Services,
+    keys: KeyRing,
+    *,
+    cors_origins: Sequence[str] = (),
+    disk: Callable[[], DiskSpace] = disk_of(Path.home()),  # noqa: B008 looks at nothing until it is called
+) -> FastAPI:
+    """Every route needs a key of `keys`, but GET /livez and the description of the interface.
+
+    Browsers of `cors_origins`, and of no other origin, may read replies; they send their key, never a cookie.
+    """
     jobs = RunpodJobs(services)
     gate = RateGate(services.dispatch, services.rate_limits, replicas=services.ingress_replicas)
 
@@ -36,31 +57,50 @@ def create_app(services: Services, keys: KeyRing) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        openapi_url=None,
         middleware=[
             Middleware(EdgeHeaders),
+            *_cors(cors_origins),
             Middleware(Guard),
             Middleware(Authentication, keys=keys),
             Middleware(RateLimit, gate=gate),
             Middleware(BodyLimit, limits=services.limits),
         ],
-        exception_handlers={HTTPException: _routing_error},
+        exception_handlers={HTTPException: _routing_error, RequestValidationError: _parameter_error},
         redirect_slashes=False,
     )
     app.include_router(runpod_router(jobs, services.limits))
+    app.include_router(native_router(services))
+    app.include_router(reference_router(app))
 
-    @app.get("/livez")
+    @app.get("/livez", tags=["server"])
     async def livez() -> dict[str, Any]:
         """This process answers. Touches nothing else."""
         return {"alive": True}
 
-    @app.get("/readyz")
+    @app.get("/readyz", tags=["server"])
     async def readyz() -> JSONResponse:
-        """Whether a request can be served now: storage and its breaker, job records, a replica for pictures."""
-        checks = await check_services(services)
+        """Whether a request can be served now: storage and its breaker, job records, replicas, a GPU, disk."""
+        checks = await check_readiness(services, disk)
         ready = all(check["ok"] for check in checks.values())
         return JSONResponse({"ready": ready, "checks": checks}, status_code=200 if ready else 503)
 
+    app.openapi = document(app)  # type: ignore[method-assign]
     return app
+
+
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    """In front of Guard, so that pages of these origins can read errors too. Nothing where no origin is named."""
+    if not origins:
+        return []
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=ACCEPTED_HEADERS,
+        expose_headers=EXPOSED_HEADERS,
+    )
+    return [cors]
 
 
 async def _routing_error(request: Request, error: Exception) -> Response:
@@ -68,4 +108,24 @@ async def _routing_error(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     known: dict[int, ServeError] = {404: RouteNotFound(), 405: MethodNotAllowed()}
     mapped = known.get(status) or (BodyInvalid("the request is malformed") if status < 500 else ServeError())
-    return error_response(mapped, path=request.url.path, request_id=request_id_of(request.scope))
+    reply = error_response(mapped, path=request.url.path, request_id=request_id_of(request.scope))
+    if status == 405:
+        reply.headers["Allow"] = ", ".join(allowed_methods(request))
+    return reply
+
+
+def allowed_methods(request: Request) -> list[str]:
+    """The methods of every route at this path; the router itself names only the first one's."""
+    found: set[str] = set()
+    for method in ("GET", "POST", "DELETE"):
+        scope = {**request.scope, "method": method}
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes):
+            found.add(method)
+    return sorted(found)
+
+
+async def _parameter_error(request: Request, error: Exception) -> Response:
+    """A path's or query's parameter that is not what the OpenAPI document says."""
+    found = error.errors() if isinstance(error, RequestValidationError) else []
+    problems = [Problem(format_path(tuple(item["loc"][1:])), str(item["msg"]), "invalid_value") for item in found]
+    return error_response(InvalidRequest(problems), path=request.url.path, request_id=request_id_of(request.scope))

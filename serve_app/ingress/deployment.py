@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from serve_app.handles import HandleDispatch, HandleInference, HandleValidation, ServeWorkers
 from serve_app.ingress.api import create_app
 from serve_app.ingress.auth import KeyRing
+from serve_app.ingress.readiness import disk_of
 from serve_app.job_types.context import JobDefaults, Services
 from serve_app.settings import Settings, SettingsIncomplete
 from storage.actor import StorageClient
@@ -51,7 +52,12 @@ class Ingress:
             rate_limits=settings.rate_limits,
             ingress_replicas=settings.ingress_replicas,
         )
-        self._app = create_app(services, KeyRing({settings.default_tenant: settings.api_key}))
+        self._app = create_app(
+            services,
+            KeyRing({settings.default_tenant: settings.api_key}),
+            cors_origins=settings.cors_origins,
+            disk=disk_of(settings.home),
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app

@@ -16,6 +16,7 @@ import diffusion.errors as d
 import serve_app.errors as s
 import storage.datasets as ds
 import storage.errors as o
+import storage.imported_loras as il
 import train_jobs.errors as t
 
 Message = str | Callable[[Any], str]
@@ -91,6 +92,10 @@ TABLE: dict[type[BaseException], Row] = {
     s.ProcessNotCompleted: Row(409, "Process not completed"),
     s.UploadNotFound: Row(404, "There is no such upload, or it was created too long ago."),
     s.LoraNotUsable: Row(400, lambda e: f"LoRA '{e.name}' cannot be used: {e.reason}"),
+    s.LoraFileInvalid: Row(400, lambda e: f"The file cannot be taken as a LoRA: {e.reason}"),
+    s.GenerationRefused: Row(400, lambda e: e.message),
+    s.GenerationFailed: Row(500, lambda e: e.message),
+    s.DatasetInUse: Row(409, lambda e: f"Dataset '{e.folder}' is read by a training that has not ended."),
     s.ModelNotServed: Row(
         400, lambda e: f"Model '{e.model}' is not served here. Models of this server: {', '.join(e.known)}"
     ),
@@ -110,6 +115,7 @@ TABLE: dict[type[BaseException], Row] = {
     o.StorageMisconfigured: Row(500, "The object storage is not configured correctly."),
     ds.DatasetNotFound: Row(404, lambda e: f"Dataset '{e.folder}' was not found. Upload it first."),
     ds.DatasetManifestInvalid: Row(502, lambda e: f"Dataset '{e.folder}' cannot be read. Upload it again."),
+    il.ImportedLoraNotFound: Row(404, "There is no such LoRA."),
     o.PortInUse: Row(500, "The object storage is not configured correctly."),
     # Job records.
     o.JobError: Row(500, "The job could not be handled."),
@@ -165,6 +171,11 @@ def describe(error: BaseException) -> PublicError:
     return _public(error, INTERNAL)
 
 
+def status_of_code(code: str) -> int:
+    """The status of the error whose stable code this is, as records keep them; 500 for an unknown one."""
+    return _STATUS_BY_CODE.get(code, INTERNAL.status)
+
+
 def unwrapped(error: BaseException) -> BaseException:
     """The application's error inside Ray's `RayTaskError`, which carries it as `cause`."""
     cause = getattr(error, "cause", None)
@@ -194,3 +205,6 @@ def _public(error: BaseException, row: Row) -> PublicError:
         retry_after_s=None if retry_after_s is None else max(1, math.ceil(retry_after_s)),
         details=details,
     )
+
+
+_STATUS_BY_CODE = {row.code or str(getattr(cls, "code", "")): row.status for cls, row in TABLE.items()}

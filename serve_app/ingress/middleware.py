@@ -29,7 +29,9 @@ REQUEST_ID_HEADER = "x-request-id"
 TRACE_HEADER = "traceparent"
 # With these a client could lift Serve's timeout or keep work running after it has gone.
 REFUSED_HEADERS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
-OPEN_PATHS = frozenset({"/livez"})
+# What the RunPod surface takes as a job of these kinds, the native one takes too.
+DATASETS_PATH, TRAININGS_PATH = "/v1/datasets", "/v1/trainings"
+OPEN_PATHS = frozenset({"/livez", "/openapi.json", "/docs"})
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -145,6 +147,10 @@ class BodyLimit:
         if path.endswith("/runsync"):
             return self._limits.runsync_body_bytes_max
         if path.endswith("/run"):
+            return self._limits.run_body_bytes_max
+        if path == DATASETS_PATH:
+            return self._limits.runsync_body_bytes_max
+        if path == TRAININGS_PATH:
             return self._limits.run_body_bytes_max
         return self._limits.other_body_bytes_max
 

@@ -9,16 +9,24 @@ from starlette.responses import JSONResponse
 from serve_app.ingress.errors import PublicError, describe
 
 RUNPOD_PATH_PREFIX = "/v2/"
+OPENAI_PATH_PREFIX = "/v1/images/"
+HUGGINGFACE_PATH_PREFIX = "/v1/hf/"
+OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 def error_response(error: BaseException, *, path: str, request_id: str) -> JSONResponse:
-    """The reply to a request that failed: RunPod's shape under /v2, problem+json (RFC 9457) elsewhere."""
+    """The reply to a request that failed: RunPod's shape under /v2, OpenAI's and Hugging Face's on their routes,
+    problem+json (RFC 9457) elsewhere."""
     public = describe(error)
     headers: dict[str, str] = {}
     if public.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if public.retry_after_s is not None:
         headers["Retry-After"] = str(public.retry_after_s)
+    if path.startswith(OPENAI_PATH_PREFIX):
+        return JSONResponse(openai_error(public), status_code=public.status, headers=headers)
+    if path.startswith(HUGGINGFACE_PATH_PREFIX):
+        return JSONResponse(runpod_error(public, request_id), status_code=public.status, headers=headers)
     if path.startswith(RUNPOD_PATH_PREFIX):
         return JSONResponse(runpod_error(public, request_id), status_code=public.status, headers=headers)
     return JSONResponse(
@@ -31,6 +39,20 @@ def error_response(error: BaseException, *, path: str, request_id: str) -> JSONR
 
 def runpod_error(public: PublicError, request_id: str) -> dict[str, Any]:
     return {"error": public.message, "error_type": public.code, "request_id": request_id, **public.details}
+
+
+def openai_error(public: PublicError) -> dict[str, Any]:
+    """`param` names the field where exactly one is wrong."""
+    wrong = {problem["path"] for problem in public.details.get("validation_errors", [])}
+    kind = "invalid_request_error" if public.status < 500 else "server_error"
+    return {
+        "error": {
+            "message": public.message,
+            "type": OPENAI_TYPES.get(public.status, kind),
+            "param": wrong.pop() if len(wrong) == 1 else None,
+            "code": public.code,
+        }
+    }
 
 
 def _problem(public: PublicError, request_id: str) -> dict[str, Any]:

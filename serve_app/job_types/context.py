@@ -63,7 +63,10 @@ class Policy:
 
 @dataclass(frozen=True)
 class JobContext:
-    """The request around a job type's input. `body_sha256` is the hex digest of the whole body as sent."""
+    """The request around a job type's input.
+
+    `runpod_id` is empty outside the RunPod surface. `body_sha256` is the hex digest of the whole body as sent.
+    """
 
     tenant: str
     request_id: str
@@ -94,13 +97,15 @@ Handler = Callable[[Services, JobContext, dict[str, Any]], Awaitable[Outcome]]
 ACCEPTED_PREFIX = "accepted:"
 
 
-def runpod_id_of(context: JobContext, *, waits: bool) -> str:
+def runpod_id_of(context: JobContext, *, waits: bool) -> str | None:
     """How a record notes the RunPod job that made it.
 
     With `waits` the RunPod job lasts as long as the record's work. Without, the RunPod job was only the acceptance: it
     is COMPLETED from the start, and the process goes on by itself. The record keeps which of the two it was, so that a
-    restart changes no answer.
+    restart changes no answer. None for requests that are no RunPod jobs.
     """
+    if not context.runpod_id:
+        return None
     return context.runpod_id if waits else f"{ACCEPTED_PREFIX}{context.runpod_id}"
 
 

@@ -14,6 +14,7 @@ from serve_app.job_types.files import latest_lora
 from serve_app.job_types.loras import stored_loras
 from serve_app.validation.validator import parse_payload
 from storage.errors import JobNotFound, ObjectNotFound
+from storage.imported_loras import IMPORTED_ID_PATTERN, ImportedLoraNotFound, read_imported
 from storage.job_record import JOB_ID_PATTERN, NewJob
 from storage.job_state import JobKind, JobState
 from train_jobs.spec import GenerateSpec
@@ -53,12 +54,22 @@ async def generate(services: Services, context: JobContext, payload: dict[str, A
 
 async def _lora_by_id(services: Services, tenant: str, lora_id: str, scale: float) -> ResolvedLora:
     """`lora_id` is a training's process id, or the id or file name of a stored adapter; the newest one wins."""
+    if re.match(IMPORTED_ID_PATTERN, lora_id):
+        return await _imported(services, tenant, lora_id, scale)
     stored = await _of_training(services, tenant, lora_id) if re.match(JOB_ID_PATTERN, lora_id) else None
     if stored is None:
         stored = await _by_name(services, tenant, lora_id)
     if stored is None:
         raise LoraNotUsable(lora_id, "there is no such training or adapter")
     return ResolvedLora(id=lora_id, key=stored["key"], sha256=stored.get("sha256"), scale=scale)
+
+
+async def _imported(services: Services, tenant: str, lora_id: str, scale: float) -> ResolvedLora:
+    try:
+        lora = await read_imported(services.store, services.keys_of(tenant), lora_id)
+    except ImportedLoraNotFound:
+        raise LoraNotUsable(lora_id, "there is no such training or adapter") from None
+    return ResolvedLora(id=lora_id, key=lora.key, sha256=lora.sha256, scale=scale)
 
 
 async def _of_training(services: Services, tenant: str, process_id: str) -> dict[str, Any] | None:

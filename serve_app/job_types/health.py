@@ -30,12 +30,13 @@ async def health(services: Services, context: JobContext, payload: dict[str, Any
 async def check_services(services: Services) -> dict[str, dict[str, Any]]:
     """`{"storage": {"ok", ...}, "jobs": {...}, "gpu": {...}}`, each with `error` where it is not ok. Does not raise."""
     storage, jobs, inference = await asyncio.gather(
-        _check(_storage(services)), _check(_jobs(services)), _check(_inference(services))
+        checked(_storage(services)), checked(_jobs(services)), checked(_inference(services))
     )
     return {"storage": storage, "jobs": jobs, "gpu": inference}
 
 
-async def _check(probe: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+async def checked(probe: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+    """The probe's answer, or `{"ok": False, "error"}` where it fails or takes over CHECK_TIMEOUT_S. Does not raise."""
     try:
         return await asyncio.wait_for(probe, CHECK_TIMEOUT_S)
     except TimeoutError:
@@ -50,8 +51,9 @@ async def _storage(services: Services) -> dict[str, Any]:
 
 
 async def _jobs(services: Services) -> dict[str, Any]:
-    counts = await services.jobs.counts()
-    return {"ok": True, "active": sum(number for state, number in counts.items() if not state.is_terminal)}
+    counts, health = await asyncio.gather(services.jobs.counts(), services.jobs.health())
+    active = sum(number for state, number in counts.items() if not state.is_terminal)
+    return {"ok": True, "active": active, **health.model_dump()}
 
 
 async def _inference(services: Services) -> dict[str, Any]:

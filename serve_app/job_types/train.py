@@ -48,13 +48,18 @@ async def train(services: Services, context: JobContext, payload: dict[str, Any]
     if request.check:
         return Finished(await services.validation.training_check(request.given))
     plan = await services.validation.training(request.given)
+    return await queue_training(services, context, plan, waits=request.wait)
+
+
+async def queue_training(services: Services, context: JobContext, plan: TrainingPlan, *, waits: bool) -> Following:
+    """Raises DatasetNotFound, DatasetEmpty, StorageError, JobError. `waits` as in `runpod_id_of`."""
     spec = await _with_datasets(services, context.tenant, plan)
     record = await services.jobs.create(
         NewJob(
             kind=JobKind.TRAINING,
             tenant=context.tenant,
             request=spec,
-            runpod_id=runpod_id_of(context, waits=request.wait),
+            runpod_id=runpod_id_of(context, waits=waits),
             idempotency_key=context.idempotency_key,
             body_sha256=context.body_sha256,
             timeout_s=context.policy.execution_timeout_s or services.defaults.training_timeout_s,

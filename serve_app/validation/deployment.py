@@ -9,10 +9,12 @@ from typing import Any
 
 from serve_app.collaborators import GenerationPlan, TrainingPlan
 from serve_app.settings import Settings
+from serve_app.validation.lora_imports import LoraImports
 from serve_app.validation.staged import StagedUploads
 from serve_app.validation.uploads import DatasetUploads
 from serve_app.validation.validator import Validator
 from storage.actor import StorageClient
+from storage.imported_loras import ImportedLora
 from storage.keys import Keys
 
 
@@ -23,6 +25,7 @@ class Validation:
         s3 = settings.s3()
         self._validator = Validator(settings.models, settings.default_model)
         store = StorageClient(s3, settings.breaker())
+        self._loras = LoraImports(store, _keys_of(s3.prefix))
         self._uploads = DatasetUploads(store, _keys_of(s3.prefix), s3.bucket, _now)
         self._staged = StagedUploads(
             store,
@@ -38,6 +41,12 @@ class Validation:
 
     async def training_check(self, config: str | dict[str, Any]) -> dict[str, Any]:
         return await asyncio.to_thread(self._validator.training_check, config)
+
+    async def training_spec(self, spec: dict[str, Any]) -> TrainingPlan:
+        return await asyncio.to_thread(self._validator.training_spec, spec)
+
+    async def finish_lora_import(self, tenant: str, lora_id: str) -> ImportedLora:
+        return await self._loras.finish(tenant, lora_id)
 
     async def generation(self, payload: dict[str, Any]) -> GenerationPlan:
         return await asyncio.to_thread(self._validator.generation, payload)

@@ -15,7 +15,7 @@ from serve_app.validation.payloads import GeneratePayload
 from train_jobs.aitoolkit import parse_generate_yaml, parse_train_yaml
 from train_jobs.config_check import check_train_yaml
 from train_jobs.errors import ConfigInvalid, Problem
-from train_jobs.spec import GenerateSpec, problems_of, spec_from_json
+from train_jobs.spec import GenerateSpec, TrainSpec, problems_of, spec_from_json
 
 MIB = 1024 * 1024
 CONFIG_BYTES_MAX = 10 * MIB
@@ -72,6 +72,12 @@ class Validator:
             note = {"path": "model", "verdict": "refused", "note": f"'{model}' is not served here; served: {served}"}
             report |= {"accepted": False, "keys": [*report["keys"], note]}
         return report
+
+    def training_spec(self, spec: dict[str, Any]) -> TrainingPlan:
+        """A TrainSpec as JSON, without anything of the server's own disk. Raises ConfigInvalid, ModelNotServed."""
+        checked = spec_from_json(TrainSpec, spec)
+        self._check_model(checked.model)
+        return TrainingPlan(spec=checked.model_dump(mode="json"), ignored=(), warnings=())
 
     def generation(self, payload: dict[str, Any]) -> GenerationPlan:
         """Raises ConfigInvalid, InvalidRequest, ModelNotServed. A seed left open is chosen here: it is known then."""

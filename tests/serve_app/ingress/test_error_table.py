@@ -25,6 +25,8 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "InvalidRequest": ([Problem("prompt", "is missing", "missing")],),
     "ConfigInvalid": ([Problem("config", "is missing", "missing")],),
     "ModelNotServed": ("x", ("tiny",)),
+    "GenerationRefused": ("It was too large.",),
+    "GenerationFailed": ("It was lost.",),
     "LoraNotUsable": ("x", "it is not there"),
     "RequestTimedOut": (600.0,),
     "TooManyRequests": (2.5,),
@@ -111,7 +113,7 @@ def test_an_error_that_ray_wrapped_is_described_by_its_cause() -> None:
     assert (public.status, public.code, public.retry_after_s) == (503, "storage_unavailable", 13)
 
 
-@pytest.mark.parametrize("path", ["/v2/x/run", "/readyz"])
+@pytest.mark.parametrize("path", ["/v2/x/run", "/readyz", "/v1/images/generations", "/v1/hf/tiny"])
 @pytest.mark.parametrize("cls", EVERY_CLASS, ids=lambda cls: cls.__name__)
 def test_no_error_body_has_a_status_field(cls: type[Exception], path: str) -> None:
     assert b'"status"' not in bytes(error_response(instance(cls), path=path, request_id="r").body)

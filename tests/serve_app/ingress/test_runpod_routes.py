@@ -325,6 +325,8 @@ async def test_readyz_asks_every_part(server: LocalServer) -> None:
             "storage": True,
             "jobs": True,
             "gpu": True,
+            "replicas": True,
+            "disk": True,
         }
         server.store.break_down(StorageUnavailable("get", 30))
         broken = await http.get("/readyz")

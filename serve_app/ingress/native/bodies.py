@@ -1,0 +1,201 @@
+"""What the routes of `/v1` take, and how a body becomes it.
+
+Bodies are read strictly, as JSON: "1" is no number here, an unknown field is an error. So what the OpenAPI document
+says about a body is all there is to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from serve_app.errors import InvalidRequest
+from serve_app.ingress.envelope import read_object
+from serve_app.job_types.context import Policy
+from train_jobs.spec import DATASET_PATTERN, TrainSpec, problems_of
+
+B = TypeVar("B", bound=BaseModel)
+POLICY_MIN_S = 5.0
+POLICY_MAX_S = 7 * 24 * 3600.0
+LORA_BYTES_MAX = 4 * 1024**3
+
+REGISTERED: list[type[BaseModel]] = []
+"""The models of all bodies, for the OpenAPI document."""
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class PolicyFields(Body):
+    """How long the work may take and wait, in seconds; low priority runs when nothing else waits."""
+
+    timeout_s: float | None = Field(default=None, ge=POLICY_MIN_S, le=POLICY_MAX_S)
+    ttl_s: float | None = Field(default=None, ge=POLICY_MIN_S, le=POLICY_MAX_S)
+    low_priority: bool = False
+
+    def policy(self) -> Policy:
+        return Policy(execution_timeout_s=self.timeout_s, ttl_s=self.ttl_s, low_priority=self.low_priority)
+
+
+class TrainingCreate(PolicyFields):
+    """Exactly one of `spec` and `config`. `config` is an ai-toolkit configuration: YAML text, or the same as JSON."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["spec"], "properties": {"spec": {"type": "object"}}},
+                {"required": ["config"], "properties": {"config": {"type": ["string", "object"]}}},
+            ],
+            "examples": [
+                {
+                    "spec": {
+                        "name": "my-zib",
+                        "model": "tiny",
+                        "datasets": [{"dataset": "zib", "resolutions_px": [64]}],
+                        "network": {"rank": 4},
+                        "train": {"steps": 200, "batch_size": 4, "learning_rate": 0.003},
+                    }
+                }
+            ],
+        }
+    )
+
+    spec: TrainSpec | None = None
+    config: str | dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _has_one_of_them(self) -> TrainingCreate:
+        if (self.spec is None) == (self.config is None):
+            raise ValueError("give either spec or config")
+        return self
+
+
+class LoraReference(Body):
+    """`id` of an adapter here: a training's, or an imported one's."""
+
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")
+    scale: float = Field(default=1.0, ge=-8.0, le=8.0)
+
+
+class GenerationCreate(PolicyFields):
+    """`num_images` pictures of one prompt; picture `i` uses seed `seed + i`. What is left out is the model's own."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "prompt": "a large red star on a blue background",
+                    "width": 64,
+                    "height": 64,
+                    "num_inference_steps": 6,
+                    "seed": 1,
+                    "loras": [{"id": "train_0123456789ab", "scale": 0.8}],
+                }
+            ]
+        }
+    )
+
+    prompt: str = Field(min_length=1, max_length=2000, pattern=r"\S")
+    negative_prompt: str = Field(default="", max_length=2000)
+    model: str | None = Field(default=None, min_length=1, max_length=200)
+    width: int | None = Field(default=None, ge=16, le=4096)
+    height: int | None = Field(default=None, ge=16, le=4096)
+    num_inference_steps: int | None = Field(default=None, ge=1, le=500)
+    guidance_scale: float | None = Field(default=None, ge=0.0, le=50.0)
+    seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
+    num_images: int = Field(default=1, ge=1, le=64)
+    scheduler: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_+-]{1,50}$")
+    output_format: Literal["png", "jpg", "webp"] = "png"
+    loras: tuple[LoraReference, ...] = Field(default=(), max_length=8)
+
+    def payload(self) -> dict[str, Any]:
+        """As the input of the job type `generate`."""
+        fields = self.model_dump(mode="json", exclude={"timeout_s", "ttl_s", "low_priority"}, exclude_none=True)
+        return {**fields, "wait": True}
+
+
+class DatasetFileCreate(Body):
+    """A picture, or its caption under the same name with `.txt`. `content` is base64."""
+
+    filename: str = Field(min_length=1, max_length=200)
+    content: str = Field(repr=False)
+
+
+class DatasetCreate(Body):
+    """Files of one data set. With `replace` false, files of its newest upload stay beside these."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "name": "zib",
+                    "trigger_word": "zib",
+                    "files": [
+                        {"filename": "1.png", "content": "iVBORw0KGgo..."},
+                        {"filename": "1.txt", "content": "YSB6aWI="},
+                    ],
+                }
+            ]
+        }
+    )
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_][a-zA-Z0-9_-]{0,99}$")
+    trigger_word: str | None = Field(default=None, max_length=100)
+    replace: bool = True
+    files: tuple[DatasetFileCreate, ...] = Field(min_length=1, max_length=100)
+
+    def payload(self) -> dict[str, Any]:
+        """As the input of the job type `upload_training_data`."""
+        return {
+            "training_name": self.name,
+            "dataset_folder": self.name,
+            "trigger_word": self.trigger_word,
+            "cleanup_existing": self.replace,
+            "files": [file.model_dump() for file in self.files],
+        }
+
+
+class LoraImportCreate(Body):
+    """An adapter file to come: safetensors, in diffusers' or kohya's names. `sha256` in hex, checked where given."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"name": "paper-cut", "filename": "paper-cut.safetensors", "size_bytes": 37_866_432}]
+        }
+    )
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    filename: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,150}\.safetensors$")
+    size_bytes: int = Field(ge=1, le=LORA_BYTES_MAX)
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    base_model: str | None = Field(default=None, max_length=200)
+    trigger_word: str | None = Field(default=None, max_length=100)
+
+
+def reads(kind: type[B]) -> Callable[[Request], Awaitable[B]]:
+    """A dependency: the request's body as `kind`. Raises BodyInvalid, InvalidRequest with every problem."""
+    if kind not in REGISTERED:
+        REGISTERED.append(kind)
+
+    async def read(request: Request) -> B:
+        body = await request.body()
+        read_object(body)
+        try:
+            return kind.model_validate_json(body, strict=True)
+        except ValidationError as invalid:
+            raise InvalidRequest(problems_of(invalid)) from None
+
+    return read
+
+
+def takes(kind: type[BaseModel]) -> dict[str, Any]:
+    """`openapi_extra` of a route that reads a body of this kind."""
+    reference = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
+
+
+DATASET_NAME = DATASET_PATTERN

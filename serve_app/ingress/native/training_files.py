@@ -1,0 +1,107 @@
+"""`/v1/trainings/{id}/...`: what a training has stored so far, whatever its state."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import datetime
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from serve_app.ingress.native.calls import record_of
+from serve_app.ingress.native.views import (
+    Checkpoint,
+    Files,
+    LossHistory,
+    LossPoint,
+    Sample,
+    StoredFile,
+    progress_of,
+)
+from serve_app.job_types.context import Services
+from storage.errors import ObjectNotFound
+from storage.job_record import JobRecord
+from storage.job_state import JobKind
+from storage.objects import ObjectInfo
+
+CHECKPOINT_LAST_FILE = "state.json"
+"""Written last: a checkpoint that has it is whole."""
+LOSS_LOG = "loss.json"
+_SAMPLE = re.compile(r"(\d+)_(\d+)\.[A-Za-z0-9]+")
+
+
+def training_files_router(services: Services) -> APIRouter:
+    router = APIRouter(prefix="/v1/trainings/{training_id}", tags=["trainings"])
+
+    @router.get("/checkpoints")
+    async def list_checkpoints(request: Request, training_id: str) -> Files[Checkpoint]:
+        """The whole checkpoints that are kept, by step."""
+        record = await record_of(services, request, training_id, JobKind.TRAINING)
+        prefix = services.keys_of(record.tenant).checkpoints_prefix(record.id)
+        steps: dict[int, list[tuple[str, ObjectInfo]]] = {}
+        for info in await services.store.list(prefix):
+            step, _, name = info.key.removeprefix(prefix).partition("/")
+            if step.isdigit():
+                steps.setdefault(int(step), []).append((name, info))
+        whole = {s: found for s, found in sorted(steps.items()) if CHECKPOINT_LAST_FILE in {name for name, _ in found}}
+        return Files(items=[await _checkpoint(services, step, found) for step, found in whole.items()])
+
+    @router.get("/samples")
+    async def list_samples(request: Request, training_id: str) -> Files[Sample]:
+        """The preview pictures made so far, by step."""
+        record = await record_of(services, request, training_id, JobKind.TRAINING)
+        prefix = services.keys_of(record.tenant).samples_prefix(record.id)
+        items = []
+        for info in await services.store.list(prefix):
+            named = _SAMPLE.fullmatch(info.key.removeprefix(prefix))
+            if named is not None:
+                file = await _file(services, info)
+                items.append(Sample(**file.model_dump(), step=int(named[1]), index=int(named[2])))
+        return Files(items=sorted(items, key=lambda sample: (sample.step, sample.index)))
+
+    @router.get("/logs")
+    async def list_logs(request: Request, training_id: str) -> Files[StoredFile]:
+        """The log files that were stored."""
+        record = await record_of(services, request, training_id, JobKind.TRAINING)
+        prefix = f"{services.keys_of(record.tenant).process_prefix(record.id)}logs/"
+        return Files(items=[await _file(services, info) for info in await services.store.list(prefix)])
+
+    @router.get("/loss")
+    async def get_loss(request: Request, training_id: str) -> LossHistory:
+        """The loss of each logged step."""
+        record = await record_of(services, request, training_id, JobKind.TRAINING)
+        try:
+            stored = await services.store.get(services.keys_of(record.tenant).training_log(record.id, LOSS_LOG))
+        except ObjectNotFound:
+            return LossHistory(complete=False, points=_latest_point(record))
+        return LossHistory(complete=record.state.is_terminal, points=_points(stored))
+
+    return router
+
+
+async def _checkpoint(services: Services, step: int, found: list[tuple[str, ObjectInfo]]) -> Checkpoint:
+    times: list[datetime] = [info.modified_at for _, info in found if info.modified_at is not None]
+    return Checkpoint(
+        step=step,
+        size_bytes=sum(info.size_bytes for _, info in found),
+        created_at=max(times, default=None),
+        files=[await _file(services, info) for _, info in found],
+    )
+
+
+async def _file(services: Services, info: ObjectInfo) -> StoredFile:
+    filename = info.key.rsplit("/", 1)[-1]
+    url = await services.store.presign_get(info.key, expires_s=services.limits.url_expires_s, filename=filename)
+    return StoredFile(filename=filename, url=url, size_bytes=info.size_bytes, content_type=info.content_type)
+
+
+def _points(stored: bytes) -> list[LossPoint]:
+    """`[[step, loss], ...]`, as the training wrote it; a loss that was not finite is null."""
+    pairs: list[Any] = json.loads(stored, parse_constant=lambda _: None)
+    return [LossPoint(step=int(step), loss=loss) for step, loss in pairs]
+
+
+def _latest_point(record: JobRecord) -> list[LossPoint]:
+    latest = progress_of(record)
+    return [] if latest.step is None or latest.loss is None else [LossPoint(step=latest.step, loss=latest.loss)]

@@ -1,0 +1,203 @@
+"""Data sets and adapters over /v1."""
+
+import hashlib
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from serve_app.testing import OTHER_KEY, TENANT, LocalServer, keys_of, picture_base64
+from storage.job_record import JobRecord
+from storage.job_state import JobKind
+from storage.jobs_testing import JobsWorld
+
+PICTURE = {"filename": "1.png", "content": picture_base64()}
+LAYER = "unet.down.0.to_q"
+
+
+def lora_bytes(**replaced: Any) -> bytes:
+    tensors = {
+        f"{LAYER}.lora_A.weight": np.zeros((4, 8), np.float16),
+        f"{LAYER}.lora_B.weight": np.zeros((8, 4), np.float16),
+    }
+    return save({name: value for name, value in {**tensors, **replaced}.items() if value is not None})
+
+
+async def import_lora(server: LocalServer, http: httpx.AsyncClient, data: bytes, **fields: Any) -> httpx.Response:
+    asked = {"name": "paper", "filename": "paper.safetensors", "size_bytes": len(data), **fields}
+    started = await http.post("/v1/loras/import", json=asked)
+    assert started.status_code == 201, started.text
+    lora_id = started.json()["id"]
+    assert "method=PUT" in started.json()["upload"]["url"]
+    await server.store.put(keys_of(TENANT).staging_file(lora_id, "paper.safetensors"), data)
+    return await http.post(f"/v1/loras/{lora_id}/finish")
+
+
+def trained(world: JobsWorld, key: str) -> JobRecord:
+    record = world.running("driver", JobKind.TRAINING, tenant=TENANT, request={"name": "mine", "network": {"rank": 4}})
+    lora = {"id": record.id, "key": key, "filename": "mine.safetensors", "size_bytes": 3, "step": 9}
+    return world.jobs.complete(record.id, "driver", {"loras": [lora], "trigger_word": "zib"})
+
+
+async def test_a_data_set_is_stored_read_and_deleted(server: LocalServer) -> None:
+    async with server.client() as http:
+        body = {"name": "cats", "trigger_word": "ohwx", "files": [PICTURE]}
+        stored = (await http.post("/v1/datasets", json=body)).json()["dataset"]
+        assert [file["filename"] for file in stored["files"]] == ["1.png"]
+        assert (await http.get("/v1/datasets")).json() == {"items": [{"name": "cats"}]}
+        assert (await http.get("/v1/datasets/cats")).json() == stored
+        assert (await http.delete("/v1/datasets/cats")).status_code == 204
+        assert (await http.get("/v1/datasets/cats")).json()["code"] == "dataset_not_found"
+        assert server.store.keys() == []
+
+
+async def test_a_data_set_is_its_tenants_own(server: LocalServer) -> None:
+    async with server.client() as http, server.client(OTHER_KEY) as stranger:
+        await http.post("/v1/datasets", json={"name": "cats", "files": [PICTURE]})
+        assert (await stranger.get("/v1/datasets")).json() == {"items": []}
+        assert (await stranger.get("/v1/datasets/cats")).status_code == 404
+        assert (await stranger.delete("/v1/datasets/cats")).status_code == 404
+        assert (await http.get("/v1/datasets/cats")).status_code == 200
+
+
+async def test_a_data_set_that_a_training_reads_stays(server: LocalServer, world: JobsWorld) -> None:
+    async with server.client() as http:
+        await http.post("/v1/datasets", json={"name": "cats", "files": [PICTURE]})
+        world.create(JobKind.TRAINING, tenant=TENANT, request={"datasets": [{"dataset": "cats"}]})
+        reply = await http.delete("/v1/datasets/cats")
+        assert (reply.status_code, reply.json()["code"]) == (409, "dataset_in_use")
+        assert (await http.get("/v1/datasets/cats")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"name": "cats", "files": []},
+        {"name": "../cats", "files": [PICTURE]},
+        {"name": "cats", "files": [{"filename": "1.png", "content": "bm90IGEgcGljdHVyZQ=="}]},
+    ],
+)
+async def test_a_wrong_data_set_leaves_nothing(server: LocalServer, body: dict[str, Any]) -> None:
+    async with server.client() as http:
+        assert (await http.post("/v1/datasets", json=body)).status_code == 400
+    assert server.store.keys() == []
+
+
+async def test_a_body_of_ten_megabytes_reaches_the_data_sets_and_no_route_beside_it(server: LocalServer) -> None:
+    large = b'{"prompt": "' + b"x" * (10 * 1024 * 1024) + b'"}'
+    async with server.client() as http:
+        assert (await http.post("/v1/generations", content=large)).status_code == 413
+        assert (await http.post("/v1/datasets", content=large)).status_code == 400
+
+
+async def test_a_trained_adapter_is_listed_downloaded_and_deleted(server: LocalServer, world: JobsWorld) -> None:
+    key = keys_of(TENANT).lora_file("train_0123456789ab", "mine.safetensors")
+    await server.store.put(key, b"abc")
+    training = trained(world, key)
+    async with server.client() as http:
+        [lora] = (await http.get("/v1/loras")).json()["items"]
+        assert (lora["id"], lora["source"], lora["rank"], lora["trigger_word"]) == (training.id, "training", 4, "zib")
+        path = f"/v1/loras/{training.id}"
+        assert (await http.get(path)).json() == lora
+        download = (await http.get(f"{path}/download")).json()
+        assert (download["filename"], download["size_bytes"]) == ("mine.safetensors", 3)
+        assert (await http.get(f"{path}/download", params={"filename": "x"})).json()["code"] == "object_not_found"
+        assert (await http.delete(path)).status_code == 204
+        assert server.store.keys() == []
+        assert (await http.get(path)).json()["code"] == "lora_not_found"
+        assert (await http.get("/v1/loras")).json()["items"] == []
+        assert (await http.get(f"/v1/trainings/{training.id}")).json()["result"]["lora_id"] is None
+
+
+async def test_an_imported_adapter_can_be_drawn_with(server: LocalServer) -> None:
+    data = lora_bytes()
+    async with server.client() as http:
+        reply = await import_lora(server, http, data, sha256=hashlib.sha256(data).hexdigest(), base_model="tiny")
+        assert reply.status_code == 201, reply.text
+        lora = reply.json()
+        assert (lora["source"], lora["rank"], lora["files"][0]["format"]) == ("import", 4, "diffusers")
+        assert [item["id"] for item in (await http.get("/v1/loras")).json()["items"]] == [lora["id"]]
+        made = await http.post("/v1/generations", json={"prompt": "a", "loras": [{"id": lora["id"]}]})
+        assert made.status_code == 202
+        record = await server.jobs.get(made.json()["id"])
+        assert await server.store.get(record.request["loras"][0]["key"]) == data
+        assert (await http.delete(f"/v1/loras/{lora['id']}")).status_code == 204
+        assert server.store.keys() == []
+        gone = await http.post("/v1/generations", json={"prompt": "b", "loras": [{"id": lora["id"]}]})
+        assert gone.json()["code"] == "lora_not_usable"
+
+
+async def test_an_adapter_of_another_tenant_does_not_exist(server: LocalServer, world: JobsWorld) -> None:
+    key = keys_of(TENANT).lora_file("train_0123456789ab", "mine.safetensors")
+    training = trained(world, key)
+    async with server.client() as http, server.client(OTHER_KEY) as stranger:
+        imported = (await import_lora(server, http, lora_bytes())).json()["id"]
+        assert (await stranger.get("/v1/loras")).json()["items"] == []
+        for lora_id in (training.id, imported, "x", "gen_0123456789ab"):
+            for method, tail in (("GET", ""), ("GET", "/download"), ("DELETE", ""), ("POST", "/finish")):
+                reply = await stranger.request(method, f"/v1/loras/{lora_id}{tail}")
+                assert (reply.status_code, reply.json()["code"]) == (404, "lora_not_found")
+
+
+def pickled() -> bytes:
+    return b"\x80\x04" + b"x" * 100
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pickled(),
+        b"",
+        lora_bytes()[:40],
+        lora_bytes(**{f"{LAYER}.lora_B.weight": None}),
+        lora_bytes(**{f"{LAYER}.bias": np.zeros(3, np.float16)}),
+        lora_bytes(**{f"{LAYER}.dora_scale": np.zeros(3, np.float16)}),
+        lora_bytes(**{f"{LAYER}.lora_A.weight": np.zeros((4, 8), np.int8)}),
+        lora_bytes(**{f"{LAYER}.lora_A.weight": np.zeros((2000, 8), np.float16)}),
+    ],
+    ids=["pickle", "empty", "cut", "half", "other", "dora", "integers", "rank"],
+)
+async def test_a_file_that_is_no_lora_is_not_taken(server: LocalServer, data: bytes) -> None:
+    async with server.client() as http:
+        reply = await import_lora(server, http, data or b" ")
+        assert (reply.status_code, reply.json()["code"]) == (400, "lora_file_invalid")
+        assert (await http.get("/v1/loras")).json()["items"] == []
+
+
+@pytest.mark.parametrize("promise", [{"size_bytes": 5}, {"sha256": "0" * 64}])
+async def test_a_file_that_is_not_the_promised_one_is_not_taken(server: LocalServer, promise: dict[str, Any]) -> None:
+    async with server.client() as http:
+        reply = await import_lora(server, http, lora_bytes(), **promise)
+    assert (reply.status_code, reply.json()["code"]) == (400, "lora_file_invalid")
+
+
+async def test_an_import_is_finished_after_its_upload_only(server: LocalServer) -> None:
+    async with server.client() as http:
+        asked = {"name": "paper", "filename": "paper.safetensors", "size_bytes": 10}
+        started = (await http.post("/v1/loras/import", json=asked)).json()
+        reply = await http.post(f"/v1/loras/{started['id']}/finish")
+        assert (reply.status_code, reply.json()["code"]) == (400, "lora_file_invalid")
+        unknown = await http.post("/v1/loras/lora_000000000000/finish")
+    assert (unknown.status_code, unknown.json()["code"]) == (404, "lora_not_found")
+
+
+def test_a_kohya_file_is_known_by_its_names(tmp_path: Path) -> None:
+    from serve_app.validation.lora_imports import read_header
+
+    buffer = BytesIO(
+        save(
+            {
+                "lora_unet_x.lora_down.weight": np.zeros((2, 8), np.float32),
+                "lora_unet_x.lora_up.weight": np.zeros((8, 2), np.float32),
+                "lora_unet_x.alpha": np.ones((), np.float32),
+            }
+        )
+    )
+    path = tmp_path / "k.safetensors"
+    path.write_bytes(buffer.getvalue())
+    header = read_header(path)
+    assert (header.format, header.rank) == ("kohya", 2)
