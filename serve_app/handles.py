@@ -119,6 +119,9 @@ class HandleDispatch:
         reply: Reply | None = await answer(DISPATCH, response, timeout_s + WAIT_MARGIN_S)
         return reply
 
+    async def drain_reply(self, tenant: str, runpod_id: str) -> bool:
+        return bool(await answer(DISPATCH, self._handle.drain_reply.remote(tenant, runpod_id), CALL_TIMEOUT_S))
+
     async def take_permits(self, key: str, operation: str, rate: Rate, wanted: int) -> Grant:
         response = self._handle.take_permits.remote(key, operation, rate, wanted)
         grant: Grant = await answer(DISPATCH, response, PERMITS_TIMEOUT_S)

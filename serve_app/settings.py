@@ -43,6 +43,8 @@ class RequestLimits(BaseModel):
     runsync_body_bytes_max: int = Field(default=20 * MIB, gt=0)
     other_body_bytes_max: int = Field(default=1 * MIB, gt=0)
     runsync_wait_default_s: float = Field(default=90.0, gt=0)
+    # The Python client gives up on /stream after 10 s.
+    stream_wait_default_s: float = Field(default=5.0, gt=0)
     wait_min_s: float = Field(default=1.0, gt=0)
     wait_max_s: float = Field(default=300.0, gt=0)
     # The JavaScript client gives up on /run after 3 s and would submit again.

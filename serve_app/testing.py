@@ -117,6 +117,9 @@ class LocalDispatch:
     async def wait_reply(self, tenant: str, runpod_id: str, timeout_s: float) -> Reply | None:
         return await self.replies.wait(tenant, runpod_id, timeout_s)
 
+    async def drain_reply(self, tenant: str, runpod_id: str) -> bool:
+        return self.replies.drain(tenant, runpod_id)
+
     async def take_permits(self, key: str, operation: str, rate: Rate, wanted: int) -> Grant:
         return self.rates.take(key, operation, rate, wanted)
 

@@ -53,6 +53,10 @@ EXPORT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.fl
 LOSS_LOG = "loss.json"
 # In a report: the step of the checkpoint that this attempt went on from, absent where it began at the beginning.
 RESUMED_FROM = "resumed_from_step"
+# In a report: the newest previews, each with the key of its picture.
+PREVIEWS = "previews"
+PREVIEWS_REPORTED_MAX = 16
+KEPT_IN_REPORTS = frozenset({RESUMED_FROM, PREVIEWS})
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class BoardReporter:
         self._latest = numbers | {"stage": name, **details}
 
     def progress(self, progress: Progress) -> None:
-        kept = {k: v for k, v in self._latest.items() if k == RESUMED_FROM}
+        kept = {k: v for k, v in self._latest.items() if k in KEPT_IN_REPORTS}
         self._latest = {"stage": "training", **asdict(progress), **kept}
 
     def close(self) -> None:
@@ -368,7 +372,7 @@ class Training:
         except OutOfGpuMemory:
             logger.warning("not enough memory for the previews at step %d", step)
             self._warnings.append(f"There was not enough memory for the previews at step {step}.")
-        self._reporter.stage("training", step=step)
+        self._reporter.stage("training", step=step, **{PREVIEWS: prepared.previews.made[-PREVIEWS_REPORTED_MAX:]})
 
     def _finish(self, prepared: _Prepared, loop: TrainingLoop, outcome: Outcome) -> dict[str, Any]:
         if self._peers.rank != 0:

@@ -55,6 +55,9 @@ class Dispatcher:
     async def wait_reply(self, tenant: str, runpod_id: str, timeout_s: float) -> Reply | None:
         return await self._replies.wait(tenant, runpod_id, timeout_s)
 
+    async def drain_reply(self, tenant: str, runpod_id: str) -> bool:
+        return self._replies.drain(tenant, runpod_id)
+
     async def take_permits(self, key: str, operation: str, rate: Rate, wanted: int) -> Grant:
         return self._rates.take(key, operation, rate, wanted)
 

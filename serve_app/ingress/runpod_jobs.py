@@ -16,11 +16,11 @@ from serve_app.ingress.envelope import RunEnvelope, read_envelope
 from serve_app.ingress.errors import INTERNAL, describe
 from serve_app.ingress.middleware import log_unexpected
 from serve_app.ingress.replies import runpod_error
+from serve_app.ingress.runpod_status import status_object
+from serve_app.ingress.runpod_stream import record_stream, reply_stream
 from serve_app.ingress.runpod_view import (
     SYNC_PREFIX,
-    execution_ms,
     is_expired,
-    record_view,
     reply_view,
     runpod_status,
     stamped,
@@ -35,7 +35,7 @@ from serve_app.job_types.context import (
     is_accepted_only,
     public_runpod_id,
 )
-from serve_app.job_types.results import accepted_message, presented_output
+from serve_app.job_types.results import accepted_message
 from storage.errors import JobNotCancellable, JobNotFound
 from storage.job_record import JobRecord
 from storage.job_state import JobKind, JobState
@@ -95,7 +95,20 @@ class RunpodJobs:
         remaining_s = until - loop.time()
         if remaining_s > 0 and not record.state.is_terminal and not is_accepted_only(record):
             record = await services.jobs.wait(record.id, tenant=tenant, timeout_s=remaining_s, until="final")
-        return await self._view(record, request_id)
+        return await status_object(services, record, request_id)
+
+    async def stream(self, tenant: str, request_id: str, runpod_id: str, *, wait_s: float) -> dict[str, Any]:
+        """What was reported since the last call, once there is something or `wait_s` has passed.
+
+        Raises RunpodJobNotFound, also for a cancelled job whose end was told.
+        """
+        services, loop = self._services, asyncio.get_running_loop()
+        until = loop.time() + wait_s
+        reply = await services.dispatch.wait_reply(tenant, runpod_id, wait_s)
+        if reply is not None:
+            return reply_stream(reply, is_first=await services.dispatch.drain_reply(tenant, runpod_id))
+        record = await self._record(tenant, runpod_id)
+        return await record_stream(services, record, request_id, wait_s=max(0.0, until - loop.time()))
 
     async def cancel(self, tenant: str, runpod_id: str) -> dict[str, Any]:
         """Asks the job to stop. A job that has ended is told as it ended. Raises RunpodJobNotFound."""
@@ -278,17 +291,3 @@ class RunpodJobs:
             # An id that spells out the prefix is not one that was given to anybody.
             return record if public_runpod_id(record) == runpod_id else None
         return None
-
-    async def _view(self, record: JobRecord, request_id: str) -> dict[str, Any]:
-        now = self._services.clock()
-        output = await presented_output(self._services, record)
-        if output is not None:
-            output = stamped(
-                output,
-                request_id=request_id,
-                worker_id=record.worker_id,
-                runpod_id=public_runpod_id(record),
-                duration_ms=execution_ms(record, now),
-                timestamp=record.finished_at or now,
-            )
-        return record_view(record, now, output)
