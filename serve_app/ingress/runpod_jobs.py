@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.dispatch.replies import Fingerprint
+from serve_app.dispatch.replies import Fingerprint, Reply
 from serve_app.errors import RequestTimedOut, RunpodJobNotFound, RunpodJobNotRetryable, ServiceUnavailable
 from serve_app.ingress.envelope import RunEnvelope, read_envelope
 from serve_app.ingress.errors import INTERNAL, describe
@@ -36,7 +36,7 @@ from serve_app.job_types.context import (
     public_runpod_id,
 )
 from serve_app.job_types.results import accepted_message
-from storage.errors import JobNotCancellable, JobNotFound
+from storage.errors import JobError, JobNotCancellable, JobNotFound
 from storage.job_record import JobRecord
 from storage.job_state import JobKind, JobState
 
@@ -173,7 +173,7 @@ class RunpodJobs:
     async def _begin(self, call: Submission) -> tuple[str, asyncio.Task[str] | None]:
         """The job's id, and its task; no task where the same request was sent before."""
         services, limits = self._services, self._services.limits
-        envelope = read_envelope(call.body)
+        envelope = read_envelope(call.body, services.webhooks)
         sync = call.wait_s is not None
         runpod_id = f"{SYNC_PREFIX if sync else ''}{self._new_uuid()}-u1"
         digest = hashlib.sha256(call.body).hexdigest()
@@ -192,6 +192,7 @@ class RunpodJobs:
             body_sha256=digest,
             idempotency_key=call.idempotency_key,
             policy=envelope.job_policy(),
+            webhook=envelope.new_webhook(),
         )
         task = asyncio.create_task(self._execute(context, envelope.input))
         self._tasks.add(task)
@@ -240,7 +241,20 @@ class RunpodJobs:
             timestamp=now,
         )
         await services.dispatch.settle_reply(context.tenant, context.runpod_id, output=output, error=error)
+        await self._tell(context, Reply("COMPLETED" if error is None else "FAILED", began, now, output, error))
         return context.runpod_id
+
+    async def _tell(self, context: JobContext, reply: Reply) -> None:
+        """The end of a job without a record, to the address that the client named."""
+        if context.webhook is None:
+            return
+        services, asked = self._services, context.webhook
+        body = reply_view(context.runpod_id, reply, services.clock(), services.worker_id)
+        try:
+            await services.jobs.add_webhook(tenant=context.tenant, url=asked.url, input=asked.input, body=body)
+        except JobError as error:
+            # A webhook never fails its job.
+            logger.warning("The webhook of request %s was not noted: %s", context.request_id, error.code)
 
     async def _handled(self, context: JobContext, payload: dict[str, Any]) -> Finished | Following:
         timeout_s = self._services.limits.quick_job_timeout_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from serve_app.collaborators import Clock
@@ -31,6 +32,21 @@ class Presenting(Protocol):
     @property
     def limits(self) -> RequestLimits: ...
     def keys_of(self, tenant: str) -> Keys: ...
+
+
+@dataclass(frozen=True)
+class Presenter:
+    """`Presenting` where there are no Services."""
+
+    store: ObjectStore
+    clock: Clock
+    bucket: str
+    prefix: str
+    limits: RequestLimits
+
+    def keys_of(self, tenant: str) -> Keys:
+        """Raises InvalidKey for a tenant whose name cannot be part of a key."""
+        return Keys(self.prefix, tenant)
 
 
 def accepted_message(record: JobRecord) -> dict[str, Any]:
