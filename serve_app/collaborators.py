@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
@@ -66,6 +66,9 @@ class Validation(Protocol):
 
     async def create_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]: ...
     async def finalize_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]: ...
+    async def bundle(self, tenant: str, files: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        """Stored files as one stored zip; None where they are too much for one."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from ray import serve
@@ -86,6 +86,11 @@ class HandleValidation:
         response = self._handle.finalize_upload.remote(tenant, payload)
         reply: dict[str, Any] = await answer(VALIDATION, response, UPLOAD_TIMEOUT_S)
         return reply
+
+    async def bundle(self, tenant: str, files: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        response = self._handle.bundle.remote(tenant, list(files))
+        stored: dict[str, Any] | None = await answer(VALIDATION, response, UPLOAD_TIMEOUT_S)
+        return stored
 
 
 class HandleDispatch:

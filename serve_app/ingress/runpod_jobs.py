@@ -16,6 +16,7 @@ from serve_app.ingress.envelope import RunEnvelope, read_envelope
 from serve_app.ingress.errors import INTERNAL, describe
 from serve_app.ingress.middleware import log_unexpected
 from serve_app.ingress.replies import runpod_error
+from serve_app.ingress.runpod_output import within_limit
 from serve_app.ingress.runpod_status import status_object
 from serve_app.ingress.runpod_stream import record_stream, reply_stream
 from serve_app.ingress.runpod_view import (
@@ -261,7 +262,10 @@ class RunpodJobs:
         handler = HANDLERS[job_type_of(payload)]
         try:
             async with asyncio.timeout(timeout_s) as limit:
-                return await handler(self._services, context, payload)
+                outcome = await handler(self._services, context, payload)
+                if isinstance(outcome, Finished):
+                    return Finished(await within_limit(self._services, context.tenant, outcome.output))
+                return outcome
         except TimeoutError:
             if limit.expired():
                 raise RequestTimedOut(timeout_s) from None
