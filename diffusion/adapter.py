@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -57,15 +58,24 @@ def remove_adapter(component: nn.Module, adapter_name: str) -> None:
         del component.peft_config
 
 
+@dataclass(frozen=True)
+class ConvLora:
+    """Rank and alpha of the layers on convolutions."""
+
+    rank: int
+    alpha: float
+
+
 class TrainableLora:
     """LoRA layers being trained. Made by ``attach_lora``; the family's own weights stay frozen."""
 
     def __init__(
-        self, family: Family, components: Sequence[str], rank: int, alpha: float, targets: LoraTargets
+        self, family: Family, components: Sequence[str], rank: int, alpha: float, configs: Mapping[str, LoraConfig]
     ) -> None:
         self._family = family
         self.components = tuple(components)
-        self.rank, self.alpha, self.targets = rank, alpha, targets
+        self.rank, self.alpha = rank, alpha
+        self._configs = dict(configs)
 
     def _modules(self) -> Iterator[tuple[str, nn.Module]]:
         return ((name, self._family.lora_components[name]) for name in self.components)
@@ -85,6 +95,14 @@ class TrainableLora:
         """Training mode for the adapted modules: turns on LoRA dropout and gradient checkpointing."""
         for _, module in self._modules():
             module.train(mode)
+
+    def set_dropout(self, on: bool) -> None:
+        """Dropout alone, whatever mode the modules are in."""
+        for _, module in self._modules():
+            for layer in adapter_layers(module):
+                dropout = getattr(layer, "lora_dropout", {})
+                if TRAINING_ADAPTER in dropout:
+                    dropout[TRAINING_ADAPTER].train(on)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Detached views, by diffusers key names (``unet.<module>.lora_A.weight``)."""
@@ -145,12 +163,20 @@ class TrainableLora:
         return {
             f"{component}.{key}": value
             for component in self.components
-            for key, value in {
-                "r": self.rank,
-                "lora_alpha": self.alpha,
-                "target_modules": self._family.lora_target_modules(component, self.targets),
-            }.items()
+            for key, value in _settings(self._configs[component]).items()
         }
+
+
+def _settings(config: LoraConfig) -> dict[str, Any]:
+    targets = config.target_modules
+    settings = {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": targets if isinstance(targets, str) else sorted(targets or ()),
+    }
+    if config.rank_pattern:
+        settings |= {"rank_pattern": dict(config.rank_pattern), "alpha_pattern": dict(config.alpha_pattern)}
+    return settings
 
 
 def attach_lora(
@@ -162,11 +188,16 @@ def attach_lora(
     targets: LoraTargets = "attention",
     components: Sequence[str] | None = None,
     seed: int = 0,
+    conv: ConvLora | None = None,
+    only_if_contains: Sequence[str] = (),
+    ignore_if_contains: Sequence[str] = (),
 ) -> TrainableLora:
     """Wrap the target layers of ``components`` (default: only the denoiser's) with new, float32, trainable LoRA layers.
 
     A is normal with standard deviation 1/rank and B zero, as in the diffusers examples, so nothing changes until the
-    first optimizer step. ``seed`` alone decides A; the global random state is left as it was. The modules stay in
+    first optimizer step. ``conv`` adapts a UNet's convolutions too. Of the target layers those are taken whose name,
+    with its component in front, contains a part in ``only_if_contains`` (when given) and none in
+    ``ignore_if_contains``. ``seed`` alone decides A; the global random state is left as it was. The modules stay in
     eval mode until ``TrainableLora.train()``. Raises SettingNotSupported.
     """
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
@@ -177,16 +208,53 @@ def attach_lora(
         raise SettingNotSupported("network.components", f"choose from {', '.join(known)}")
     if any(TRAINING_ADAPTER in getattr(module, "peft_config", {}) for module in known.values()):
         raise SettingNotSupported("network", "this model already has an adapter in training")
+    if conv is not None and not family.conv_target_modules(chosen[0]):
+        raise SettingNotSupported("network.conv_rank", "this model has no convolutions to adapt")
+    configs: dict[str, LoraConfig] = {}
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU
         torch.manual_seed(seed)
         for name in chosen:
-            config = LoraConfig(
-                r=rank, lora_alpha=alpha, lora_dropout=dropout, init_lora_weights="gaussian",
-                target_modules=family.lora_target_modules(name, targets),
+            layers = _target_layers(family, name, targets, conv, only_if_contains, ignore_if_contains)
+            configs[name] = LoraConfig(
+                r=rank, lora_alpha=alpha, lora_dropout=dropout, init_lora_weights="gaussian", target_modules=layers,
+                **_conv_patterns(family, name, conv),
             )  # fmt: skip
-            inject_adapter(known[name], TRAINING_ADAPTER, config)
-    lora = TrainableLora(family, chosen, rank, alpha, targets)
+            inject_adapter(known[name], TRAINING_ADAPTER, configs[name])
+    lora = TrainableLora(family, chosen, rank, alpha, configs)
     for parameter in lora.parameters():
         parameter.data = parameter.data.float()  # half-precision weights lose small updates
     lora.train(False)
     return lora
+
+
+def _target_layers(
+    family: Family, component: str, kind: LoraTargets, conv: ConvLora | None, only: Sequence[str], ignore: Sequence[str]
+) -> list[str]:
+    """The family's suffixes, or with filters the full names of the layers that pass. Raises SettingNotSupported."""
+    suffixes = family.lora_target_modules(component, kind)
+    if conv is not None:
+        suffixes += family.conv_target_modules(component)
+    if not only and not ignore:
+        return suffixes
+    names = [
+        name
+        for name, module in family.lora_components[component].named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and any(name == s or name.endswith(f".{s}") for s in suffixes)
+    ]
+    passed = [
+        name
+        for name in names
+        if (not only or any(part in f"{component}.{name}" for part in only))
+        and not any(part in f"{component}.{name}" for part in ignore)
+    ]
+    if not passed:
+        raise SettingNotSupported("network", f"the filters leave no layer of the {component}")
+    return passed
+
+
+def _conv_patterns(family: Family, component: str, conv: ConvLora | None) -> dict[str, dict[str, float]]:
+    """peft's ranks and alphas by layer name, where they differ from the adapter's own."""
+    if conv is None:
+        return {}
+    suffixes = family.conv_target_modules(component)
+    return {"rank_pattern": dict.fromkeys(suffixes, conv.rank), "alpha_pattern": dict.fromkeys(suffixes, conv.alpha)}

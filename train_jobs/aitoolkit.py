@@ -13,7 +13,7 @@ from train_jobs import aitoolkit_keys as keys
 from train_jobs.aitoolkit_datasets import dataset_name, read_datasets
 from train_jobs.aitoolkit_generate import parse_generate_yaml
 from train_jobs.aitoolkit_samples import read_sample
-from train_jobs.config_reader import ConfigReader, Ignored, ParsedConfig, check_architecture, copy_keys
+from train_jobs.config_reader import ConfigReader, Ignored, ParsedConfig, copy_keys, read_architecture
 from train_jobs.spec import TrainSpec, check_model_name
 from train_jobs.strict_yaml import read_mapping
 
@@ -27,6 +27,7 @@ DTYPES = {
     "float32": "fp32",
     "float": "fp32",
 }
+PRODIGY_RATE_MIN = 0.1
 SAVE_DTYPES = DTYPES | {"fp16": "fp16", "float16": "fp16", "half": "fp16"}
 
 
@@ -53,13 +54,14 @@ def _train_process(reader: ConfigReader, name: str, process: dict[str, Any], pat
     trigger = process.get("trigger_word")
     copy_keys(reader, process, path, {"trigger_word": "trigger_word", "subject_id": "subject_id"})
     _network(reader, process.get("network"), f"{path}.network")
-    updates_per = _train(reader, process, path)
+    family = _model(reader, process.get("model"), f"{path}.model", local=local)
+    updates_per = _train(reader, process, path, family)
     _save(reader, process.get("save"), f"{path}.save", updates_per)
-    _model(reader, process.get("model"), f"{path}.model", local=local)
+    _validation(reader, process.get("validation"), f"{path}.validation", updates_per, local=local)
     read_datasets(reader, process.get("datasets"), f"{path}.datasets", trigger, local=local)
     train = process.get("train")
     disabled = isinstance(train, dict) and train.get("disable_sampling") is True
-    read_sample(reader, process.get("sample"), f"{path}.sample", trigger, updates_per, disabled=disabled)
+    read_sample(reader, process.get("sample"), f"{path}.sample", trigger, updates_per, disabled=disabled, family=family)
 
 
 def _network(reader: ConfigReader, value: Any, path: str) -> None:
@@ -68,15 +70,25 @@ def _network(reader: ConfigReader, value: Any, path: str) -> None:
         return
     network = reader.section(value, path, keys.NETWORK)
     kind = network.get("type", "lora")
-    if kind != "lora":
-        reader.problem(f"{path}.type", "only the network type 'lora' is supported", "unsupported")
+    if kind not in ("lora", "locon"):
+        reader.problem(f"{path}.type", "only the network types lora and locon are supported", "unsupported")
     rank_key = "rank" if "rank" in network else "linear"
     alpha_key = "linear_alpha" if "linear_alpha" in network else "alpha"
     reader.put("network.rank", network.get(rank_key, 4), f"{path}.{rank_key}")
     reader.put("network.alpha", network.get(alpha_key, 1.0), f"{path}.{alpha_key}")
+    names = {"conv": "conv_rank", "dropout": "dropout"}
+    copy_keys(reader, network, path, {key: f"network.{target}" for key, target in names.items()})
+    if "conv" in network:
+        reader.put("network.conv_alpha", network.get("conv_alpha", network["conv"]), f"{path}.conv_alpha")
+    if network.get("pretrained_lora_path"):
+        reader.put("network.pretrained", network["pretrained_lora_path"], f"{path}.pretrained_lora_path")
+    at = f"{path}.network_kwargs"
+    filters = reader.section(network.get("network_kwargs"), at, keys.NETWORK_KWARGS)
+    for key, value in filters.items():
+        reader.put(f"network.{key}", [value] if isinstance(value, str) else value, f"{at}.{key}")
 
 
-def _train(reader: ConfigReader, process: dict[str, Any], path: str) -> int:
+def _train(reader: ConfigReader, process: dict[str, Any], path: str, family: str | None) -> int:
     """The `train` section. Returns how many of the file's steps make one optimizer update."""
     at = f"{path}.train"
     train = reader.section(process.get("train"), at, keys.TRAIN)
@@ -92,8 +104,15 @@ def _train(reader: ConfigReader, process: dict[str, Any], path: str) -> int:
             "min_snr_gamma": "train.min_snr_gamma",
             "noise_offset": "train.noise_offset",
             "seed": "train.seed",
+            "train_text_encoder": "train.train_text_encoder",
+            "reg_weight": "train.regularisation_weight",
+            "gradient_checkpointing": "train.gradient_checkpointing",
         },
     )
+    if train.get("train_text_encoder") and "text_encoder_lr" in train:
+        reader.put("train.text_encoder_learning_rate", train["text_encoder_lr"], f"{at}.text_encoder_lr")
+    _timesteps(reader, train, at, family)
+    _average(reader, train.get("ema_config"), f"{at}.ema_config")
     if "training_seed" in process:
         reader.put("train.seed", process["training_seed"], f"{path}.training_seed")
     _dtype(reader, train.get("dtype", "fp32"), f"{at}.dtype")
@@ -115,16 +134,21 @@ def _dtype(reader: ConfigReader, value: Any, path: str) -> None:
 
 
 def _optimizer(reader: ConfigReader, train: dict[str, Any], path: str) -> None:
-    optimizer = train.get("optimizer", "adamw")
-    name = optimizer.lower() if isinstance(optimizer, str) else optimizer
-    if not isinstance(name, str) or name not in keys.OPTIMIZERS:
-        known = ", ".join(sorted(keys.OPTIMIZERS))
-        reader.problem(f"{path}.optimizer", f"this optimizer is not supported here; supported: {known}", "unsupported")
-    elif name == "adamw8bit":
-        reader.warn(f"{path}.optimizer", "is run as adamw with full-precision state")
+    written = train.get("optimizer", "adamw")
+    name = reader.choice(written, f"{path}.optimizer", keys.OPTIMIZERS)
+    if name is not None:
+        reader.put("train.optimizer.type", name, f"{path}.optimizer")
+    if isinstance(written, str) and written.lower().endswith("8bit"):
+        told = "is run with 8-bit state where there is a GPU and bitsandbytes, else with full-precision state"
+        reader.warn(f"{path}.optimizer", told if name == "adamw8bit" else "is run with full-precision state")
+    rate = train.get("unet_lr", train.get("lr"))
+    if name == "prodigy" and isinstance(rate, int | float) and rate < PRODIGY_RATE_MIN:
+        # Prodigy finds the rate and takes this one as a factor; ai-toolkit reads small ones as 1 too.
+        reader.put("train.learning_rate", 1.0, f"{path}.lr")
+        reader.warn(f"{path}.lr", "is taken as 1 for Prodigy, which finds the rate by itself")
     at = f"{path}.optimizer_params"
     params = reader.section(train.get("optimizer_params"), at, keys.OPTIMIZER_PARAMS)
-    copy_keys(reader, params, at, {"eps": "train.optimizer.eps", "weight_decay": "train.optimizer.weight_decay"})
+    copy_keys(reader, params, at, {key: f"train.optimizer.{key}" for key in ("eps", "weight_decay", "d_coef")})
     if "betas" in params:
         betas = params["betas"]
         if isinstance(betas, list) and len(betas) == 2:
@@ -132,6 +156,49 @@ def _optimizer(reader: ConfigReader, train: dict[str, Any], path: str) -> None:
             reader.put("train.optimizer.beta2", betas[1], f"{at}.betas")
         else:
             reader.problem(f"{at}.betas", "must be two numbers")
+
+
+def _timesteps(reader: ConfigReader, train: dict[str, Any], path: str, family: str | None) -> None:
+    kind = reader.choice(train.get("timestep_type", "sigmoid"), f"{path}.timestep_type", keys.TIMESTEP_TYPES)
+    if "linear_timesteps" in train and reader.flag(train["linear_timesteps"], f"{path}.linear_timesteps"):
+        kind = "linear"
+    if kind is not None:
+        reader.put("train.timesteps.kind", kind, f"{path}.timestep_type")
+    bias = reader.choice(train.get("content_or_style", "balanced"), f"{path}.content_or_style", keys.BIASES)
+    if bias is not None:
+        reader.put("train.timesteps.bias", bias, f"{path}.content_or_style")
+    for key, target in {"min_denoising_steps": "first", "max_denoising_steps": "last"}.items():
+        if key in train:
+            value = train[key]
+            # 1000 is a usual way to write "to the end".
+            reader.put(f"train.timesteps.{target}", 999 if value == 1000 else value, f"{path}.{key}")
+    at = f"{path}.noise_scheduler"
+    noise = reader.choice(train.get("noise_scheduler", "ddpm"), at, keys.NOISE_SCHEDULERS)
+    if "noise_scheduler" in train and family is not None and (noise == "flow") != (family in keys.FLOW_FAMILIES):
+        reader.warn(at, "is for other models; this one is trained with its own noise")
+
+
+def _average(reader: ConfigReader, value: Any, path: str) -> None:
+    average = reader.section(value, path, keys.EMA)
+    if "use_ema" in average and reader.flag(average["use_ema"], f"{path}.use_ema"):
+        reader.put("train.ema_decay", average.get("ema_decay", 0.999), f"{path}.ema_decay")
+
+
+def _validation(reader: ConfigReader, value: Any, path: str, updates_per: int, *, local: bool) -> None:
+    """A key of our own: a data set, or a share of the training pictures, whose loss is watched."""
+    if value is None:
+        return
+    validation = reader.section(value, path, keys.VALIDATION)
+    every = reader.count(validation.get("every", 100), f"{path}.every")
+    reader.put("validation.every_steps", -(-every // updates_per), f"{path}.every")
+    copy_keys(reader, validation, path, {"share": "validation.share", "patience": "validation.patience"})
+    folder = validation.get("folder_path", validation.get("dataset_path"))
+    if folder is not None:
+        reader.put("validation.dataset", {"local_path" if local else "dataset": _named_folder(folder, local)}, path)
+
+
+def _named_folder(folder: Any, local: bool) -> Any:
+    return folder if local or not isinstance(folder, str) else dataset_name(folder) or ""
 
 
 def _preview_switches(reader: ConfigReader, train: dict[str, Any], path: str) -> None:
@@ -173,13 +240,13 @@ def _schedule(reader: ConfigReader, train: dict[str, Any], path: str, updates_pe
     if name == "constant_with_warmup":
         warmup = reader.count(params.get("num_warmup_steps", 1000), f"{params_at}.num_warmup_steps")
         reader.put("train.schedule.warmup_steps", -(-warmup // updates_per), f"{params_at}.num_warmup_steps")
-    copy_keys(
-        reader, params, params_at, {"eta_min": "train.schedule.min_learning_rate", "factor": "train.schedule.factor"}
-    )
-    for key in ("total_iters", "T_max"):
+    names = {"eta_min": "min_learning_rate", "factor": "factor", "gamma": "gamma"}
+    copy_keys(reader, params, params_at, {key: f"train.schedule.{target}" for key, target in names.items()})
+    for key, target in {"total_iters": "total_steps", "T_max": "total_steps", "T_0": "total_steps",
+                        "step_size": "step_size"}.items():  # fmt: skip
         if key in params:
             total = reader.count(params[key], f"{params_at}.{key}")
-            reader.put("train.schedule.total_steps", -(-total // updates_per), f"{params_at}.{key}")
+            reader.put(f"train.schedule.{target}", -(-total // updates_per), f"{params_at}.{key}")
 
 
 def _save(reader: ConfigReader, value: Any, path: str, updates_per: int) -> None:
@@ -192,18 +259,25 @@ def _save(reader: ConfigReader, value: Any, path: str, updates_per: int) -> None
         reader.put("save.dtype", dtype, f"{path}.dtype")
 
 
-def _model(reader: ConfigReader, value: Any, path: str, *, local: bool) -> None:
+def _model(reader: ConfigReader, value: Any, path: str, *, local: bool) -> str | None:
+    """The `model` section. Returns the family that the file's author takes it for."""
     model = reader.section(value, path, keys.MODEL)
-    check_architecture(reader, model, path)
+    family = read_architecture(reader, model, path)
+    if family is not None:
+        reader.put("family", family, f"{path}.arch")
+    flags = [reader.flag(model[key], f"{path}.{key}") for key in ("compile", "block_compile") if key in model]
+    if flags:
+        reader.put("train.compile", any(flags), f"{path}.compile")
     name = model.get("name_or_path")
     at = f"{path}.name_or_path"
     if not isinstance(name, str) or not name:
         reader.problem(at, "is missing", "missing")
-        return
+        return family
     reason = check_model_name(name, paths_allowed=local)
     if reason is not None:
         reader.problem(at, reason)
     reader.put("model", name, at)
+    return family
 
 
 __all__ = [

@@ -37,11 +37,22 @@ def _dataset(reader: ConfigReader, value: Any, path: str, index: int, trigger: A
         "caption_dropout_rate": "caption_dropout_rate",
         "num_repeats": "repeats",
         "flip_x": "flip_x",
+        "flip_y": "flip_y",
+        "shuffle_tokens": "shuffle_tokens",
+        "keep_tokens": "keep_tokens",
+        "token_dropout_rate": "token_dropout_rate",
+        "is_reg": "is_regularisation",
+        "loss_multiplier": "loss_multiplier",
+        "alpha_mask": "alpha_mask",
+        "invert_mask": "invert_mask",
+        "mask_min_value": "mask_min_value",
         "buckets": "buckets",
         "bucket_tolerance": "bucket_step_px",
     }.items():
         if key in dataset:
             put(target, dataset[key], key)
+    if dataset.get("mask_path"):
+        put("mask_dataset", _mask_dataset(reader, dataset["mask_path"], f"{path}.mask_path", local=local), "mask_path")
     word = dataset.get("trigger_word", trigger)
     if word:
         put("trigger_word", word, "trigger_word")
@@ -51,6 +62,14 @@ def _dataset(reader: ConfigReader, value: Any, path: str, index: int, trigger: A
     resolution = dataset.get("resolution", 512)
     put("resolutions_px", resolution if isinstance(resolution, list) else [resolution], "resolution")
     return entry
+
+
+def _mask_dataset(reader: ConfigReader, value: Any, path: str, *, local: bool) -> str | None:
+    """Masks are an uploaded dataset like any other; a folder is uploaded by `raylora train`, not by a Ray job."""
+    name = dataset_name(value) if isinstance(value, str) else None
+    if name is None or (local and name != value):
+        reader.problem(path, "must be the name of an uploaded dataset", "not_allowed" if local else "invalid_value")
+    return name
 
 
 def _folder(

@@ -8,7 +8,7 @@ from typing import Any
 
 from train_jobs import aitoolkit_keys as keys
 from train_jobs.aitoolkit_samples import IMAGE_FORMATS, prompt_flags, read_sampler
-from train_jobs.config_reader import ConfigReader, ParsedConfig, check_architecture, copy_keys
+from train_jobs.config_reader import ConfigReader, ParsedConfig, copy_keys, read_architecture
 from train_jobs.spec import GenerateSpec
 from train_jobs.strict_yaml import read_mapping
 
@@ -61,7 +61,7 @@ def _generate_process(reader: ConfigReader, process: dict[str, Any], path: str) 
 
 def _generate_model(reader: ConfigReader, value: Any, path: str) -> None:
     model = reader.section(value, path, keys.GENERATE_MODEL)
-    check_architecture(reader, model, path)
+    read_architecture(reader, model, path)
     if "name_or_path" in model:
         reader.put("model", model["name_or_path"], f"{path}.name_or_path")
     lora = model.get("lora_path")

@@ -16,7 +16,6 @@ MEMORY = "placement and memory are decided here"
 CACHED = "latents and text embeddings are always cached"
 SPEED = "changes only speed or memory"
 LOGS = "progress, loss and logs are always recorded"
-FLOW = "used by flow-matching models only"
 ELSEWHERE = "results are stored in the object storage"
 DEPENDENT = "has no effect without a setting that is off here"
 
@@ -50,7 +49,7 @@ CONFIG = Section(
 )
 
 PROCESS = Section(
-    honoured=_keys("type trigger_word network save datasets train model sample subject_id training_seed"),
+    honoured=_keys("type trigger_word network save datasets train model sample subject_id training_seed validation"),
     ignored=_because(ELSEWHERE, "training_folder output_folder sqlite_db_path")
     | _because(LOGS, "performance_log_every logging log_dir torch_profiler name")
     | _because(MEMORY, "device dtype"),
@@ -96,17 +95,13 @@ SAMPLE_ITEM = Section(
 )
 
 NETWORK = Section(
-    honoured=_keys("type rank linear alpha linear_alpha"),
+    honoured=_keys("type rank linear alpha linear_alpha conv conv_alpha dropout network_kwargs pretrained_lora_path"),
     ignored=_because("for other network types", "lokr_full_rank lokr_factor old_lokr_format")
-    | _because(DEPENDENT, "conv_alpha split_multistage_loras")
+    | _because(DEPENDENT, "split_multistage_loras")
     | _because(MEMORY, "layer_offloading"),
     refused={
-        "conv": None,
-        "dropout": None,
-        "network_kwargs": {},
         "lorm": None,
         "transformer_only": True,
-        "pretrained_lora_path": None,
         "all_layers": False,
     },
 )
@@ -115,19 +110,20 @@ TRAIN = Section(
     honoured=_keys(
         "steps lr unet_lr optimizer optimizer_params lr_scheduler lr_scheduler_params batch_size dtype min_snr_gamma"
         " noise_offset skip_first_sample force_first_sample max_grad_norm gradient_accumulation_steps"
-        " gradient_accumulation disable_sampling seed"
+        " gradient_accumulation disable_sampling seed text_encoder_lr train_text_encoder timestep_type content_or_style"
+        " min_denoising_steps max_denoising_steps ema_config noise_scheduler reg_weight gradient_checkpointing"
+        " linear_timesteps"
     ),
-    ignored=_because(SPEED, "xformers sdp attention_backend gradient_checkpointing do_paramiter_swapping")
+    ignored=_because(SPEED, "xformers sdp attention_backend do_paramiter_swapping")
     | _because(SPEED, "paramiter_swapping_factor max_loss_debug show_turbo_outputs single_item_batching")
     | _because(CACHED, "unload_text_encoder cache_text_embeddings")
-    | _because("the text encoder is not trained", "text_encoder_lr embedding_lr refiner_lr adapter_lr train_refiner")
-    | _because(FLOW, "timestep_type next_sample_timesteps linear_timesteps linear_timesteps2")
+    | _because(DEPENDENT, "embedding_lr refiner_lr adapter_lr train_refiner next_sample_timesteps")
     | _because("for audio only", "audio_loss_multiplier")
-    | _because("the loss on the training set is recorded instead", "validation_config")
+    | _because("a validation data set is named in the process's own key 'validation'", "validation_config")
     | _because(
         DEPENDENT,
         "adapter_assist_type merge_network_on_save_strength batch_noise_correction_scale signal_amplification_strength"
-        " signal_correction_noise_scale negative_prompt max_negative_prompts reg_weight match_adapter_chance"
+        " signal_correction_noise_scale negative_prompt max_negative_prompts match_adapter_chance"
         " inverted_mask_prior_multiplier diff_output_preservation_multiplier diff_output_preservation_class"
         " blank_prompt_preservation_multiplier max_cfg_scale cfg_rescale correct_pred_norm_multiplier"
         " target_norm_std_value latent_feature_loss_weight diffusion_feature_extractor_weight guidance_loss_target"
@@ -136,13 +132,9 @@ TRAIN = Section(
         " short_and_long_captions_encoder_split match_adapter_assist bypass_guidance_embedding",
     ),
     refused={
-        "noise_scheduler": "ddpm",
-        "content_or_style": "balanced",
-        "min_denoising_steps": 0,
-        "max_denoising_steps": 999,
+        "linear_timesteps2": False,
         "num_train_timesteps": 1000,
         "train_unet": True,
-        "train_text_encoder": False,
         "train_turbo": False,
         "snr_gamma": None,
         "weight_jitter": 0.0,
@@ -181,7 +173,6 @@ TRAIN = Section(
         "pred_scaler": 1.0,
         "prompt_saturation_chance": 0.0,
         "do_prior_divergence": False,
-        "ema_config": None,
         "target_norm_std": None,
         "latent_feature_extractor_path": None,
         "diffusion_feature_extractor_path": None,
@@ -196,39 +187,39 @@ TRAIN = Section(
 )
 
 EMA = Section(
-    honoured=frozenset(),
-    ignored=_because(DEPENDENT, "ema_decay use_feedback param_multiplier"),
-    refused={"use_ema": False},
+    honoured=_keys("use_ema ema_decay"),
+    refused={"use_feedback": False, "param_multiplier": 1.0},
 )
 
-OPTIMIZER_PARAMS = Section(honoured=_keys("betas eps weight_decay"), refused={"amsgrad": False, "maximize": False})
+NETWORK_KWARGS = Section(honoured=_keys("only_if_contains ignore_if_contains"))
+
+VALIDATION = Section(honoured=_keys("folder_path dataset_path share every patience"))
+
+OPTIMIZER_PARAMS = Section(
+    honoured=_keys("betas eps weight_decay d_coef"), refused={"amsgrad": False, "maximize": False}
+)
 
 SCHEDULER_PARAMS = Section(
-    honoured=_keys("total_iters num_warmup_steps start_factor end_factor eta_min factor T_max"),
+    honoured=_keys("total_iters num_warmup_steps start_factor end_factor eta_min factor T_max T_0 step_size gamma"),
     refused={"last_epoch": -1},
 )
 
 MODEL = Section(
-    honoured=_keys("name_or_path arch"),
+    honoured=_keys("name_or_path arch is_xl is_flux is_v3 compile block_compile"),
     ignored=_because(
         MEMORY,
         "dtype vae_device vae_dtype te_device te_dtype quantize quantize_te qtype qtype_te low_vram quantize_kwargs"
         " text_encoder_bits split_model_over_gpus split_model_other_module_param_count_scale auto_memory"
         " layer_offloading layer_offloading_transformer_percent layer_offloading_text_encoder_percent",
     )
-    | _because(
-        SPEED, "attn_masking compile block_compile compile_mode compile_fullgraph compile_dynamic cache_size_limit"
-    )
+    | _because(SPEED, "attn_masking compile_mode compile_fullgraph compile_dynamic cache_size_limit")
     | _because(DEPENDENT, "refiner_start_at experimental_xl use_flux_cfg latent_space_version use_text_encoder_1")
     | _because(DEPENDENT, "use_text_encoder_2 unet_sample_size"),
     refused={
         "is_v2": False,
-        "is_xl": False,
         "is_pixart": False,
         "is_pixart_sigma": False,
         "is_auraflow": False,
-        "is_v3": False,
-        "is_flux": False,
         "is_lumina2": False,
         "is_ssd": False,
         "is_vega": False,
@@ -254,7 +245,8 @@ MODEL = Section(
 DATASET = Section(
     honoured=_keys(
         "folder_path dataset_path default_caption trigger_word caption_ext resolution buckets bucket_tolerance"
-        " caption_dropout_rate flip_x num_repeats"
+        " caption_dropout_rate flip_x flip_y num_repeats shuffle_tokens keep_tokens token_dropout_rate is_reg"
+        " loss_multiplier mask_path mask_min_value invert_mask alpha_mask"
     ),
     ignored=_because(
         CACHED,
@@ -266,8 +258,8 @@ DATASET = Section(
     | _because("for audio only", "audio_preserve_pitch audio_normalize")
     | _because(
         DEPENDENT,
-        "diff_output_preservation_class random_triggers_max keep_tokens num_controls_from_same_folder"
-        " control_transparent_color full_size_control_images mask_min_value guidance_type clip_image_augmentations"
+        "diff_output_preservation_class random_triggers_max num_controls_from_same_folder"
+        " control_transparent_color full_size_control_images guidance_type clip_image_augmentations"
         " clip_image_shuffle_augmentations shuffle_augmentations caption_type",
     ),
     refused={
@@ -278,12 +270,8 @@ DATASET = Section(
         "random_scale": False,
         "random_crop": False,
         "scale": 1.0,
-        "is_reg": False,
         "prior_reg": False,
         "network_weight": 1.0,
-        "token_dropout_rate": 0.0,
-        "shuffle_tokens": False,
-        "flip_y": False,
         "augments": [],
         "control_path": None,
         "control_from_same_folder": False,
@@ -291,10 +279,7 @@ DATASET = Section(
         "control_path_2": None,
         "control_path_3": None,
         "inpaint_path": None,
-        "alpha_mask": False,
-        "mask_path": None,
         "unconditional_path": None,
-        "invert_mask": False,
         "poi": None,
         "use_short_captions": False,
         "standardize_images": False,
@@ -302,7 +287,6 @@ DATASET = Section(
         "clip_image_path": None,
         "clip_image_from_same_folder": False,
         "replacements": [],
-        "loss_multiplier": 1.0,
         "extra_values": [],
         "square_crop": False,
         "num_frames": 1,
@@ -344,15 +328,56 @@ GENERATE_MODEL = Section(
 
 PROCESS_TYPES = _keys("sd_trainer diffusion_trainer ui_trainer")
 GENERATE_TYPES = _keys("to_folder")
-ARCHITECTURES = _keys("sd sd1 sd15 sd1.5 stable_diffusion")
-OPTIMIZERS = _keys("adamw adamw8bit")
-SCHEDULERS = _keys("constant cosine linear constant_with_warmup")
+ARCHITECTURES = {
+    "sd": "sd1",
+    "sd1": "sd1",
+    "sd15": "sd1",
+    "sd1.5": "sd1",
+    "stable_diffusion": "sd1",
+    "sdxl": "sdxl",
+    "xl": "sdxl",
+    "sd3": "sd3",
+    "sd35": "sd3",
+    "flux": "flux1",
+    "flux1": "flux1",
+    "flux_schnell": "flux1",
+    "flux2_klein_4b": "flux2_klein",
+    "flux2_klein_9b": "flux2_klein",
+    "qwen_image": "qwen_image",
+    "zimage": "z_image",
+    "z_image": "z_image",
+}
+"""ai-toolkit's architectures (`ModelConfig.arch`) by the names of the families here."""
+ARCHITECTURE_FLAGS = {"is_xl": "sdxl", "is_v3": "sd3", "is_flux": "flux1"}
+FLOW_FAMILIES = frozenset({"sd3", "flux1", "flux2_klein", "qwen_image", "z_image"})
+OPTIMIZERS = {
+    "adam": "adam",
+    "adam8bit": "adam",
+    "adamw": "adamw",
+    "adamw8bit": "adamw8bit",
+    "adafactor": "adafactor",
+    "prodigy": "prodigy",
+    "prodigyopt": "prodigy",
+    "lion": "lion",
+    "lion8bit": "lion",
+}
+SCHEDULERS = _keys("constant cosine linear constant_with_warmup cosine_with_restarts step")
+TIMESTEP_TYPES = {
+    "sigmoid": "sigmoid",
+    "linear": "linear",
+    "shift": "shift",
+    "flux_shift": "shift",
+    "lumina2_shift": "shift",
+}
+BIASES = {"balanced": "balanced", "content": "content", "style": "style"}
+NOISE_SCHEDULERS = {"ddpm": "discrete", "flowmatch": "flow"}
 SAMPLERS = {
     "ddim": "ddim",
     "ddpm": "ddpm",
     "dpmsolver": "dpmsolver_multistep",
     "dpmsolver++": "dpm++",
     "euler": "euler",
+    "flowmatch": "flowmatch",
     "euler_a": "euler_a",
     "heun": "heun",
     "k_euler": "euler",

@@ -24,7 +24,9 @@ PROMPT_FLAGS = {
 }
 
 
-def read_sample(reader: ConfigReader, value: Any, path: str, trigger: Any, updates_per: int, *, disabled: bool) -> None:
+def read_sample(
+    reader: ConfigReader, value: Any, path: str, trigger: Any, updates_per: int, *, disabled: bool, family: str | None
+) -> None:
     sample = reader.section(value, path, keys.SAMPLE)
     every = reader.count(sample.get("sample_every", 100), f"{path}.sample_every")
     reader.put("sample.every_steps", -(-every // updates_per), f"{path}.sample_every")
@@ -34,7 +36,7 @@ def read_sample(reader: ConfigReader, value: Any, path: str, trigger: Any, updat
         reader.put("sample.start_step", scaled, f"{path}.sample_start_step")
     copy_keys(reader, sample, path, {"walk_seed": "sample.walk_seed"} | _prefixed("sample."))
     reader.put("sample.seed", _seed(reader, sample.get("seed", 0), f"{path}.seed"), f"{path}.seed")
-    read_sampler(reader, sample, path, "sample.scheduler")
+    read_sampler(reader, sample, path, "sample.scheduler", family)
     if "neg" in sample:
         reader.put("sample.negative_prompt", sample["neg"] or "", f"{path}.neg")
     picture_format = reader.choice(sample.get("format", "jpg"), f"{path}.format", IMAGE_FORMATS)
@@ -44,11 +46,24 @@ def read_sample(reader: ConfigReader, value: Any, path: str, trigger: Any, updat
     reader.values.setdefault("sample", {})["previews"] = [] if disabled else previews
 
 
-def read_sampler(reader: ConfigReader, section: dict[str, Any], path: str, target: str) -> None:
-    if "sampler" in section:
-        scheduler = reader.choice(section["sampler"], f"{path}.sampler", keys.SAMPLERS)
-        if scheduler is not None:
-            reader.put(target, scheduler, f"{path}.sampler")
+def read_sampler(
+    reader: ConfigReader, section: dict[str, Any], path: str, target: str, family: str | None = None
+) -> None:
+    """`family`: what the file takes its model for, where it says so."""
+    if "sampler" not in section:
+        return
+    at = f"{path}.sampler"
+    scheduler = reader.choice(section["sampler"], at, keys.SAMPLERS)
+    if scheduler is None:
+        return
+    is_flow = family in keys.FLOW_FAMILIES
+    if family is not None and is_flow != (scheduler == "flowmatch"):
+        if not is_flow:
+            reader.problem(at, "is for flow-matching models only", "unsupported")
+        else:
+            reader.warn(at, "is for other models; this one's own sampler is used")
+        return
+    reader.put(target, scheduler, at)
 
 
 def _prefixed(prefix: str) -> dict[str, str]:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from storage.datasets import DatasetManifest, DatasetNotFound, latest_manifest
+from storage.errors import ObjectNotFound
 from storage.keys import Keys
 from storage.objects import ObjectStore
 from train_jobs import checkpoint
+from train_jobs.errors import ConfigInvalid, Problem
 from train_jobs.spec import DatasetSpec
 
 logger = logging.getLogger(__name__)
@@ -82,21 +84,22 @@ class Artifacts:
             self._runner.run_blocking(self._store.download_file(key, folder / name))
         return folder
 
-    def store_checkpoint(self, step: int, paths: Sequence[Path], *, keep: int) -> None:
-        """Upload one, its last file last, then delete all but the newest `keep`."""
+    def store_checkpoint(self, step: int, paths: Sequence[Path], *, keep: int, best: int | None = None) -> None:
+        """Upload one, its last file last, then delete all but the newest `keep` and the `best`."""
         for path in paths:
             key = self._keys.checkpoint_file(self._process_id, step, path.name)
             self._runner.run_blocking(self._store.upload_file(path, key))
-        for old in checkpoint.steps_to_prune(self.checkpoint_steps(), keep=keep):
+        for old in checkpoint.steps_to_prune(self.checkpoint_steps(), keep=keep, best=best):
             # Last file first: a checkpoint is whole or not listed.
             for name in reversed(checkpoint.FILES):
                 self._runner.run_blocking(self._store.delete(self._keys.checkpoint_file(self._process_id, old, name)))
 
-    def checkpoints(self) -> list[dict[str, Any]]:
-        """For the job's output: each kept checkpoint's step and keys."""
+    def checkpoints(self, *, best: int | None = None) -> list[dict[str, Any]]:
+        """For the job's output: each kept checkpoint's step and keys; the best one is marked."""
         return [
             {
                 "step": step,
+                **({"is_best": True} if step == best else {}),
                 "keys": [self._keys.checkpoint_file(self._process_id, step, name) for name in checkpoint.FILES],
             }
             for step in self.checkpoint_steps()
@@ -123,6 +126,18 @@ class Artifacts:
             "step": step,
             "format": "diffusers",
         }
+
+    def fetch_lora(self, key: str) -> Path:
+        """Download an adapter of this tenant to begin from. Raises ConfigInvalid for another's or a missing key."""
+        problem = Problem("network.pretrained", "is not a .safetensors file of yours", "not_found")
+        if not self._keys.owns(key) or not key.endswith(".safetensors"):
+            raise ConfigInvalid([problem])
+        target = self._scratch / "pretrained.safetensors"
+        try:
+            self._runner.run_blocking(self._store.download_file(key, target))
+        except ObjectNotFound:
+            raise ConfigInvalid([problem]) from None
+        return target
 
     def store_log(self, name: str, data: bytes) -> str:
         """Store a log file. Returns its key."""

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from diffusion.families import Family, TextEmbeds
-from train_jobs.data import Use, load_pixels
+from train_jobs.captions import CaptionRules
+from train_jobs.data import Use, load_mask, load_pixels
 
 TEXT_BATCH = 16
 PIXELS_PER_BATCH = 4 * 1024 * 1024
@@ -21,13 +24,23 @@ PIXELS_PER_BATCH = 4 * 1024 * 1024
 
 @dataclass(frozen=True)
 class CachedUse:
-    """Mean and standard deviation of a picture's latents, float32 on the CPU, and its caption's row in the texts."""
+    """Mean and standard deviation of a picture's latents, float32 on the CPU, and its caption's row in the texts.
+
+    `weight_1HW` weighs the loss over the picture with a mean of one; None where all of it counts alike. `text` is the
+    caption without its trigger word, for `rules` that vary it.
+    """
 
     name: str
     mean_CHW: Tensor
     std_CHW: Tensor
     text_row: int
-    caption_dropout_rate: float
+    caption: str
+    text: str
+    rules: CaptionRules
+    weight_1HW: Tensor | None = None
+    loss_weight: float = 1.0
+    is_regularisation: bool = False
+    is_validation: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,10 @@ class TrainingCache:
 
     def entry(self, index: int) -> CachedUse:
         return self.uses[self.entries[index]]
+
+    def choose(self, wanted: Callable[[CachedUse], bool]) -> list[int]:
+        """The entries whose use is wanted."""
+        return [i for i in range(len(self.entries)) if wanted(self.entry(i))]
 
     def buckets(self) -> list[tuple[int, ...]]:
         """The bucket of each entry: its latents' shape."""
@@ -73,13 +90,30 @@ def build_cache(
                 mean_CHW=mean_BCHW[row].clone(),
                 std_CHW=std_BCHW[row].clone(),
                 text_row=row_of[use.picture.caption],
-                caption_dropout_rate=use.caption_dropout_rate,
+                caption=use.picture.caption,
+                text=use.picture.text,
+                rules=use.rules,
+                weight_1HW=mask_weight(load_mask(use), (mean_BCHW.shape[2], mean_BCHW.shape[3])),
+                loss_weight=use.loss_weight,
+                is_regularisation=use.is_regularisation,
+                is_validation=use.is_validation,
             )
         done += len(batch)
         if on_progress is not None:
             on_progress(done, len(uses))
     entries = tuple(i for i, use in enumerate(uses) for _ in range(use.repeats))
     return TrainingCache(tuple(c for c in cached if c is not None), entries, texts, row_of[""])
+
+
+def mask_weight(mask_HW: NDArray[np.float32] | None, latent_size: tuple[int, int]) -> Tensor | None:
+    """A mask of pixels as weights of latents, `[1, H, W]`, scaled to a mean of one.
+
+    ai-toolkit scales over the batch; here each picture for itself, so that a sample does not depend on its batch.
+    """
+    if mask_HW is None:
+        return None
+    weight = nn.functional.adaptive_avg_pool2d(torch.from_numpy(mask_HW)[None], latent_size)
+    return weight / weight.mean().clamp(min=1e-6)
 
 
 def _by_size(uses: Sequence[Use]) -> list[list[int]]:

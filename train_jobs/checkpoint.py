@@ -1,8 +1,8 @@
 """Checkpoints as files: two safetensors files and a JSON. No pickle, so a stored one cannot run code.
 
 adapter.safetensors      the trained parameters by name, in full precision
-optimizer.safetensors    AdamW's state, `<slot>.<parameter>`
-state.json               step, loss history, and what the training depends on
+optimizer.safetensors    the optimizer's tensors, `<slot>.<parameter>`, and the weights' average, `average.<parameter>`
+state.json               step, losses, the optimizer's plain numbers, and what the training depends on
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,7 +20,8 @@ from torch import Tensor
 from train_jobs.errors import CheckpointInvalid
 from train_jobs.loop import LoopState
 
-VERSION = 1
+VERSION = 2
+AVERAGE = "average."
 ADAPTER = "adapter.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
@@ -41,12 +41,16 @@ def write_checkpoint(folder: Path, state: LoopState, *, facts: Mapping[str, Any]
     """Write `state` into `folder`; the paths come in the order of `FILES`."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(_contiguous(state.parameters), folder / ADAPTER)
-    save_file(_contiguous(state.optimizer), folder / OPTIMIZER)
+    average = {f"{AVERAGE}{name}": tensor for name, tensor in state.average.items()}
+    save_file(_contiguous(state.optimizer | average), folder / OPTIMIZER)
     meta = {
         "version": VERSION,
         "step": state.step,
         "history": state.history,
         "recent_losses": state.recent_losses,
+        "numbers": state.numbers,
+        "group": state.group,
+        "validation": state.validation,
         "facts": dict(facts),
     }
     (folder / STATE).write_text(json.dumps(meta))
@@ -62,32 +66,40 @@ def read_checkpoint(folder: Path, *, expected: Mapping[str, Tensor]) -> Checkpoi
         version, step = int(meta["version"]), int(meta["step"])
         history = [(int(at), float(loss)) for at, loss in meta["history"]]
         recent = [float(loss) for loss in meta["recent_losses"]]
+        validation = [(int(at), float(loss)) for at, loss in meta["validation"]]
+        numbers, group = _numbers(meta["numbers"]), _numbers(meta["group"])
         facts = dict(meta["facts"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         raise CheckpointInvalid("a file of it is missing or damaged") from None
     if version != VERSION:
         raise CheckpointInvalid("it was written by another version")
-    _check_shapes(parameters, expected, prefixes=("",))
-    _check_shapes(optimizer, expected, prefixes=("step.", "exp_avg.", "exp_avg_sq."))
-    return Checkpoint(LoopState(step, parameters, optimizer, history, recent), facts)
+    average = {k.removeprefix(AVERAGE): optimizer.pop(k) for k in list(optimizer) if k.startswith(AVERAGE)}
+    _check_same(parameters, expected)
+    if average:
+        _check_same(average, expected)
+    if any(key.partition(".")[2] not in expected for key in (*optimizer, *numbers)):
+        raise CheckpointInvalid("it belongs to another network or model")
+    state = LoopState(
+        step, parameters, optimizer, history, recent, numbers=numbers, group=group, average=average,
+        validation=validation,
+    )  # fmt: skip
+    return Checkpoint(state, facts)
 
 
-def steps_to_prune(steps: Sequence[int], *, keep: int) -> list[int]:
-    """Which of the stored steps to delete so that the newest `keep` remain."""
-    return sorted(set(steps))[:-keep]
+def steps_to_prune(steps: Sequence[int], *, keep: int, best: int | None = None) -> list[int]:
+    """Which of the stored steps to delete so that the newest `keep` remain, and the `best` one with them."""
+    return [step for step in sorted(set(steps))[:-keep] if step != best]
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    """Whole numbers stay whole: some optimizers count with them."""
+    return {str(key): number if isinstance(number, int) else float(number) for key, number in dict(value).items()}
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _check_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, prefixes: Sequence[str]) -> None:
-    if not found and prefixes != ("",):
-        return
-    wanted = {
-        f"{prefix}{name}": torch.Size([]) if prefix == "step." else tensor.shape
-        for prefix in prefixes
-        for name, tensor in expected.items()
-    }
-    if {name: tensor.shape for name, tensor in found.items()} != wanted:
+def _check_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    if {name: tensor.shape for name, tensor in found.items()} != {n: tensor.shape for n, tensor in expected.items()}:
         raise CheckpointInvalid("it belongs to another network or model")

@@ -91,9 +91,7 @@ class ConfigReader:
         return honoured
 
     def _refuse_unless_default(self, at: str, key: str, item: Any, default: Any) -> None:
-        if key == "ema_config" and isinstance(item, dict):
-            self.section(item, at, keys.EMA)
-        elif not _is_off(item, default):
+        if not _is_off(item, default):
             self.problem(at, f"'{key}' is not supported here{_unless(default)}", "unsupported")
 
     def _unknown(self, at: str, key: str, section: keys.Section) -> None:
@@ -225,8 +223,19 @@ def copy_keys(reader: ConfigReader, source: Mapping[str, Any], path: str, names:
             reader.put(target, source[key], f"{path}.{key}")
 
 
-def check_architecture(reader: ConfigReader, model: dict[str, Any], path: str) -> None:
-    arch = model.get("arch", "sd1")
-    if not isinstance(arch, str) or arch.lower() not in keys.ARCHITECTURES:
-        known = ", ".join(sorted(keys.ARCHITECTURES))
-        reader.problem(f"{path}.arch", f"models of this kind are not supported here; supported: {known}", "unsupported")
+def read_architecture(reader: ConfigReader, model: dict[str, Any], path: str) -> str | None:
+    """The family that the file's author takes the model for; None when the file does not say."""
+    named: str | None = None
+    if "arch" in model:
+        arch = model["arch"]
+        named = keys.ARCHITECTURES.get(arch.lower()) if isinstance(arch, str) else None
+        if named is None:
+            known = ", ".join(sorted(keys.ARCHITECTURES))
+            message = f"models of this kind are not supported here; supported: {known}"
+            reader.problem(f"{path}.arch", message, "unsupported")
+    for flag, family in keys.ARCHITECTURE_FLAGS.items():
+        if flag in model and reader.flag(model[flag], f"{path}.{flag}"):
+            if named not in (None, family):
+                reader.problem(f"{path}.{flag}", "contradicts the other statement of the model's kind", "conflict")
+            named = family
+    return named

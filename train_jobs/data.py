@@ -7,7 +7,6 @@ is scaled to cover it and cropped around the centre. Captions follow `toolkit/da
 from __future__ import annotations
 
 import math
-import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from train_jobs.captions import CaptionRules, with_trigger
 from train_jobs.errors import DatasetEmpty, ImageUnreadable
 from train_jobs.spec import DatasetSpec
 
@@ -27,18 +27,26 @@ DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image
 
 @dataclass(frozen=True)
 class Picture:
-    """A readable picture file. Sizes are after the camera's rotation is applied. `name` is safe to show."""
+    """A readable picture file. Sizes are after the camera's rotation is applied. `name` is safe to show.
+
+    `caption` has the trigger word in it; `text` is what it was made from.
+    """
 
     path: Path
     name: str
     width_px: int
     height_px: int
     caption: str
+    text: str = ""
+    mask_path: Path | None = None
 
 
 @dataclass(frozen=True)
 class Use:
-    """One way a picture is trained on: at a bucket's size, perhaps mirrored, `repeats` times an epoch."""
+    """One way a picture is trained on: at a bucket's size, perhaps mirrored, `repeats` times an epoch.
+
+    `loss_weight` multiplies its loss; `dataset` gives the rules of its masks.
+    """
 
     picture: Picture
     width_px: int
@@ -46,15 +54,34 @@ class Use:
     is_flipped: bool
     repeats: int
     caption_dropout_rate: float
+    is_flipped_y: bool = False
+    dataset: DatasetSpec | None = None
+    loss_weight: float = 1.0
+    is_validation: bool = False
+
+    @property
+    def rules(self) -> CaptionRules:
+        spec = self.dataset
+        if spec is None:
+            return CaptionRules(self.caption_dropout_rate)
+        return CaptionRules(
+            self.caption_dropout_rate, spec.shuffle_tokens, spec.token_dropout_rate, spec.keep_tokens, spec.trigger_word
+        )
+
+    @property
+    def is_regularisation(self) -> bool:
+        return self.dataset is not None and self.dataset.is_regularisation
 
 
-def read_folder(folder: Path, spec: DatasetSpec) -> list[Picture]:
+def read_folder(folder: Path, spec: DatasetSpec, masks: Path | None = None) -> list[Picture]:
     """Every picture below `folder`, decoded once to be sure of it, in name order.
 
+    `masks` is a folder with a mask of the same name, whatever its suffix, for some or all of them.
     Raises DatasetEmpty; ImageUnreadable with the names of all the pictures that cannot be decoded.
     """
     pictures: list[Picture] = []
     broken: list[str] = []
+    mask_of = {m.relative_to(masks).with_suffix("").as_posix(): m for m in picture_files(masks)} if masks else {}
     for path in picture_files(folder):
         name = path.relative_to(folder).as_posix()
         try:
@@ -64,7 +91,10 @@ def read_folder(folder: Path, spec: DatasetSpec) -> list[Picture]:
         except DECODE_ERRORS:
             broken.append(name)
             continue
-        pictures.append(Picture(path, name, width_px, height_px, read_caption(path, spec)))
+        text = read_text(path, spec)
+        caption = with_trigger(text, spec.trigger_word)
+        mask = mask_of.get(path.relative_to(folder).with_suffix("").as_posix())
+        pictures.append(Picture(path, name, width_px, height_px, caption, text, mask))
     if broken:
         raise ImageUnreadable(broken)
     if not pictures:
@@ -93,40 +123,51 @@ def _unmasked(path: Path) -> Path:
     return path.with_name(path.stem.removesuffix("_mask") or "_")
 
 
-def read_caption(path: Path, spec: DatasetSpec) -> str:
-    """The text beside a picture, or the default; `[trigger]` replaced, and the trigger word put first if absent."""
+def read_text(path: Path, spec: DatasetSpec) -> str:
+    """The text beside a picture, or the default."""
     text = ""
     beside = path.with_suffix(spec.caption_ext)
     if beside.is_file():
         text = " ".join(beside.read_text(encoding="utf-8-sig", errors="replace").split())
-    if not text:
-        text = spec.default_caption or ""
-    return with_trigger(text, spec.trigger_word)
+    return text or spec.default_caption or ""
 
 
-def with_trigger(text: str, trigger_word: str | None) -> str:
-    """`toolkit/prompt_utils.py: inject_trigger_into_prompt`."""
-    word = (trigger_word or "").strip()
-    text = re.sub(r"\[(?:trigger|name)\]", lambda _: word, text)
-    if word and word not in text:
-        text = f"{word} {text}"
-    return text.strip()
+def plan_uses(
+    pictures: Sequence[Picture],
+    spec: DatasetSpec,
+    *,
+    size_multiple: int,
+    regularisation_weight: float = 1.0,
+    held_out: frozenset[str] = frozenset(),
+) -> list[Use]:
+    """Each picture at each resolution, and mirrored too with `flip_x` and `flip_y`.
 
-
-def plan_uses(pictures: Sequence[Picture], spec: DatasetSpec, *, size_multiple: int) -> list[Use]:
-    """Each picture at each resolution, and mirrored too with `flip_x`.
-
-    `size_multiple`: both sides of every bucket are multiples of it, in pixels.
+    `size_multiple`: both sides of every bucket are multiples of it, in pixels. Pictures whose names are `held_out`
+    are used once, for validation.
     """
+    weight = spec.loss_multiplier * (regularisation_weight if spec.is_regularisation else 1.0)
+    flips = [(False, False), *([(True, False)] if spec.flip_x else []), *([(False, True)] if spec.flip_y else [])]
+    if spec.flip_x and spec.flip_y:
+        flips.append((True, True))
     uses: list[Use] = []
     for resolution_px in spec.resolutions_px:
         for picture in pictures:
             width_px, height_px = bucket_of(picture, spec, resolution_px, size_multiple)
+            if picture.name in held_out:
+                uses.append(Use(picture, width_px, height_px, False, 1, 0.0, dataset=spec, is_validation=True))
+                continue
             uses.extend(
-                Use(picture, width_px, height_px, is_flipped, spec.repeats, spec.caption_dropout_rate)
-                for is_flipped in ((False, True) if spec.flip_x else (False,))
+                Use(picture, width_px, height_px, x, spec.repeats, spec.caption_dropout_rate, y, spec, weight)
+                for x, y in flips
             )
     return uses
+
+
+def choose_held_out(pictures: Sequence[Picture], share: float, seed: int) -> frozenset[str]:
+    """Names of about `share` of the pictures, at least one and never all of them."""
+    count = min(max(1, round(share * len(pictures))), len(pictures) - 1)
+    order = np.random.default_rng([seed, len(pictures)]).permutation(len(pictures))
+    return frozenset(pictures[i].name for i in order[: max(0, count)])
 
 
 def bucket_of(picture: Picture, spec: DatasetSpec, resolution_px: int, size_multiple: int) -> tuple[int, int]:
@@ -173,10 +214,30 @@ def load_pixels(use: Use) -> NDArray[np.float32]:
             pixels = ImageOps.fit(_on_white(upright), (use.width_px, use.height_px), Image.Resampling.BICUBIC)
     except DECODE_ERRORS:
         raise ImageUnreadable([use.picture.name]) from None
-    if use.is_flipped:
-        pixels = ImageOps.mirror(pixels)
-    array = np.asarray(pixels, dtype=np.float32) / 127.5 - 1.0
+    array = np.asarray(_flipped(pixels, use), dtype=np.float32) / 127.5 - 1.0
     return np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def load_mask(use: Use) -> NDArray[np.float32] | None:
+    """`[height, width]` in 0..1, how much each pixel counts; None where all count alike. Raises ImageUnreadable."""
+    spec, picture = use.dataset, use.picture
+    if spec is None or not spec.has_masks or (picture.mask_path is None and not spec.alpha_mask):
+        return None
+    try:
+        with Image.open(picture.mask_path or picture.path) as image:
+            upright = ImageOps.exif_transpose(image)
+            grey = upright.convert("L") if picture.mask_path is not None else upright.convert("RGBA").getchannel("A")
+            fitted = ImageOps.fit(grey, (use.width_px, use.height_px), Image.Resampling.BICUBIC)
+    except DECODE_ERRORS:
+        raise ImageUnreadable([picture.name]) from None
+    mask = np.asarray(_flipped(fitted, use), dtype=np.float32) / 255.0
+    mask = 1.0 - mask if spec.invert_mask else mask
+    return np.ascontiguousarray(spec.mask_min_value + (1.0 - spec.mask_min_value) * mask)
+
+
+def _flipped(image: Image.Image, use: Use) -> Image.Image:
+    image = ImageOps.mirror(image) if use.is_flipped else image
+    return ImageOps.flip(image) if use.is_flipped_y else image
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -198,14 +259,16 @@ class Batch:
 class BatchPlan:
     """The order of a whole training, a pure function of the seed: any batch can be computed from its number alone.
 
-    `bucket_of_entry` gives each entry's bucket. Every entry comes once an epoch; batches hold one bucket each, so
-    the last one of a bucket may be short.
+    `bucket_of_entry` gives each entry's bucket; `entries` are those that take part, all by default. Each of them comes
+    once an epoch; batches hold one bucket each, so the last one of a bucket may be short.
     """
 
-    def __init__(self, bucket_of_entry: Sequence[object], *, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, bucket_of_entry: Sequence[object], *, batch_size: int, seed: int, entries: Sequence[int] | None = None
+    ) -> None:
         self._buckets: dict[object, list[int]] = {}
-        for entry, bucket in enumerate(bucket_of_entry):
-            self._buckets.setdefault(bucket, []).append(entry)
+        for entry in range(len(bucket_of_entry)) if entries is None else entries:
+            self._buckets.setdefault(bucket_of_entry[entry], []).append(entry)
         self._batch_size = batch_size
         self._seed = seed
         self.batches_per_epoch = sum(-(-len(entries) // batch_size) for entries in self._buckets.values())
@@ -231,3 +294,14 @@ class BatchPlan:
             )
         for index in random.permutation(len(batches)):
             yield batches[index]
+
+
+class TurnsPlan:
+    """Regularisation batches take turns with the others, which come first (ai-toolkit does the same)."""
+
+    def __init__(self, plan: BatchPlan, regularisation: BatchPlan) -> None:
+        self._plans = (plan, regularisation)
+
+    def batch(self, number: int) -> Batch:
+        """Batch `number` of the training, counted from 0 through all epochs."""
+        return self._plans[number % 2].batch(number // 2)

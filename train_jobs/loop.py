@@ -1,7 +1,5 @@
 """The training itself, in plain torch: no Ray, no storage, no clock of its own.
 
-Shape legend: B samples, C latent channels, H W latent rows and columns.
-
 Everything random about a sample comes from (seed, epoch, entry), and the order of samples from (seed, epoch), so a
 training continued at step n computes exactly what the unbroken one would have.
 """
@@ -13,41 +11,24 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion.families import Family, TextEmbeds
-from train_jobs.cache import CachedUse, TrainingCache
-from train_jobs.data import Batch, BatchPlan
+from diffusion.families import Family
+from train_jobs.cache import TrainingCache
+from train_jobs.data import Batch, BatchPlan, TurnsPlan
+from train_jobs.ema import Average
 from train_jobs.errors import NonFiniteLoss
-from train_jobs.spec import OptimizeSpec, ScheduleSpec
+from train_jobs.optimizers import OptimizerState, make_optimizer, read_state, set_rate, write_state
+from train_jobs.peers import Alone, Peers
+from train_jobs.samples import Sampler, derived_seed
+from train_jobs.schedules import learning_rate_at
+from train_jobs.spec import OptimizeSpec
+from train_jobs.validation import Validation
 
 SMOOTHING_STEPS = 50
 HISTORY_POINTS_MAX = 5000
-
-
-class Peers(Protocol):
-    """The workers that train one adapter together."""
-
-    rank: int
-    world_size: int
-
-    def sum_(self, tensor: Tensor) -> None:
-        """Replace `tensor` by its sum over all workers, in place. Every worker calls it equally often."""
-        ...
-
-
-class Alone:
-    """One worker."""
-
-    rank = 0
-    world_size = 1
-
-    def sum_(self, tensor: Tensor) -> None:
-        """Nothing to add."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +42,15 @@ class Progress:
     learning_rate: float
     steps_per_s: float
     eta_s: float | None
+    validation_loss: float | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the loop ended: after `step` updates; `is_stopped` when it was asked to end before the last one."""
+    """How the loop ended: after `step` updates; `is_stopped` when it was asked to end before the last one.
+
+    A training that the validation ended early is not stopped: it is done.
+    """
 
     step: int
     is_stopped: bool
@@ -76,7 +61,9 @@ class Outcome:
 class LoopState:
     """All that a training consists of besides its spec and data; what a checkpoint holds.
 
-    `optimizer` maps `<slot>.<parameter>` to AdamW's tensors. There is no RNG state: random numbers are derived.
+    `optimizer` maps `<slot>.<parameter>` to the optimizer's tensors, `numbers` to its plain numbers; `group` holds the
+    running numbers that it keeps for all parameters. There is no RNG state: random numbers are derived. `validation`
+    holds `(step, loss)`.
     """
 
     step: int
@@ -84,16 +71,24 @@ class LoopState:
     optimizer: dict[str, Tensor]
     history: list[tuple[int, float]]
     recent_losses: list[float]
+    numbers: dict[str, float] = field(default_factory=dict)
+    group: dict[str, float] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
+    validation: list[tuple[int, float]] = field(default_factory=list)
 
 
 @dataclass
 class Callbacks:
-    """`after_step` runs on every worker after each update, with the loop able to give its state."""
+    """`after_step` runs on every worker after each update, with the loop able to give its state.
+
+    `set_dropout` turns the adapter's dropout on for an update and off after it.
+    """
 
     on_progress: Callable[[Progress], None] = lambda _: None
     after_step: Callable[[TrainingLoop, bool], None] = lambda _loop, _is_last: None
     should_stop: Callable[[], bool] = lambda: False
     clock_s: Callable[[], float] = field(default=lambda: 0.0)
+    set_dropout: Callable[[bool], None] = lambda _: None
 
 
 class TrainingLoop:
@@ -112,6 +107,7 @@ class TrainingLoop:
         *,
         peers: Peers | None = None,
         callbacks: Callbacks | None = None,
+        validation: Validation | None = None,
     ) -> None:
         self._family = family
         self._parameters = dict(sorted(parameters.items()))
@@ -119,30 +115,56 @@ class TrainingLoop:
         self._spec = spec
         self._peers: Peers = peers or Alone()
         self._callbacks = callbacks or Callbacks()
-        self._plan = BatchPlan(cache.buckets(), batch_size=spec.batch_size, seed=spec.seed)
-        optimizer = spec.optimizer
-        self._optimizer = torch.optim.AdamW(
-            list(self._parameters.values()),
-            lr=spec.learning_rate,
-            betas=(optimizer.beta1, optimizer.beta2),
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
+        self._plan = _plan(cache, spec)
+        denoiser = next(iter(family.lora_components))
+        text_rate = spec.text_encoder_learning_rate or spec.learning_rate
+        self._sampler = Sampler(
+            family, cache, spec, trains_text=any(not name.startswith(f"{denoiser}.") for name in self._parameters)
         )
+        self._optimizer = make_optimizer(
+            spec.optimizer, self._parameters, spec.learning_rate,
+            lambda name: 1.0 if name.startswith(f"{denoiser}.") else text_rate / spec.learning_rate,
+        )  # fmt: skip
+        self._average = None if spec.ema_decay is None else Average(self._parameters, spec.ema_decay)
+        self._validation = validation
         self.step = 0
         self._history: list[tuple[int, float]] = []
         self._recent: deque[float] = deque(maxlen=SMOOTHING_STEPS)
 
     def run(self) -> Outcome:
-        """Train to the last step, or until any worker's `should_stop` is true; that worker's wish holds for all."""
+        """Train to the last step, to an early end by the validation, or until any worker's `should_stop` is true; that
+        worker's wish holds for all."""
         started_s, first_step = self._callbacks.clock_s(), self.step
         is_stopped = False
-        while self.step < self._spec.steps and not is_stopped:
+        while self.step < self._spec.steps and not is_stopped and not self.is_stalled:
             loss, is_stopped = self._update()
             self.step += 1
             self._note(loss)
+            self._validate()
             self._callbacks.on_progress(self._progress(loss, first_step, started_s))
-            self._callbacks.after_step(self, is_stopped or self.step == self._spec.steps)
-        return Outcome(self.step, is_stopped and self.step < self._spec.steps, self.smoothed_loss)
+            is_last = is_stopped or self.is_stalled or self.step == self._spec.steps
+            self._callbacks.after_step(self, is_last)
+        done = self.step == self._spec.steps or self.is_stalled
+        return Outcome(self.step, is_stopped and not done, self.smoothed_loss)
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the validation loss has not fallen for as long as it was given."""
+        return self._validation is not None and self._validation.is_stalled
+
+    @property
+    def validation(self) -> Validation | None:
+        return self._validation
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the parameters are what the training would result in: their average, where one is kept."""
+        return nullcontext() if self._average is None else self._average.applied()
+
+    def _validate(self) -> None:
+        if self._validation is None or not self._validation.is_due(self.step, self._spec.steps):
+            return
+        with self.averaged():
+            self._validation.run(self._sampler, self._peers, self.step)
 
     @property
     def smoothed_loss(self) -> float | None:
@@ -156,29 +178,30 @@ class TrainingLoop:
 
     def state(self) -> LoopState:
         """A copy of everything needed to continue, on the CPU."""
-        optimizer: dict[str, Tensor] = {}
-        for name, parameter in self._parameters.items():
-            for slot, tensor in self._optimizer.state.get(parameter, {}).items():
-                optimizer[f"{slot}.{name}"] = torch.as_tensor(tensor).detach().cpu().clone()
         parameters = {name: p.detach().cpu().clone() for name, p in self._parameters.items()}
-        return LoopState(self.step, parameters, optimizer, list(self._history), list(self._recent))
+        optimizer = read_state(self._optimizer, self._parameters)
+        return LoopState(
+            self.step,
+            parameters,
+            optimizer.tensors,
+            list(self._history),
+            list(self._recent),
+            numbers=optimizer.numbers,
+            group=optimizer.group,
+            average={} if self._average is None else self._average.state(),
+            validation=[] if self._validation is None else list(self._validation.losses),
+        )
 
     def load(self, state: LoopState) -> None:
         """Continue from `state`, whose names and shapes have been checked by `checkpoint.read_checkpoint`."""
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(state.parameters[name])
-        for name, parameter in self._parameters.items():
-            slots = {
-                slot: tensor
-                for slot in ("step", "exp_avg", "exp_avg_sq")
-                if (tensor := state.optimizer.get(f"{slot}.{name}")) is not None
-            }
-            if slots:
-                self._optimizer.state[parameter] = {
-                    slot: tensor.clone() if slot == "step" else tensor.to(parameter.device, parameter.dtype)
-                    for slot, tensor in slots.items()
-                }
+        write_state(self._optimizer, self._parameters, OptimizerState(state.optimizer, state.numbers, state.group))
+        if self._average is not None:
+            self._average.load(state.average)
+        if self._validation is not None:
+            self._validation.losses = list(state.validation)
         self.step = state.step
         self._history = list(state.history)
         self._recent = deque(state.recent_losses, maxlen=SMOOTHING_STEPS)
@@ -186,16 +209,17 @@ class TrainingLoop:
     def _update(self) -> tuple[float, bool]:
         """One optimizer update. Returns its loss and whether to stop, the same on every worker."""
         batches, names, count = self._batches()
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.step, self._spec)
+        set_rate(self._optimizer, learning_rate_at(self.step, self._spec))
         self._optimizer.zero_grad(set_to_none=True)
         loss_sum = torch.zeros((), device=self._family.device)
+        self._seed_dropout()
         for batch in batches:
-            losses_B = self._losses(batch)
+            losses_B = self._sampler.losses(batch.entries, batch.epoch)
             self._check(losses_B.detach(), [self._cache.entry(i).name for i in batch.entries])
             share = losses_B.sum() / count
             share.backward()  # type: ignore[no-untyped-call]
             loss_sum += share.detach().float()
+        self._callbacks.set_dropout(False)
         loss, wants_stop = self._combine(loss_sum)
         if not math.isfinite(loss):
             raise NonFiniteLoss(self.step + 1, names)
@@ -203,7 +227,14 @@ class TrainingLoop:
         if not bool(torch.isfinite(norm)):
             raise NonFiniteLoss(self.step + 1, names)
         self._optimizer.step()
+        if self._average is not None:
+            self._average.update()
         return loss, wants_stop
+
+    def _seed_dropout(self) -> None:
+        """Dropout draws from torch's own generator: seeded by the step, so that a continued training repeats it."""
+        torch.manual_seed(derived_seed(self._spec.seed, self.step, self._peers.rank))
+        self._callbacks.set_dropout(True)
 
     def _batches(self) -> tuple[list[Batch], list[str], int]:
         """This worker's batches of the current step, and the names and number of all workers' samples in it."""
@@ -238,42 +269,6 @@ class TrainingLoop:
             offset += size
         return float(flat[-2]), bool(flat[-1] > 0)
 
-    def _losses(self, batch: Batch) -> Tensor:
-        """Per-sample weighted mean squared errors, `[B]`, with gradients."""
-        family, device = self._family, self._family.device
-        samples = [self._draw(entry, batch.epoch) for entry in batch.entries]
-        latents_BCHW = torch.stack([s.latents_CHW for s in samples]).to(device)
-        noise_BCHW = torch.stack([s.noise_CHW for s in samples]).to(device)
-        timesteps_B = torch.cat([s.timestep_1 for s in samples]).to(device)
-        text = TextEmbeds.cat([s.text for s in samples]).to(device=device, dtype=family.dtype)
-        noisy_BCHW = family.add_noise(latents_BCHW, noise_BCHW, timesteps_B).to(family.dtype)
-        target_BCHW = family.prediction_target(latents_BCHW, noise_BCHW, timesteps_B)
-        with self._precision():
-            predicted_BCHW = family.predict(noisy_BCHW, timesteps_B, text)
-        error_B = (predicted_BCHW.float() - target_BCHW.float()).square().flatten(1).mean(1)
-        return error_B * family.loss_weight(timesteps_B, self._spec.min_snr_gamma).float()
-
-    def _precision(self) -> AbstractContextManager[object]:
-        family = self._family
-        if family.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(family.device.type, dtype=family.dtype)
-
-    def _draw(self, entry: int, epoch: int) -> _Sample:
-        """A sample's random parts, the same whichever worker, batch or attempt draws them."""
-        use: CachedUse = self._cache.entry(entry)
-        seed = np.random.SeedSequence([self._spec.seed, epoch, entry]).generate_state(1, np.uint64)[0]
-        random = torch.Generator().manual_seed(int(seed) & (2**63 - 1))
-        timestep_1 = self._family.sample_timesteps(1, random)
-        is_dropped = float(torch.rand((), generator=random)) < use.caption_dropout_rate
-        latents_CHW = use.mean_CHW + use.std_CHW * torch.randn(use.mean_CHW.shape, generator=random)
-        noise_CHW = torch.randn(use.mean_CHW.shape, generator=random)
-        if self._spec.noise_offset:
-            offset_C11 = torch.randn((noise_CHW.shape[0], 1, 1), generator=random)
-            noise_CHW = noise_CHW + self._spec.noise_offset * offset_C11
-        row = self._cache.empty_text_row if is_dropped else use.text_row
-        return _Sample(latents_CHW, noise_CHW, timestep_1, self._cache.texts[row])
-
     def _note(self, loss: float) -> None:
         self._recent.append(loss)
         every = max(1, self._spec.steps // HISTORY_POINTS_MAX)
@@ -291,27 +286,30 @@ class TrainingLoop:
             learning_rate=learning_rate_at(self.step - 1, self._spec),
             steps_per_s=steps_per_s,
             eta_s=(self._spec.steps - self.step) / steps_per_s if steps_per_s > 0 else None,
+            validation_loss=None if self._validation is None else self._validation.latest,
         )
 
 
-@dataclass(frozen=True)
-class _Sample:
-    latents_CHW: Tensor
-    noise_CHW: Tensor
-    timestep_1: Tensor
-    text: TextEmbeds
+def _plan(cache: TrainingCache, spec: OptimizeSpec) -> BatchPlan | TurnsPlan:
+    """Everything but the validation's pictures; regularisation pictures, where there are any, take turns."""
+
+    def plan(entries: list[int]) -> BatchPlan:
+        return BatchPlan(cache.buckets(), batch_size=spec.batch_size, seed=spec.seed, entries=entries)
+
+    own = cache.choose(lambda use: not use.is_validation and not use.is_regularisation)
+    regularisation = cache.choose(lambda use: use.is_regularisation and not use.is_validation)
+    if not own or not regularisation:
+        return plan(own or regularisation)
+    return TurnsPlan(plan(own), plan(regularisation))
 
 
-def learning_rate_at(step: int, spec: OptimizeSpec) -> float:
-    """The rate of update `step`, counted from 0. Formulas: torch.optim.lr_scheduler's closed forms."""
-    schedule: ScheduleSpec = spec.schedule
-    rate, total = spec.learning_rate, schedule.total_steps or spec.steps
-    if schedule.type == "cosine":
-        low = schedule.min_learning_rate
-        return low + (rate - low) * (1 + math.cos(math.pi * step / total)) / 2
-    if schedule.type == "linear":
-        done = min(step, total) / total
-        return rate * (schedule.start_factor + (schedule.end_factor - schedule.start_factor) * done)
-    if schedule.type == "constant_with_warmup":
-        return rate * min(1.0, step / max(1, schedule.warmup_steps)) if schedule.warmup_steps else rate
-    return rate * schedule.factor if step < total else rate
+__all__ = [
+    "Alone",
+    "Callbacks",
+    "LoopState",
+    "Outcome",
+    "Peers",
+    "Progress",
+    "TrainingLoop",
+    "learning_rate_at",
+]

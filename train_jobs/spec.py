@@ -37,6 +37,11 @@ class DatasetSpec(_Spec):
     `dataset` names an uploaded dataset; `local_path` is a folder on this machine and is only accepted from the
     command line, which uploads it and fills in `dataset` before anything runs. `upload_id` pins one upload; without
     it the newest finished one is used.
+
+    Each picture is used once more for every kind of flip asked for. `shuffle_tokens`, `keep_tokens` and
+    `token_dropout_rate` are about the parts of a caption between commas. Regularisation pictures take turns with the
+    others. A mask says where the loss counts, black (or transparent) parts by `mask_min_value`: `mask_dataset` names
+    an uploaded dataset with a picture of the same name, `alpha_mask` takes the pictures' own transparency.
     """
 
     dataset: str | None = Field(default=None, pattern=DATASET_PATTERN)
@@ -49,6 +54,16 @@ class DatasetSpec(_Spec):
     caption_dropout_rate: float = Field(default=0.0, ge=0.0, le=1.0)
     repeats: int = Field(default=1, ge=1, le=10_000)
     flip_x: bool = False
+    flip_y: bool = False
+    shuffle_tokens: bool = False
+    keep_tokens: int = Field(default=0, ge=0, le=1000)
+    token_dropout_rate: float = Field(default=0.0, ge=0.0, le=1.0)
+    is_regularisation: bool = False
+    loss_multiplier: float = Field(default=1.0, ge=0.0, le=1000.0)
+    mask_dataset: str | None = Field(default=None, pattern=DATASET_PATTERN)
+    alpha_mask: bool = False
+    invert_mask: bool = False
+    mask_min_value: float = Field(default=0.0, ge=0.0, le=1.0)
     buckets: bool = True
     bucket_step_px: int = Field(default=64, ge=8, le=512)
 
@@ -59,6 +74,10 @@ class DatasetSpec(_Spec):
         return self
 
     @property
+    def has_masks(self) -> bool:
+        return self.alpha_mask or self.mask_dataset is not None
+
+    @property
     def label(self) -> str:
         """How messages name this dataset: never a whole path."""
         return self.dataset if self.dataset is not None else PurePosixPath(self.local_path or "").name
@@ -67,13 +86,23 @@ class DatasetSpec(_Spec):
 class NetworkSpec(_Spec):
     """The adapter: `alpha / rank` scales its output, as in kohya and peft. `alpha` defaults to `rank`.
 
-    `targets`: only the attention's layers, or every linear layer of the denoiser's transformer blocks.
+    `targets`: only the attention's layers, or every linear layer of the denoiser's transformer blocks; of these the
+    layers whose name holds a part in `only_if_contains` (when there is one) and none in `ignore_if_contains`.
+    `conv_rank` adapts the convolutions of a UNet too. `pretrained` is the key of an adapter to begin from.
     """
 
     type: Literal["lora"] = "lora"
     rank: int = Field(default=16, ge=1, le=1024)
     alpha: float | None = Field(default=None, gt=0.0, le=4096.0)
     targets: Literal["attention", "all"] = "all"
+    conv_rank: int | None = Field(default=None, ge=1, le=1024)
+    conv_alpha: float | None = Field(default=None, gt=0.0, le=4096.0)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    only_if_contains: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field(default=(), max_length=64)
+    ignore_if_contains: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field(
+        default=(), max_length=64
+    )
+    pretrained: str | None = Field(default=None, max_length=1024, pattern=r"\.safetensors$")
 
     @property
     def alpha_effective(self) -> float:
@@ -85,11 +114,13 @@ class ScheduleSpec(_Spec):
 
     constant: `factor` times the rate for the first `total_steps`, then the rate. cosine: half a cosine down to
     `min_learning_rate` over `total_steps`. linear: from `start_factor` to `end_factor` times the rate over
-    `total_steps`. constant_with_warmup: rises from zero over `warmup_steps`, then stays. `total_steps` defaults to
-    the training's.
+    `total_steps`. constant_with_warmup: rises from zero over `warmup_steps`, then stays. cosine_with_restarts: cosine
+    again every `total_steps`. step: times `gamma` every `step_size`. `total_steps` defaults to the training's.
     """
 
-    type: Literal["constant", "cosine", "linear", "constant_with_warmup"] = "constant"
+    type: Literal["constant", "cosine", "linear", "constant_with_warmup", "cosine_with_restarts", "step"] = "constant"
+    step_size: int = Field(default=1000, ge=1, le=1_000_000)
+    gamma: float = Field(default=0.1, gt=0.0, le=1.0)
     total_steps: int | None = Field(default=None, ge=1, le=1_000_000)
     warmup_steps: int = Field(default=0, ge=0, le=1_000_000)
     start_factor: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -99,19 +130,41 @@ class ScheduleSpec(_Spec):
 
 
 class OptimizerSpec(_Spec):
-    """AdamW, decoupled weight decay (Loshchilov & Hutter 2019)."""
+    """AdamW: decoupled weight decay (Loshchilov & Hutter 2019). Prodigy finds the rate: `d_coef` scales its guess.
 
-    type: Literal["adamw"] = "adamw"
+    `adamw8bit` is AdamW in full precision where there is no GPU or no bitsandbytes.
+    """
+
+    type: Literal["adamw", "adamw8bit", "adam", "adafactor", "prodigy", "lion"] = "adamw"
+    d_coef: float = Field(default=1.0, gt=0.0, le=1000.0)
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
     beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
     eps: float = Field(default=1e-8, gt=0.0, le=1e-1)
     weight_decay: float = Field(default=0.01, ge=0.0, le=10.0)
 
 
+class TimestepSpec(_Spec):
+    """Which noise levels are trained; see `diffusion.families.base.NoiseLevels`."""
+
+    kind: Literal["sigmoid", "linear", "shift"] = "sigmoid"
+    bias: Literal["balanced", "content", "style"] = "balanced"
+    first: int = Field(default=0, ge=0, le=999)
+    last: int = Field(default=999, ge=0, le=999)
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> "TimestepSpec":
+        if self.first > self.last:
+            raise ValueError("the first timestep must not come after the last")
+        return self
+
+
 class OptimizeSpec(_Spec):
     """The training itself. One step is one optimizer update: `batch_size * gradient_accumulation` samples a worker.
 
     `min_snr_gamma`: loss weights of Hang et al. 2023. `noise_offset`: std of a per-channel constant added to the noise.
+    `ema_decay`: an average of the weights is kept, and is what previews show and the result holds. With
+    `train_text_encoder` the text encoders get adapters too, at their own rate if one is given.
+    `regularisation_weight` multiplies the loss of regularisation pictures.
     """
 
     steps: int = Field(default=1000, ge=1, le=1_000_000)
@@ -125,6 +178,37 @@ class OptimizeSpec(_Spec):
     noise_offset: float = Field(default=0.0, ge=0.0, le=1.0)
     dtype: Literal["bf16", "fp32"] = "bf16"
     seed: Seed = 42
+    ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
+    train_text_encoder: bool = False
+    text_encoder_learning_rate: float | None = Field(default=None, gt=0.0, le=10.0)
+    timesteps: TimestepSpec = TimestepSpec()
+    regularisation_weight: float = Field(default=1.0, ge=0.0, le=1000.0)
+    gradient_checkpointing: bool = False
+    compile: bool = False
+
+    @model_validator(mode="after")
+    def _fits_prodigy(self) -> "OptimizeSpec":
+        rate = self.text_encoder_learning_rate
+        if self.optimizer.type == "prodigy" and rate is not None and rate != self.learning_rate:
+            raise ValueError("Prodigy finds one rate for everything: the text encoder cannot have its own")
+        return self
+
+
+class ValidationSpec(_Spec):
+    """The loss on pictures that are not trained on, at fixed noise: every so many updates, and at the end.
+
+    They are an uploaded dataset of their own, or a `share` of the training pictures. The checkpoint with the lowest
+    loss is kept and marked; after `patience` losses in a row above it the training ends early, and the result is the
+    adapter as it was at the lowest. `places` of 0..1 lie on the way from noise to picture.
+    """
+
+    dataset: DatasetSpec | None = None
+    share: float = Field(default=0.1, gt=0.0, le=0.9)
+    every_steps: int = Field(default=100, ge=1, le=1_000_000)
+    patience: int | None = Field(default=None, ge=1, le=10_000)
+    places: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...] = Field(
+        default=(0.125, 0.375, 0.625, 0.875), min_length=1, max_length=32
+    )
 
 
 class SaveSpec(_Spec):
@@ -177,7 +261,10 @@ def check_model_name(model: str, *, paths_allowed: bool) -> str | None:
 
 
 class TrainSpec(_Spec):
-    """A whole LoRA training. `model` is an alias the server knows or a Hugging Face id `org/name`."""
+    """A whole LoRA training. `model` is an alias the server knows or a Hugging Face id `org/name`.
+
+    `family` is what the author takes the model for; a model of another family is then refused.
+    """
 
     name: str = Field(pattern=NAME_PATTERN)
     model: str = Field(min_length=1, max_length=4096)
@@ -186,14 +273,22 @@ class TrainSpec(_Spec):
     train: OptimizeSpec = OptimizeSpec()
     save: SaveSpec = SaveSpec()
     sample: SampleSpec = SampleSpec()
+    validation: ValidationSpec | None = None
+    family: str | None = Field(default=None, pattern=r"^[a-z0-9_]{1,40}$")
     trigger_word: str | None = Field(default=None, max_length=100)
     subject_id: str | None = Field(default=None, pattern=DATASET_PATTERN)
 
     def is_remote_safe(self) -> bool:
         """Whether it names nothing on the server's own disk, as every spec that came over HTTP must."""
         return check_model_name(self.model, paths_allowed=False) is None and all(
-            d.local_path is None for d in self.datasets
+            d.local_path is None for d in self.all_datasets
         )
+
+    @property
+    def all_datasets(self) -> tuple[DatasetSpec, ...]:
+        """Those trained on, then the one for validation."""
+        own = self.validation.dataset if self.validation is not None else None
+        return (*self.datasets, own) if own is not None else self.datasets
 
 
 class LoraUse(_Spec):
@@ -256,7 +351,7 @@ def spec_from_json(kind: type[S], value: Mapping[str, Any], *, paths_allowed: bo
         problems = [] if reason is None else [Problem("model", reason, "invalid_value")]
         problems += [
             Problem(f"datasets[{i}].local_path", "is not accepted here; upload a dataset first", "not_allowed")
-            for i, d in enumerate(spec.datasets)
+            for i, d in enumerate(spec.all_datasets)
             if d.local_path is not None
         ]
         if problems:

@@ -102,8 +102,6 @@ TABLE: dict[type[BaseException], Row] = {
     s.RequestTimedOut: Row(504, lambda e: f"Request timeout after {e.timeout_s:g} seconds"),
     s.TooManyRequests: Row(429, "This key sends requests faster than it may. Try again later."),
     s.TooManyAtOnce: Row(429, "This key has as many requests under way as it may. Try again later."),
-    s.AddressRefused: Row(400, "This server does not send to that address."),
-    s.OutboundFailed: Row(502, "What was sent to that address did not arrive.", retryable=True),
     s.ServiceUnavailable: Row(503, lambda e: f"The {e.part} service did not answer. Try again.", retryable=True),
     # Objects.
     o.StorageError: Row(503, "The object storage failed.", retryable=True),

@@ -196,7 +196,7 @@ def test_what_is_not_done_here_is_refused_by_name_and_its_default_accepted(
     name: str, section: aitoolkit_keys.Section, key: str
 ) -> None:
     default = section.refused[key]
-    value: Any = not default if isinstance(default, bool) else {"use_ema": True} if key == "ema_config" else "other"
+    value: Any = not default if isinstance(default, bool) else "other"
     found = _problems(_with(name, key, value))
     assert set(found.values()) == {"unsupported"}
     assert any(path.split("]")[-1].find(key) >= 0 for path in found)
@@ -289,7 +289,7 @@ def test_local_folders_and_models_are_for_the_command_line() -> None:
     assert spec.model == "/models/a"
 
 
-@pytest.mark.parametrize(("key", "value"), [("arch", "flux"), ("arch", ["x"])])
+@pytest.mark.parametrize(("key", "value"), [("arch", "wan21"), ("arch", ["x"])])
 def test_a_model_of_another_kind_is_refused(key: str, value: Any) -> None:
     assert _problems(_with("model", key, value)) == {"config.process[0].model.arch": "unsupported"}
 
@@ -316,7 +316,7 @@ def test_the_linear_schedule_rises_as_in_torch() -> None:
 
 @pytest.mark.parametrize("key", ["optimizer", "lr_scheduler"])
 def test_an_optimizer_or_schedule_that_is_not_there_is_refused(key: str) -> None:
-    assert _problems(_with("train", key, "prodigy")) == {f"config.process[0].train.{key}": "unsupported"}
+    assert _problems(_with("train", key, "automagic")) == {f"config.process[0].train.{key}": "unsupported"}
 
 
 def test_sampling_can_be_turned_off() -> None:
@@ -335,7 +335,11 @@ def test_an_unknown_prompt_flag_is_refused() -> None:
 
 def test_the_named_sampler_is_used_for_previews() -> None:
     assert _parsed(TRAIN).sample.scheduler == "ddpm"
-    assert _problems(_with("sample", "sampler", "flowmatch")) == {"config.process[0].sample.sampler": "unsupported"}
+    assert _problems(_with("sample", "sampler", "tcd")) == {"config.process[0].sample.sampler": "unsupported"}
+    assert _parsed(_with("sample", "sampler", "flowmatch")).sample.scheduler == "flowmatch"
+    document = _with("sample", "sampler", "flowmatch")
+    document["config"]["process"][0]["model"]["arch"] = "sd1"
+    assert _problems(document) == {"config.process[0].sample.sampler": "unsupported"}
 
 
 def test_a_generate_file_is_read_as_it_is() -> None:

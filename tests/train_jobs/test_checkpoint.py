@@ -37,11 +37,11 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
     [
         lambda folder: (folder / STATE).unlink(),
         lambda folder: (folder / STATE).write_text("{"),
-        lambda folder: (folder / STATE).write_text(json.dumps({"version": 1})),
+        lambda folder: (folder / STATE).write_text(json.dumps({"version": 2})),
         lambda folder: (folder / ADAPTER).write_bytes(b"x" * 20),
         lambda folder: (folder / OPTIMIZER).write_bytes((folder / OPTIMIZER).read_bytes()[:-4]),
         lambda folder: (folder / STATE).write_text(
-            (folder / STATE).read_text().replace('"version": 1', '"version": 9')
+            (folder / STATE).read_text().replace('"version": 2', '"version": 9')
         ),
     ],
 )

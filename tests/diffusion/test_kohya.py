@@ -1,0 +1,106 @@
+"""Adapters under kohya's key names, read back by stock diffusers and by us."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diffusion.adapter import ConvLora, attach_lora
+from diffusion.errors import SettingNotSupported
+from diffusion.families import Family, load_family
+from diffusion.kohya import to_kohya
+from diffusion.lora import read_lora, save_lora
+from diffusion.testing import write_tiny_model
+
+
+def write_adapter(family: Family, path: Path, **options: Any) -> None:
+    lora = attach_lora(family, **({"rank": 2, "alpha": 1.0, "targets": "all"} | options))
+    generator = torch.Generator().manual_seed(5)
+    state = {k: 0.3 * torch.randn(t.shape, generator=generator) for k, t in lora.state_dict().items()}
+    save_lora(path, state, metadata=lora.metadata(title="a"))
+    lora.detach()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sd1", {"components": ["unet", "text_encoder"], "conv": ConvLora(3, 1.5)}),
+        ("sdxl", {"components": ["unet", "text_encoder"], "conv": ConvLora(1, 1.0)}),
+        ("flux1", {"only_if_contains": ["transformer.transformer_blocks"]}),
+        ("z_image", {}),
+        ("qwen_image", {}),
+    ],
+)
+def test_both_key_formats_give_the_same_picture_in_the_stock_pipeline(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = write_tiny_model(name, tmp_path)
+    family = load_family(folder, device="cpu", dtype=torch.float32)
+    ours, theirs = tmp_path / "diffusers.safetensors", tmp_path / "kohya.safetensors"
+    write_adapter(family, ours, **options)
+    state = to_kohya(read_lora(ours).layers(), family)
+    assert all(key.startswith("lora_") for key in state)
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, theirs)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    pictures = []
+    for path in (ours, theirs):
+        pipe.load_lora_weights(str(path))
+        generator = torch.Generator().manual_seed(1)
+        pictures.append(
+            pipe(
+                "a ring", width=32, height=32, num_inference_steps=2, generator=generator, output_type="pt"
+            ).images[0]
+        )  # fmt: skip
+        pipe.unload_lora_weights()
+    plain = pipe(
+        "a ring", width=32, height=32, num_inference_steps=2, generator=torch.Generator().manual_seed(1),
+        output_type="pt",
+    ).images[0]  # fmt: skip
+    assert float((pictures[0] - pictures[1]).abs().max()) <= 2e-5
+    assert float((pictures[0] - plain).abs().max()) > 1e-4
+
+
+def test_stacked_layers_of_flux_keep_their_parts_effects(tmp_path: Path) -> None:
+    family = load_family(write_tiny_model("flux1", tmp_path), device="cpu", dtype=torch.float32)
+    path = tmp_path / "a.safetensors"
+    write_adapter(family, path, only_if_contains=["single_transformer_blocks.1"])
+    layers = read_lora(path).layers()
+    state = to_kohya(layers, family)
+    name = "lora_unet_single_blocks_1_linear1"
+    rank = state[f"{name}.lora_down.weight"].shape[0]
+    scale = float(state[f"{name}.alpha"]) / rank
+    whole = scale * state[f"{name}.lora_up.weight"] @ state[f"{name}.lora_down.weight"]
+    block = "transformer.single_transformer_blocks.1"
+    parts = [
+        layer.alpha / layer.rank * layer.B @ layer.A
+        for layer in (layers[f"{block}.{part}"] for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
+    ]
+    assert torch.allclose(whole, torch.cat(parts), atol=1e-5)
+
+
+def test_a_family_without_kohya_names_says_so(tmp_path: Path) -> None:
+    family = load_family(write_tiny_model("sd3", tmp_path), device="cpu", dtype=torch.float32)
+    with pytest.raises(SettingNotSupported, match="kohya"):
+        to_kohya({}, family)
+    with pytest.raises(SettingNotSupported, match="convolutions"):
+        attach_lora(family, rank=2, alpha=2, conv=ConvLora(2, 2.0))
+
+
+def test_only_the_layers_that_pass_the_filters_are_adapted(tmp_path: Path) -> None:
+    family = load_family(write_tiny_model("flux1", tmp_path), device="cpu", dtype=torch.float32)
+    lora = attach_lora(
+        family, rank=2, alpha=2, targets="all", only_if_contains=["single_transformer_blocks.0"],
+        ignore_if_contains=["proj_mlp"],
+    )  # fmt: skip
+    names = {name.split(".lora_")[0] for name, _ in lora.named_parameters()}
+    assert names
+    assert all("single_transformer_blocks.0." in name and "proj_mlp" not in name for name in names)
+    lora.detach()
+    with pytest.raises(SettingNotSupported, match="no layer"):
+        attach_lora(family, rank=2, alpha=2, only_if_contains=["nowhere"])

@@ -1,0 +1,215 @@
+"""Everything that a worker needs before its first step: pictures, model, adapter, cache and checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion.adapter import ConvLora, TrainableLora, attach_lora
+from diffusion.errors import SettingNotSupported
+from diffusion.families import Family, load_family
+from diffusion.lora import fit_layers, read_lora
+from train_jobs.artifacts import Artifacts, pinned_uploads
+from train_jobs.cache import TrainingCache, build_cache
+from train_jobs.checkpoint import Checkpoint, read_checkpoint
+from train_jobs.data import Picture, Use, choose_held_out, plan_uses, read_folder
+from train_jobs.errors import ConfigInvalid, ModelNotAvailable, Problem
+from train_jobs.models import resolve_model
+from train_jobs.previews import Previews
+from train_jobs.spec import DatasetSpec, TrainSpec
+from train_jobs.validation import Validation
+
+
+@dataclass
+class Prepared:
+    """`uploads` are the dataset uploads used, by dataset name."""
+
+    family: Family
+    lora: TrainableLora
+    cache: TrainingCache
+    checkpoint: Checkpoint | None
+    uploads: dict[str, str]
+    previews: Previews
+    validation: Validation | None
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Read pictures by the dataset they came from, the validation's own last; `uploads` by dataset name."""
+
+    datasets: tuple[tuple[DatasetSpec, list[Picture]], ...]
+    uploads: dict[str, str] = field(default_factory=dict)
+
+
+def read_pictures(spec: TrainSpec, artifacts: Artifacts, pins: Mapping[str, str]) -> Pictures:
+    """Download and decode everything. Raises DatasetNotFound, DatasetEmpty, ImageUnreadable, StorageError."""
+    found: list[tuple[DatasetSpec, list[Picture]]] = []
+    uploads: dict[str, str] = {}
+    for index, dataset in enumerate(spec.all_datasets):
+        folder, manifest = artifacts.dataset(dataset, index, pins.get(dataset.label))
+        uploads[dataset.label] = manifest.upload_id
+        masks: Path | None = None
+        if dataset.mask_dataset is not None:
+            named = DatasetSpec(dataset=dataset.mask_dataset)
+            masks, manifest = artifacts.dataset(named, 1000 + index, pins.get(dataset.mask_dataset))
+            uploads[dataset.mask_dataset] = manifest.upload_id
+        found.append((dataset, read_folder(folder, dataset, masks)))
+    return Pictures(tuple(found), uploads)
+
+
+def plan_all_uses(spec: TrainSpec, pictures: Pictures, *, size_multiple: int) -> list[Use]:
+    """Uses of all datasets; those held out for validation are marked."""
+    uses: list[Use] = []
+    validation, seed = spec.validation, spec.train.seed
+    for index, (dataset, found) in enumerate(pictures.datasets):
+        held_out: frozenset[str] = frozenset()
+        if index >= len(spec.datasets):
+            held_out = frozenset(picture.name for picture in found)
+        elif validation is not None and validation.dataset is None and not dataset.is_regularisation:
+            held_out = choose_held_out(found, validation.share, seed + index)
+        uses += plan_uses(
+            found, dataset, size_multiple=size_multiple, regularisation_weight=spec.train.regularisation_weight,
+            held_out=held_out,
+        )  # fmt: skip
+    return uses
+
+
+def load_model(
+    spec: TrainSpec, models: Mapping[str, str], device: torch.device, *, paths_allowed: bool
+) -> tuple[Family, TrainableLora]:
+    """The CPU computes in float32: bf16 is slower there, and no better.
+
+    Raises ModelNotAvailable, ModelNotFound, UnsupportedModel, SettingNotSupported.
+    """
+    train = spec.train
+    is_half = train.dtype == "bf16" and device.type != "cpu"
+    folder = resolve_model(spec.model, models, paths_allowed=paths_allowed)
+    family = load_family(folder, device=device, dtype=torch.bfloat16 if is_half else torch.float32)
+    if spec.family is not None and spec.family != family.name:
+        raise ModelNotAvailable(spec.model, f"it is of the kind {family.name}, and the config says {spec.family}")
+    lora = _attach(spec, family)
+    denoiser: Any = family.denoiser
+    if train.gradient_checkpointing and device.type != "cpu":
+        denoiser.enable_gradient_checkpointing()
+    if train.compile:
+        denoiser.compile_repeated_blocks(dynamic=True)
+    return family, lora
+
+
+def _attach(spec: TrainSpec, family: Family) -> TrainableLora:
+    network = spec.network
+    denoiser, *encoders = family.lora_components
+    if spec.train.train_text_encoder and not encoders:
+        raise SettingNotSupported("train_text_encoder", f"the text encoder of {family.name} cannot be trained here")
+    conv = None
+    if network.conv_rank is not None:
+        conv = ConvLora(network.conv_rank, network.conv_alpha or float(network.conv_rank))
+    return attach_lora(
+        family,
+        rank=network.rank,
+        alpha=network.alpha_effective,
+        dropout=network.dropout,
+        targets=network.targets,
+        components=[denoiser, *(encoders if spec.train.train_text_encoder else ())],
+        seed=spec.train.seed,
+        conv=conv,
+        only_if_contains=network.only_if_contains,
+        ignore_if_contains=network.ignore_if_contains,
+    )
+
+
+def begin_from(lora: TrainableLora, family: Family, path: Path) -> None:
+    """Take the weights of an adapter file. It may have fewer layers, but not another rank.
+
+    Raises LoraInvalid, LoraMismatch, ConfigInvalid.
+    """
+    own = {name: tensor.clone() for name, tensor in lora.state_dict().items()}
+    for component, layers in fit_layers(read_lora(path), family.lora_components).items():
+        for name, layer in layers.items():
+            for end, tensor in (("lora_A", layer.A), ("lora_B", layer.B)):
+                key = f"{component}.{name}.{end}.weight"
+                if key not in own or own[key].shape != tensor.shape:
+                    message = "this adapter's layers or rank differ from the network's"
+                    raise ConfigInvalid([Problem("network.pretrained", message, "mismatch")])
+                own[key] = tensor.to(own[key].dtype)
+    lora.load_state_dict(own)
+
+
+class Preparation:
+    """Prepares in the order in which things can be found wrong, the cheap ones first."""
+
+    def __init__(
+        self,
+        spec: TrainSpec,
+        artifacts: Artifacts,
+        device: torch.device,
+        models: Mapping[str, str],
+        *,
+        scratch: Path,
+        paths_allowed: bool,
+        stage: Callable[..., None],
+        should_stop: Callable[[], bool],
+        stops_while_caching: bool,
+    ) -> None:
+        self._spec = spec
+        self._artifacts = artifacts
+        self._device = device
+        self._models = models
+        self._scratch = scratch
+        self._paths_allowed = paths_allowed
+        self._stage = stage
+        self._should_stop = should_stop
+        self._stops_while_caching = stops_while_caching
+
+    def run(self) -> Prepared | None:
+        """None when asked to stop. Raises what its parts raise."""
+        spec = self._spec
+        self._stage("dataset")
+        steps = self._artifacts.checkpoint_steps()
+        checkpoint_folder = self._artifacts.fetch_checkpoint(steps[-1]) if steps else None
+        pictures = read_pictures(spec, self._artifacts, pinned_uploads(facts_of(checkpoint_folder)))
+        self._stage("model")
+        family, lora = load_model(spec, self._models, self._device, paths_allowed=self._paths_allowed)
+        previews = Previews(
+            family, lora, spec.sample, name=spec.name, scratch=self._scratch, store=self._artifacts.store_sample
+        )
+        previews.check(family)
+        uses = plan_all_uses(spec, pictures, size_multiple=family.size_multiple)
+        checkpoint = None
+        if checkpoint_folder is not None:
+            checkpoint = read_checkpoint(checkpoint_folder, expected=dict(lora.named_parameters()))
+        elif spec.network.pretrained is not None:
+            begin_from(lora, family, self._pretrained(spec.network.pretrained))
+        cache = build_cache(
+            family,
+            uses,
+            on_progress=lambda done, total: self._stage("caching", done=done, of=total),
+            should_stop=self._should_stop if self._stops_while_caching else None,
+        )
+        if cache is None or self._should_stop():
+            return None
+        watched = spec.validation
+        validation = None if watched is None else Validation(watched, cache, batch_size=spec.train.batch_size)
+        return Prepared(family, lora, cache, checkpoint, pictures.uploads, previews, validation)
+
+    def _pretrained(self, name: str) -> Path:
+        """A file on this machine only where a config of this machine's command line may name one."""
+        if self._paths_allowed and Path(name).is_file():
+            return Path(name)
+        return self._artifacts.fetch_lora(name)
+
+
+def facts_of(folder: Path | None) -> Mapping[str, Any]:
+    """The facts stored in a checkpoint; a damaged one is reported later, when it is read in whole."""
+    if folder is None:
+        return {}
+    try:
+        facts = json.loads((folder / "state.json").read_text())["facts"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
