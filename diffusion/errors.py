@@ -8,7 +8,8 @@
     ├── SizeNotSupported       width or height the model cannot make
     ├── SettingNotSupported    any other setting outside what the model can do
     ├── Cancelled              the caller's should_stop answered True
-    └── OutOfGpuMemory         the accelerator's memory was not enough
+    ├── OutOfGpuMemory         the accelerator's memory was not enough for a picture under way
+    └── InsufficientMemory     not enough is free for a model to be loaded
 
 Messages carry no file system path: they may be shown to whoever sent the request. All of them survive pickling,
 because the constructor's arguments are exactly ``args``.
@@ -126,3 +127,19 @@ class OutOfGpuMemory(DiffusionError):
         if self.free_bytes is None or self.total_bytes is None:
             return work
         return f"{work}: {self.free_bytes / 2**20:.0f} MiB free of {self.total_bytes / 2**20:.0f} MiB"
+
+
+class InsufficientMemory(DiffusionError):
+    """Measured before a model is loaded, so nothing has failed yet; others may give memory back."""
+
+    code = "insufficient_gpu_memory"
+
+    def __init__(self, needed_bytes: int, free_bytes: int) -> None:
+        super().__init__(needed_bytes, free_bytes)
+        self.needed_bytes, self.free_bytes = needed_bytes, free_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"insufficient GPU memory: the model needs {self.needed_bytes / 2**20:.0f} MiB, "
+            f"{self.free_bytes / 2**20:.0f} MiB are free"
+        )

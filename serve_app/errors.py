@@ -24,6 +24,7 @@
     +-- RequestTimedOut         the work did not end in its time
     +-- TooManyRequests         the key's rate limit is used up
     +-- TooManyAtOnce           the key has as many requests under way as it may
+    +-- QueueFull               as many generations wait as may
     +-- ServiceUnavailable      an internal part did not answer
 
 `code` is stable and public. What a client reads stands in `serve_app.ingress.errors`, in one table.
@@ -205,6 +206,14 @@ class TooManyAtOnce(ServeError):
     def __init__(self, retry_after_s: float) -> None:
         super().__init__(retry_after_s)
         self.retry_after_s = retry_after_s
+
+
+class QueueFull(ServeError):
+    code = "queue_full"
+
+    def __init__(self, waiting: int, retry_after_s: float) -> None:
+        super().__init__(waiting, retry_after_s)
+        self.waiting, self.retry_after_s = waiting, retry_after_s
 
 
 class ServiceUnavailable(ServeError):

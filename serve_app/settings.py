@@ -114,9 +114,18 @@ class Settings(BaseSettings):
     ingress_replicas: int = Field(default=1, ge=1)
     validation_replicas: int = Field(default=1, ge=1)
     inference_replicas: int = Field(default=1, ge=1)
-    # Two, so that one request's download and upload overlap the other's denoising.
-    generations_per_replica: int = Field(default=2, ge=1)
+    # More than a batch holds, so that the downloads and uploads of some overlap the denoising of others.
+    generations_per_replica: int = Field(default=16, ge=1)
+    pictures_per_batch: int = Field(default=8, ge=1)
+    # Models kept loaded in one replica, and what must be free beside a model's weights before it is loaded on a GPU.
+    models_loaded_max: int = Field(default=2, ge=1)
+    required_mb: int = Field(default=8192, ge=0)
+    compile_models: bool = False
+    # Adapters in a replica's memory, and on its disk.
+    adapter_memory_bytes_max: int = Field(default=2 * 1024 * MIB, ge=0)
     lora_cache_bytes_max: int = Field(default=20 * 1024 * MIB, gt=0)
+    # Generations that wait; beyond them a request is refused with 429 and told when to come again.
+    generation_queue_max: int = Field(default=1000, ge=1)
 
     s3_backend: Literal["rclone", "moto", "aws"] = "rclone"
     s3_endpoint_url: str | None = None

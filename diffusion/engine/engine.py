@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 SEED_MAX = 2**63 - 1
 ADAPTER_BYTES_MAX = 2 * 2**30
+GRAPHS_MAX = 128
 LOAD_POLL_S = 0.05
 """How often a call that waits only for adapters asks its ``should_stop``."""
 
@@ -352,6 +353,9 @@ def _compile(family: Family, backend: str) -> None:
     compile_blocks = getattr(family.denoiser, "compile_repeated_blocks", None)
     if compile_blocks is None:
         raise SettingNotSupported("compile", "this model's denoiser has no repeated blocks")
+    # A block is compiled once for each size of batch and level of the model; past the limit it would silently run
+    # uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS_MAX)
     compile_blocks(backend=backend, dynamic=False)
 
 

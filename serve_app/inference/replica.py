@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import secrets
 
-from serve_app.inference.engines import EngineShelf, device_facts, engine_loader
+from serve_app.inference.engines import (
+    EngineOptions,
+    EngineShelf,
+    chosen_device,
+    device_facts,
+    engine_loader,
+    memory_of,
+    needed_bytes,
+)
 from serve_app.inference.lora_cache import LoraCache
 from serve_app.inference.service import InferenceService
 from serve_app.settings import Settings
@@ -16,8 +24,23 @@ def build_service(settings: Settings) -> InferenceService:
     """With the default model loaded. Raises DiffusionError where it cannot be."""
     s3 = settings.s3()
     store = StorageClient(s3, settings.breaker())
-    shelf = EngineShelf(settings.models, engine_loader(settings.device, settings.dtype))
-    shelf.engine(settings.default_model)
+    on_gpu = chosen_device(settings.device) == "cuda"
+    shelf = EngineShelf(
+        settings.models,
+        engine_loader(
+            EngineOptions(
+                device=settings.device,
+                dtype=settings.dtype,
+                batch_max=settings.pictures_per_batch,
+                adapter_bytes_max=settings.adapter_memory_bytes_max,
+                compiled=settings.compile_models,
+            )
+        ),
+        loaded_max=settings.models_loaded_max,
+        memory=memory_of(settings.device),
+        needed_bytes=needed_bytes(settings.required_mb if on_gpu else 0),
+    )
+    shelf.load(settings.default_model)
     # A folder of its own: another replica on this machine evicts by its own count.
     folder = settings.home / "cache" / "loras" / secrets.token_hex(4)
     return InferenceService(
@@ -26,4 +49,5 @@ def build_service(settings: Settings) -> InferenceService:
         shelf=shelf,
         loras=LoraCache(store, folder, bytes_max=settings.lora_cache_bytes_max),
         device=device_facts(settings.device),
+        threads=settings.generations_per_replica,
     )

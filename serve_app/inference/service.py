@@ -25,7 +25,11 @@ FORMATS: Mapping[str, ImageFormat] = {"png": "png", "jpg": "jpeg", "webp": "webp
 
 
 class InferenceService:
-    """One replica's work. Denoising runs on one thread of its own; the loop stays free for files and progress."""
+    """One replica's work.
+
+    Each generation waits on a thread of its own, and the engine makes what all of them ask in shared batches; the event
+    loop stays free for files and progress.
+    """
 
     def __init__(
         self,
@@ -35,17 +39,18 @@ class InferenceService:
         shelf: EngineShelf,
         loras: LoraCache,
         device: Callable[[], DeviceFacts],
+        threads: int = 16,
     ) -> None:
         self._store = store
         self._keys_of = keys_of
         self._shelf = shelf
         self._loras = loras
         self._device = device
-        self._engine_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._threads = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="engine")
 
     async def load(self, model: str) -> None:
         """Load a model ahead of the first request. Raises DiffusionError, KeyError for an unknown alias."""
-        await asyncio.get_running_loop().run_in_executor(self._engine_thread, self._shelf.engine, model)
+        await asyncio.get_running_loop().run_in_executor(self._threads, self._shelf.load, model)
 
     async def generate(self, work: GenerationWork) -> AsyncGenerator[dict[str, Any], None]:
         """Yields `{"progress": {"step", "total_steps", "stage"}}`, then `{"output": {"images": [...]}}` once.
@@ -92,9 +97,10 @@ class InferenceService:
         def run() -> list[GeneratedImage]:
             if stop.is_set():
                 return []
-            return self._shelf.engine(model).generate(pictures, on_step=on_step, should_stop=stop.is_set)
+            with self._shelf.using(model) as engine:
+                return engine.generate(pictures, on_step=on_step, should_stop=stop.is_set)
 
-        running = loop.run_in_executor(self._engine_thread, run)
+        running = loop.run_in_executor(self._threads, run)
         running.add_done_callback(lambda _: events.put_nowait(None))
         try:
             while (progress := await events.get()) is not None:

@@ -47,6 +47,7 @@ class Ingress:
                 training_timeout_s=settings.training_timeout_s,
                 generation_timeout_s=settings.generation_timeout_s,
                 attempts_max=settings.job_attempts_max,
+                generation_queue_max=settings.generation_queue_max,
             ),
             limits=settings.limits,
             rate_limits=settings.rate_limits,

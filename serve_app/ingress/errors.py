@@ -102,6 +102,7 @@ TABLE: dict[type[BaseException], Row] = {
     s.RequestTimedOut: Row(504, lambda e: f"Request timeout after {e.timeout_s:g} seconds"),
     s.TooManyRequests: Row(429, "This key sends requests faster than it may. Try again later."),
     s.TooManyAtOnce: Row(429, "This key has as many requests under way as it may. Try again later."),
+    s.QueueFull: Row(429, lambda e: f"{e.waiting} generations are waiting. Try again later.", retryable=True),
     s.ServiceUnavailable: Row(503, lambda e: f"The {e.part} service did not answer. Try again.", retryable=True),
     # Objects.
     o.StorageError: Row(503, "The object storage failed.", retryable=True),
@@ -158,6 +159,7 @@ TABLE: dict[type[BaseException], Row] = {
     d.SettingNotSupported: Row(400, _diffusion_words),
     d.Cancelled: Row(409, _diffusion_words),
     d.OutOfGpuMemory: Row(507, _diffusion_words),
+    d.InsufficientMemory: Row(507, _diffusion_words, retryable=True),
 }
 
 

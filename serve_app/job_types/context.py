@@ -20,6 +20,7 @@ class JobDefaults:
     training_timeout_s: float = 7200.0
     generation_timeout_s: float = 600.0
     attempts_max: int = 3
+    generation_queue_max: int = 1000
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from serve_app.errors import LoraNotUsable
+from serve_app.errors import LoraNotUsable, QueueFull
 from serve_app.inference.plan import GenerationRequest, ResolvedLora
 from serve_app.job_types.context import Following, JobContext, Services, runpod_id_of
 from serve_app.job_types.files import latest_lora
@@ -19,6 +19,8 @@ from storage.job_record import JOB_ID_PATTERN, NewJob
 from storage.job_state import JobKind, JobState
 from train_jobs.spec import GenerateSpec
 
+QUEUE_RETRY_AFTER_S = 10.0
+
 
 class WaitChoice(BaseModel):
     model_config = ConfigDict(extra="allow")
@@ -27,7 +29,8 @@ class WaitChoice(BaseModel):
 
 
 async def generate(services: Services, context: JobContext, payload: dict[str, Any]) -> Following:
-    """Raises InvalidRequest, ConfigInvalid, ModelNotServed, LoraNotUsable, StorageError, JobError."""
+    """Raises QueueFull, InvalidRequest, ConfigInvalid, ModelNotServed, LoraNotUsable, StorageError, JobError."""
+    await _check_queue(services)
     wait = parse_payload(WaitChoice, payload).wait
     plan = await services.validation.generation(payload)
     spec = GenerateSpec.model_validate(plan.spec)
@@ -50,6 +53,14 @@ async def generate(services: Services, context: JobContext, payload: dict[str, A
         )
     )
     return Following(record, notes={"warnings": list(plan.warnings)})
+
+
+async def _check_queue(services: Services) -> None:
+    """Refuses early, before anything is looked up. A few more may slip in at the same moment."""
+    counts = await services.jobs.counts(kind=JobKind.GENERATION)
+    waiting = counts.get(JobState.QUEUED, 0)
+    if waiting >= services.defaults.generation_queue_max:
+        raise QueueFull(waiting, QUEUE_RETRY_AFTER_S)
 
 
 async def _lora_by_id(services: Services, tenant: str, lora_id: str, scale: float) -> ResolvedLora:

@@ -8,6 +8,7 @@ import pytest
 from diffusion.errors import (
     Cancelled,
     DiffusionError,
+    InsufficientMemory,
     LoraInvalid,
     LoraMismatch,
     ModelNotFound,
@@ -26,6 +27,7 @@ ARGUMENTS: dict[type[DiffusionError], tuple[Any, ...]] = {
     SettingNotSupported: ("steps", "reason"),
     Cancelled: (3, 30),
     OutOfGpuMemory: (4, 1024, 768, 3 * 2**20, 24 * 2**30),
+    InsufficientMemory: (8 * 2**30, 3 * 2**20),
 }
 
 

@@ -237,13 +237,14 @@ def test_all_kinds_share_a_batch_and_each_picture_is_its_solo_picture(
 
 
 def test_no_graph_is_compiled_for_adapters_once_the_ranks_and_layers_have_been_seen(
-    family: StableDiffusion1, write_lora: WriteLora
+    family: StableDiffusion1, write_lora: WriteLora, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch._dynamo.utils import counters
 
     ranks = (1, 8, 3, 5, 8, 2)
     paths = [write_lora(f"{i}", seed=i, rank=rank, alpha=rank) for i, rank in enumerate(ranks)]
     torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     engine = Engine(family, compiled="eager", batch_max=4)
 
     def batch(size: int, first: int) -> list[GenerateRequest]:

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from diffusion.engine import GeneratedImage, GenerateRequest
-from diffusion.errors import Cancelled, SizeNotSupported
+from diffusion.engine.memory import Memory
+from diffusion.errors import Cancelled, InsufficientMemory, SizeNotSupported
 from diffusion.images import read_settings
 from serve_app.inference.engines import DeviceFacts, EngineShelf
 from serve_app.inference.lora_cache import LoraCache, file_name
@@ -36,6 +37,10 @@ class ScriptedEngine:
         self.at_work = threading.Event()
         self.error: Exception | None = None
         self.ended_by_request = False
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
 
     def generate(
         self,
@@ -65,10 +70,16 @@ class Replica:
         self.store = InMemoryStore()
         self.engine = ScriptedEngine()
         self.loaded: list[str] = []
-        shelf = EngineShelf({"tiny": "/models/tiny", "other": "/models/other"}, self._load)
+        self.free_bytes = 10_000
+        self.shelf = EngineShelf(
+            {"tiny": "/models/tiny", "other": "/models/other"},
+            self._load,
+            memory=lambda: Memory(self.free_bytes, 10_000),
+            needed_bytes=lambda folder: 5000,
+        )
         self.loras = LoraCache(self.store, folder, bytes_max=1000)
         self.service = InferenceService(
-            store=self.store, keys_of=keys_of, shelf=shelf, loras=self.loras, device=lambda: DeviceFacts("cpu")
+            store=self.store, keys_of=keys_of, shelf=self.shelf, loras=self.loras, device=lambda: DeviceFacts("cpu")
         )
 
     def _load(self, folder: str) -> Any:
@@ -220,3 +231,33 @@ async def test_a_model_is_loaded_once_and_makes_room_for_another(replica: Replic
     assert replica.loaded == ["/models/tiny"]
     await replica.events(request(model="other"))
     assert (await replica.service.health()).models_loaded == ("other",)
+    assert replica.engine.closed
+
+
+async def test_a_model_that_does_not_fit_is_refused_with_the_numbers_and_loads_when_it_does(replica: Replica) -> None:
+    replica.free_bytes = 4000
+    with pytest.raises(InsufficientMemory) as caught:
+        await replica.events(request())
+    assert (caught.value.needed_bytes, caught.value.free_bytes) == (5000, 4000)
+    assert replica.shelf.loaded == ()
+    replica.free_bytes = 6000
+    assert await replica.events(request())
+
+
+def test_a_model_in_use_makes_room_for_no_other(replica: Replica) -> None:
+    with replica.shelf.using("tiny"):
+        replica.free_bytes = 4000
+        with pytest.raises(InsufficientMemory):
+            replica.shelf.load("other")
+        assert replica.shelf.loaded == ("tiny",)
+
+
+async def test_generations_of_one_replica_are_in_the_engine_at_the_same_time(replica: Replica) -> None:
+    replica.engine.gate = threading.Event()
+    calls = [asyncio.create_task(replica.events(request(seed=seed))) for seed in range(3)]
+    while len(replica.engine.seen) < 3:  # noqa: ASYNC110 the scripted engine runs on other threads
+        await asyncio.sleep(0.001)
+    replica.engine.gate.set()
+    finished = await asyncio.gather(*calls)
+    assert all(events[-1]["output"] for events in finished)
+    assert replica.loaded == ["/models/tiny"]

@@ -31,6 +31,8 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "RequestTimedOut": (600.0,),
     "TooManyRequests": (2.5,),
     "TooManyAtOnce": (1.0,),
+    "QueueFull": (1000, 10.0),
+    "InsufficientMemory": (8 * 2**30, 2**20),
     "StorageUnavailable": ("get", 12.3),
     "StorageTimeout": ("get", 5.0),
     "StorageFailed": ("get", 4, "connection"),

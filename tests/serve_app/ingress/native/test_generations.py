@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from diffusion.errors import SizeNotSupported
-from serve_app.testing import OTHER_KEY, TENANT, LocalServer
+from serve_app.job_types.context import JobDefaults
+from serve_app.testing import OTHER_KEY, TENANT, LocalServer, local_server
 from storage.job_state import JobKind
 from storage.jobs_testing import JobsWorld
 
@@ -53,6 +54,15 @@ async def test_a_wrong_generation_is_refused_and_nothing_is_queued(server: Local
     async with server.client() as http:
         assert (await http.post("/v1/generations", json=body)).status_code == 400
         assert (await http.get("/v1/generations")).json()["items"] == []
+
+
+async def test_a_generation_beyond_the_queues_length_is_told_when_to_come_again(world: JobsWorld) -> None:
+    server = local_server(world.jobs, world.clock, defaults=JobDefaults(generation_queue_max=1))
+    async with server.client() as http:
+        assert (await http.post("/v1/generations", json={"prompt": PROMPT})).status_code == 202
+        refused = await http.post("/v1/generations", json={"prompt": PROMPT})
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "10")
+    assert "queue_full" in refused.text
 
 
 async def test_a_generation_is_cancelled_by_its_owner_only(server: LocalServer, world: JobsWorld) -> None:
