@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
@@ -66,6 +66,9 @@ class Validation(Protocol):
 
     async def create_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]: ...
     async def finalize_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]: ...
+    async def bundle(self, tenant: str, files: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        """Stored files as one stored zip; None where they are too much for one."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Dispatch(Protocol):
     ) -> None: ...
     async def hand_over_reply(self, tenant: str, runpod_id: str, *, to: str) -> None: ...
     async def wait_reply(self, tenant: str, runpod_id: str, timeout_s: float) -> Reply | None: ...
+    async def drain_reply(self, tenant: str, runpod_id: str) -> bool: ...
     async def take_permits(self, key: str, operation: str, rate: Rate, wanted: int) -> Grant: ...
 
 

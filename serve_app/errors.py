@@ -25,6 +25,8 @@
     +-- TooManyRequests         the key's rate limit is used up
     +-- TooManyAtOnce           the key has as many requests under way as it may
     +-- QueueFull               as many generations wait as may
+    +-- AddressRefused          a client named an address that this server does not send to
+    +-- OutboundFailed          what was sent to a client's address did not arrive
     +-- ServiceUnavailable      an internal part did not answer
 
 `code` is stable and public. What a client reads stands in `serve_app.ingress.errors`, in one table.
@@ -214,6 +216,20 @@ class QueueFull(ServeError):
     def __init__(self, waiting: int, retry_after_s: float) -> None:
         super().__init__(waiting, retry_after_s)
         self.waiting, self.retry_after_s = waiting, retry_after_s
+
+
+class AddressRefused(ServeError):
+    code = "address_refused"
+
+
+class OutboundFailed(ServeError):
+    """`reason` is one of our own words, a class name of the HTTP client or the status; never an address."""
+
+    code = "outbound_failed"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 class ServiceUnavailable(ServeError):

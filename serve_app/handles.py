@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from ray import serve
@@ -87,6 +87,11 @@ class HandleValidation:
         reply: dict[str, Any] = await answer(VALIDATION, response, UPLOAD_TIMEOUT_S)
         return reply
 
+    async def bundle(self, tenant: str, files: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        response = self._handle.bundle.remote(tenant, list(files))
+        stored: dict[str, Any] | None = await answer(VALIDATION, response, UPLOAD_TIMEOUT_S)
+        return stored
+
 
 class HandleDispatch:
     """`Dispatch` over the handle of its deployment."""
@@ -118,6 +123,9 @@ class HandleDispatch:
         response = self._handle.wait_reply.remote(tenant, runpod_id, timeout_s)
         reply: Reply | None = await answer(DISPATCH, response, timeout_s + WAIT_MARGIN_S)
         return reply
+
+    async def drain_reply(self, tenant: str, runpod_id: str) -> bool:
+        return bool(await answer(DISPATCH, self._handle.drain_reply.remote(tenant, runpod_id), CALL_TIMEOUT_S))
 
     async def take_permits(self, key: str, operation: str, rate: Rate, wanted: int) -> Grant:
         response = self._handle.take_permits.remote(key, operation, rate, wanted)

@@ -6,11 +6,12 @@ Precedence: constructor arguments, then the environment (``RAYLORA_<FIELD>``), t
 
 from __future__ import annotations
 
+import base64
 import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -25,6 +26,7 @@ from storage.settings import BreakerSettings, RecordsSettings, S3Settings
 CONFIG_FILE_VARIABLE = "RAYLORA_CONFIG"
 TINY_MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny" / "model"
 MIB = 1024 * 1024
+WEBHOOK_KEY_MARK = "whsec_"
 
 
 Origin = Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?$")]
@@ -43,6 +45,8 @@ class RequestLimits(BaseModel):
     runsync_body_bytes_max: int = Field(default=20 * MIB, gt=0)
     other_body_bytes_max: int = Field(default=1 * MIB, gt=0)
     runsync_wait_default_s: float = Field(default=90.0, gt=0)
+    # The Python client gives up on /stream after 10 s.
+    stream_wait_default_s: float = Field(default=5.0, gt=0)
     wait_min_s: float = Field(default=1.0, gt=0)
     wait_max_s: float = Field(default=300.0, gt=0)
     # The JavaScript client gives up on /run after 3 s and would submit again.
@@ -53,6 +57,27 @@ class RequestLimits(BaseModel):
     run_result_kept_s: float = Field(default=1800.0, gt=0)
     runsync_result_kept_s: float = Field(default=60.0, ge=60)
     url_expires_s: int = Field(default=3600, gt=0)
+
+
+class WebhookSettings(BaseModel):
+    """`secret`: "whsec_" and base64, as receivers configure it; None: the bytes of the API key sign.
+
+    `any_address` also allows http and private addresses: for installations whose receivers are beside them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    secret: SecretStr | None = None
+    any_address: bool = False
+    timeout_s: float = Field(default=10.0, gt=0, le=30.0)
+
+    @field_validator("secret")
+    @classmethod
+    def _is_a_secret(cls, value: SecretStr | None) -> SecretStr | None:
+        text = "" if value is None else value.get_secret_value()
+        if value is not None and not (text.startswith(WEBHOOK_KEY_MARK) and _decoded(text)):
+            raise ValueError(f"must be {WEBHOOK_KEY_MARK} followed by base64")
+        return value
 
 
 class OperationLimit(BaseModel):
@@ -144,6 +169,7 @@ class Settings(BaseSettings):
     job_attempts_max: int = Field(default=3, ge=1)
     limits: RequestLimits = Field(default_factory=RequestLimits)
     rate_limits: RateLimitSettings = Field(default_factory=RateLimitSettings)
+    webhooks: WebhookSettings = Field(default_factory=WebhookSettings)
 
     @classmethod
     def settings_customise_sources(
@@ -202,6 +228,14 @@ class Settings(BaseSettings):
     def records(self) -> RecordsSettings:
         return RecordsSettings(url=self.records_url or f"sqlite:///{self.home / 'records.db'}")
 
+    def webhook_secret(self) -> bytes:
+        """The bytes that webhooks are signed with. Raises SettingsIncomplete where there is no API key either."""
+        if self.webhooks.secret is not None:
+            return _decoded(self.webhooks.secret.get_secret_value())
+        if self.api_key is None:
+            raise SettingsIncomplete("api_key is not set")
+        return self.api_key.get_secret_value().encode()
+
     def jobs_config(self) -> JobsConfig:
         """What the jobs actor starts with. Raises SettingsIncomplete like ``s3``."""
         return JobsConfig(
@@ -213,6 +247,14 @@ class Settings(BaseSettings):
             training_workers=self.training_workers,
             gpus_per_training_worker=self.gpus_per_training_worker,
         )
+
+
+def _decoded(secret: str) -> bytes:
+    """The bytes of a webhook secret, empty where it is not one."""
+    try:
+        return base64.b64decode(secret.removeprefix(WEBHOOK_KEY_MARK), validate=True)
+    except ValueError:
+        return b""
 
 
 def _file_source(settings_cls: type[BaseSettings]) -> tuple[PydanticBaseSettingsSource, ...]:

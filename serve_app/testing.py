@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -34,6 +34,7 @@ from serve_app.ingress.api import create_app
 from serve_app.ingress.auth import KeyRing
 from serve_app.job_types.context import Services
 from serve_app.settings import RequestLimits
+from serve_app.validation.bundles import Bundles
 from serve_app.validation.lora_imports import LoraImports
 from serve_app.validation.staged import StagedUploads
 from serve_app.validation.uploads import DatasetUploads
@@ -62,6 +63,7 @@ class LocalValidation:
         self._validator = Validator(MODELS, "tiny", random_seed=lambda: 1234)
         self._loras = LoraImports(store, keys_of)
         self._uploads = DatasetUploads(store, keys_of, BUCKET, clock)
+        self._bundles = Bundles(store, keys_of, clock)
         self._staged = StagedUploads(store, keys_of, BUCKET, clock, self._uploads, url_expires_s=3600)
 
     async def training(self, config: str | dict[str, Any]) -> TrainingPlan:
@@ -87,6 +89,9 @@ class LocalValidation:
 
     async def finalize_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
         return await self._staged.finalize(tenant, payload)
+
+    async def bundle(self, tenant: str, files: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        return await self._bundles.make(tenant, files)
 
 
 class LocalDispatch:
@@ -116,6 +121,9 @@ class LocalDispatch:
 
     async def wait_reply(self, tenant: str, runpod_id: str, timeout_s: float) -> Reply | None:
         return await self.replies.wait(tenant, runpod_id, timeout_s)
+
+    async def drain_reply(self, tenant: str, runpod_id: str) -> bool:
+        return self.replies.drain(tenant, runpod_id)
 
     async def take_permits(self, key: str, operation: str, rate: Rate, wanted: int) -> Grant:
         return self.rates.take(key, operation, rate, wanted)

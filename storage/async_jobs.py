@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
-from storage.job_record import DEFAULT_LEASE_S, Heartbeat, JobRecord, JobsHealth, NewJob, Page
+from storage.job_record import DEFAULT_LEASE_S, Drained, Heartbeat, JobRecord, JobsHealth, NewJob, Page
 from storage.job_state import JobKind, JobState
+from storage.job_streams import DRAIN_MAX, EventList, WebhookList
 from storage.jobs import JobList, Jobs, new_job_id
+from storage.webhook_record import Webhook
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -96,12 +98,20 @@ class AsyncJobsApi(abc.ABC):
         return await self.call(Jobs.start, job_id, owner, worker_id=worker_id, lease_s=lease_s)
 
     async def heartbeat(
-        self, job_id: str, owner: str, *, progress: dict[str, Any] | None = None, lease_s: float = DEFAULT_LEASE_S
+        self,
+        job_id: str,
+        owner: str,
+        *,
+        progress: dict[str, Any] | None = None,
+        events: Sequence[dict[str, Any]] | None = None,
+        lease_s: float = DEFAULT_LEASE_S,
     ) -> Heartbeat:
-        return await self.call(Jobs.heartbeat, job_id, owner, progress=progress, lease_s=lease_s)
+        return await self.call(Jobs.heartbeat, job_id, owner, progress=progress, events=events, lease_s=lease_s)
 
-    async def complete(self, job_id: str, owner: str, output: dict[str, Any]) -> JobRecord:
-        return await self.call(Jobs.complete, job_id, owner, output)
+    async def complete(
+        self, job_id: str, owner: str, output: dict[str, Any], *, events: Sequence[dict[str, Any]] = ()
+    ) -> JobRecord:
+        return await self.call(Jobs.complete, job_id, owner, output, events=events)
 
     async def fail(
         self, job_id: str, owner: str, error_code: str, message: str, *, retryable: bool = False
@@ -113,6 +123,21 @@ class AsyncJobsApi(abc.ABC):
 
     async def timed_out(self, job_id: str, owner: str, output: dict[str, Any] | None = None) -> JobRecord:
         return await self.call(Jobs.timed_out, job_id, owner, output)
+
+    async def events(self, job_id: str, *, tenant: str | None, after: int = 0, limit: int = DRAIN_MAX) -> EventList:
+        return await self.call(Jobs.events, job_id, tenant=tenant, after=after, limit=limit)
+
+    async def drain(self, job_id: str, *, tenant: str) -> Drained:
+        return await self.call(Jobs.drain, job_id, tenant=tenant)
+
+    async def add_webhook(self, *, tenant: str, url: str, input: dict[str, Any], body: dict[str, Any]) -> None:  # noqa: A002
+        await self.call(Jobs.add_webhook, tenant=tenant, url=url, input=input, body=body)
+
+    async def take_webhooks(self, limit: int = 16) -> WebhookList:
+        return await self.call(Jobs.take_webhooks, limit)
+
+    async def settle_webhook(self, webhook: Webhook, *, delivered: bool) -> bool:
+        return await self.call(Jobs.settle_webhook, webhook, delivered=delivered)
 
     async def reap(self) -> JobList:
         return await self.call(Jobs.reap)

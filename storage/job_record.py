@@ -78,6 +78,39 @@ class JobRecord(BaseModel):
     priority: int = 0
 
 
+class JobEvent(BaseModel):
+    """One report of a job's progress. `seq` grows from event to event, over all jobs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seq: int
+    at: UtcTime
+    data: dict[str, Any]
+
+
+class Drained(BaseModel):
+    """Events given out by a drain, and the job as it then was.
+
+    `is_end`: the job has ended and no event is left. `was_ended`: an earlier drain said so already.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    record: JobRecord
+    events: tuple[JobEvent, ...]
+    is_end: bool
+    was_ended: bool
+
+
+class NewWebhook(BaseModel):
+    """Where to POST the end of a job, together with the `input` that the client sent."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: str = Field(repr=False)
+    input: dict[str, Any] = Field(repr=False)
+
+
 class NewJob(BaseModel):
     """What it takes to create a job.
 
@@ -103,6 +136,7 @@ class NewJob(BaseModel):
     owner: str | None = None
     lease_s: float = Field(default=DEFAULT_LEASE_S, gt=0)
     priority: int = 0
+    webhook: NewWebhook | None = None
 
     @model_validator(mode="after")
     def _parts_belong_together(self) -> NewJob:

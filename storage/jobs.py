@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,13 +12,12 @@ from storage import job_steps
 from storage.errors import (
     IdempotencyConflict,
     IdempotencyInFlight,
-    InvalidCursor,
     JobNotCancellable,
-    JobNotFound,
     JobNotRetryable,
     LeaseLost,
     RecordConflict,
 )
+from storage.job_cursor import cursor_after, read_cursor
 from storage.job_record import (
     DEFAULT_LEASE_S,
     SETTLED_BY_SUPERVISOR,
@@ -34,8 +31,10 @@ from storage.job_record import (
     Submission,
 )
 from storage.job_state import JobKind, JobState
+from storage.job_streams import JobStreams, new_webhook_id, progress_events, visible
 from storage.kept_replies import KeptReplies
 from storage.records import IdempotencyEntry, Records, RecordsTx
+from storage.webhook_record import Webhook
 
 __all__ = [
     "Heartbeat",
@@ -68,6 +67,7 @@ class JobsPolicy:
     cancel_grace_s: float = 120.0
     timeout_grace_s: float = 60.0
     idempotency_ttl_s: float = 24 * 3600.0
+    events_kept_s: float = 24 * 3600.0
 
 
 def utc_now() -> datetime:
@@ -78,7 +78,7 @@ def new_job_id(kind: JobKind) -> str:
     return f"{kind.id_prefix}{secrets.token_hex(6)}"
 
 
-class Jobs(KeptReplies):
+class Jobs(JobStreams, KeptReplies):
     """Every method is one transaction: it happens as a whole or not at all, and is safe to call from many threads.
 
     All methods raise RecordsError when the database fails. Methods that take an `owner` raise LeaseLost when that
@@ -121,11 +121,11 @@ class Jobs(KeptReplies):
 
     def get(self, job_id: str, *, tenant: str | None = None) -> JobRecord:
         with self._records.read("get") as tx:
-            return _visible(tx.get(job_id), job_id, tenant)
+            return visible(tx.get(job_id), job_id, tenant)
 
     def get_by_runpod_id(self, runpod_id: str, *, tenant: str) -> JobRecord:
         with self._records.read("get_by_runpod_id") as tx:
-            return _visible(tx.by_runpod_id(tenant, runpod_id), runpod_id, tenant)
+            return visible(tx.by_runpod_id(tenant, runpod_id), runpod_id, tenant)
 
     def list(
         self,
@@ -138,11 +138,11 @@ class Jobs(KeptReplies):
     ) -> Page:
         """A page of a tenant's records, newest first. At most PAGE_MAX of them. Raises InvalidCursor."""
         limit = max(1, min(limit, PAGE_MAX))
-        before = None if cursor is None else _read_cursor(cursor)
+        before = None if cursor is None else read_cursor(cursor)
         with self._records.read("list") as tx:
             rows = tx.page(tenant, kind=kind, states=states, limit=limit + 1, before=before)
         shown = rows[:limit]
-        next_cursor = _cursor(shown[-1][1].created_at, shown[-1][0]) if len(rows) > limit else None
+        next_cursor = cursor_after(shown[-1][1].created_at, shown[-1][0]) if len(rows) > limit else None
         return Page(records=tuple(record for _, record in shown), next_cursor=next_cursor)
 
     def counts(self, tenant: str | None = None, *, kind: JobKind | None = None) -> dict[JobState, int]:
@@ -163,7 +163,7 @@ class Jobs(KeptReplies):
         now = self._clock()
 
         def step(record: JobRecord) -> JobRecord:
-            _visible(record, job_id, tenant)
+            visible(record, job_id, tenant)
             if record.state is JobState.CANCELLED or (record.cancel_requested and not record.state.is_terminal):
                 return record
             if record.state.is_terminal:
@@ -179,7 +179,7 @@ class Jobs(KeptReplies):
         now = self._clock()
 
         def step(record: JobRecord) -> JobRecord:
-            _visible(record, job_id, tenant)
+            visible(record, job_id, tenant)
             if record.state not in RETRYABLE:
                 raise JobNotRetryable(job_id, record.state.value)
             return job_steps.queue_again(record, now)
@@ -194,7 +194,7 @@ class Jobs(KeptReplies):
         now = self._clock()
 
         def step(record: JobRecord) -> JobRecord:
-            _visible(record, job_id, tenant)
+            visible(record, job_id, tenant)
             return job_steps.drop_outputs(record, names, now)
 
         return self._change("drop_outputs", job_id, step)
@@ -272,25 +272,42 @@ class Jobs(KeptReplies):
         return self._change("start", job_id, step)
 
     def heartbeat(
-        self, job_id: str, owner: str, *, progress: dict[str, Any] | None = None, lease_s: float = DEFAULT_LEASE_S
+        self,
+        job_id: str,
+        owner: str,
+        *,
+        progress: dict[str, Any] | None = None,
+        events: Sequence[dict[str, Any]] | None = None,
+        lease_s: float = DEFAULT_LEASE_S,
     ) -> Heartbeat:
-        """Keep the lease for another `lease_s` and replace the progress if it is given."""
+        """Keep the lease for another `lease_s` and replace the progress if it is given.
+
+        `events` go to the job's stream, for owners that report more often than they send heartbeats; without them a
+        progress that differs from the last one is an event.
+        """
         now = self._clock()
 
         with self._records.write("heartbeat") as tx:
-            record = _visible(tx.get(job_id, lock=True), job_id, None)
+            record = visible(tx.get(job_id, lock=True), job_id, None)
             job_steps.check_owner(record, owner)
             renewed = job_steps.lease(record, owner, now, lease_s)
             if progress is not None:
                 renewed = job_steps.report(renewed, now, progress)
             # The mirror holds transitions; it would otherwise cost one object write per heartbeat.
             tx.save(renewed, mirror=False)
+            if events is None:
+                tx.add_events(job_id, now, progress_events(record.progress, renewed.progress))
+            else:
+                tx.add_events(job_id, now, [job_steps.finite(event) for event in events])
         if progress is not None:
             self._announce([renewed])
         return Heartbeat(cancel_requested=record.cancel_requested, timed_out=job_steps.out_of_time(record, now))
 
-    def complete(self, job_id: str, owner: str, output: dict[str, Any]) -> JobRecord:
-        return self._settle(job_id, owner, JobState.COMPLETED, output=output)
+    def complete(
+        self, job_id: str, owner: str, output: dict[str, Any], *, events: Sequence[dict[str, Any]] = ()
+    ) -> JobRecord:
+        """`events`: what was reported since the last heartbeat."""
+        return self._settle(job_id, owner, JobState.COMPLETED, output=output, events=events)
 
     def fail(self, job_id: str, owner: str, error_code: str, message: str, *, retryable: bool = False) -> JobRecord:
         """FAILED; or, when `retryable` and attempts are left, queued for the next one. `message` is for the client."""
@@ -314,11 +331,12 @@ class Jobs(KeptReplies):
     # --- supervision
 
     def reap(self) -> JobList:
-        """Settle or requeue what nobody moves any more, and forget old idempotency keys. Returns what changed."""
+        """Settle or requeue what nobody moves any more, and forget old keys and events. Returns what changed."""
         now = self._clock()
         grace = {"cancel_grace_s": self._policy.cancel_grace_s, "timeout_grace_s": self._policy.timeout_grace_s}
         with self._records.write("reap") as tx:
             tx.drop_keys(now - timedelta(seconds=self._policy.idempotency_ttl_s))
+            tx.drop_streams(now - timedelta(seconds=self._policy.events_kept_s))
             overdue = tx.overdue(now, **grace, limit=SWEEP_MAX)
             swept = [job_steps.sweep(record, now, **grace) for record in overdue]
             for record in swept:
@@ -371,12 +389,18 @@ class Jobs(KeptReplies):
                 tx.put_key(job.tenant, job.idempotency_key, IdempotencyEntry(job.body_sha256, record.id, now))
             if job.submission_id is not None:
                 tx.open_submission(job.submission_id, record.id)
+            if job.webhook is not None:
+                asked = job.webhook
+                webhook = Webhook(
+                    id=new_webhook_id(), job_id=record.id, tenant=job.tenant, url=asked.url, input=asked.input
+                )
+                tx.add_webhook(webhook)
         self._announce([record])
         return record
 
     def _known(self, tx: RecordsTx, job: NewJob, now: datetime) -> JobRecord | None:
         if job.job_id is not None and (record := tx.get(job.job_id)) is not None:
-            return _visible(record, job.job_id, job.tenant)
+            return visible(record, job.job_id, job.tenant)
         if job.idempotency_key is None:
             return None
         tx.drop_keys(now - timedelta(seconds=self._policy.idempotency_ttl_s))
@@ -385,7 +409,7 @@ class Jobs(KeptReplies):
             return None
         if entry.body_sha256 != job.body_sha256:
             raise IdempotencyConflict(job.idempotency_key)
-        return _visible(tx.get(entry.job_id), entry.job_id, job.tenant)
+        return visible(tx.get(entry.job_id), entry.job_id, job.tenant)
 
     def _settle(
         self,
@@ -395,6 +419,7 @@ class Jobs(KeptReplies):
         *,
         output: dict[str, Any] | None = None,
         error: JobFailure | None = None,
+        events: Sequence[dict[str, Any]] = (),
     ) -> JobRecord:
         now = self._clock()
 
@@ -406,14 +431,23 @@ class Jobs(KeptReplies):
                 return job_steps.time_out(record, now, by=owner, output=output)
             return job_steps.settle(record, state, now, by=owner, output=output, error=error)
 
-        return self._change(state.value.lower(), job_id, step)
+        return self._change(state.value.lower(), job_id, step, events=[job_steps.finite(event) for event in events])
 
-    def _change(self, operation: str, job_id: str, step: Step, *, submission_id: str | None = None) -> JobRecord:
+    def _change(
+        self,
+        operation: str,
+        job_id: str,
+        step: Step,
+        *,
+        submission_id: str | None = None,
+        events: Sequence[dict[str, Any]] = (),
+    ) -> JobRecord:
         with self._records.write(operation) as tx:
-            before = _visible(tx.get(job_id, lock=True), job_id, None)
+            before = visible(tx.get(job_id, lock=True), job_id, None)
             after = step(before)
             if after is not before:
                 tx.save(after)
+                tx.add_events(job_id, after.updated_at, events)
             if submission_id is not None:
                 tx.open_submission(submission_id, job_id)
         if after is not before:
@@ -424,21 +458,3 @@ class Jobs(KeptReplies):
         if self.on_change is not None:
             for record in records:
                 self.on_change(record)
-
-
-def _visible(record: JobRecord | None, job_id: str, tenant: str | None) -> JobRecord:
-    if record is None or (tenant is not None and record.tenant != tenant):
-        raise JobNotFound(job_id)
-    return record
-
-
-def _cursor(created_at: datetime, seq: int) -> str:
-    return base64.urlsafe_b64encode(f"{created_at.isoformat()} {seq}".encode()).decode()
-
-
-def _read_cursor(cursor: str) -> tuple[datetime, int]:
-    try:
-        created_at, seq = base64.urlsafe_b64decode(cursor.encode()).decode().split(" ")
-        return datetime.fromisoformat(created_at).astimezone(UTC), int(seq)
-    except (ValueError, binascii.Error) as error:
-        raise InvalidCursor from error

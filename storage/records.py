@@ -1,4 +1,4 @@
-"""Job records in SQL: SQLite in WAL mode by default, PostgreSQL by its URL. The only module that knows SQLAlchemy.
+"""Job records in SQL: SQLite in WAL mode by default, PostgreSQL by its URL. Only the `records` modules know SQLAlchemy.
 
 `Records` opens transactions; a `RecordsTx` reads and writes rows inside one. The rules of the life cycle are in
 `storage.jobs`. Each write of a job also queues it in the outbox of the mirror, in the same transaction.
@@ -10,7 +10,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,110 +20,22 @@ from sqlalchemy import exc as sa_exc
 from storage.errors import JobError, RecordConflict, RecordsFailed, RecordsMisconfigured, RecordsUnavailable
 from storage.job_record import JobRecord, Submission
 from storage.job_state import LEASED_STATES, TERMINAL_STATES, JobKind, JobState
-from storage.reply_rows import ReplyRows, replies_table
+from storage.records_streams import StreamsTx
+from storage.records_tables import (
+    DERIVED,
+    FIXED,
+    flags,
+    idempotency,
+    jobs,
+    metadata,
+    outbox,
+    replies,
+    submissions,
+    turns,
+)
+from storage.reply_rows import ReplyRows
 
 BUSY_TIMEOUT_S = 30.0
-
-
-class UtcDateTime(sa.TypeDecorator[datetime]):
-    """Aware datetimes, stored in UTC and aware again when read, also on SQLite, which keeps no time zone."""
-
-    impl = sa.DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        return None if value is None else value.astimezone(UTC)
-
-    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        if value is None:
-            return None
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-
-
-_metadata = sa.MetaData()
-_json = sa.JSON(none_as_null=True)
-
-jobs = sa.Table(
-    "jobs",
-    _metadata,
-    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("id", sa.String(32), nullable=False, unique=True),
-    sa.Column("tenant", sa.String(255), nullable=False),
-    sa.Column("kind", sa.String(16), nullable=False),
-    sa.Column("state", sa.String(16), nullable=False),
-    sa.Column("request", _json, nullable=False),
-    sa.Column("source", sa.String(16), nullable=False),
-    sa.Column("runpod_id", sa.String(255)),
-    sa.Column("created_at", UtcDateTime, nullable=False),
-    sa.Column("queued_at", UtcDateTime, nullable=False),
-    sa.Column("updated_at", UtcDateTime, nullable=False),
-    sa.Column("started_at", UtcDateTime),
-    sa.Column("finished_at", UtcDateTime),
-    sa.Column("attempt", sa.Integer, nullable=False),
-    sa.Column("attempts_max", sa.Integer, nullable=False),
-    sa.Column("lease_owner", sa.String(255)),
-    sa.Column("lease_expires_at", UtcDateTime),
-    sa.Column("cancel_requested", sa.Boolean, nullable=False),
-    sa.Column("cancel_requested_at", UtcDateTime),
-    sa.Column("progress", _json, nullable=False),
-    sa.Column("output", _json),
-    sa.Column("error", _json),
-    sa.Column("settled_by", sa.String(255)),
-    sa.Column("submission_id", sa.String(255)),
-    sa.Column("worker_id", sa.String(255)),
-    sa.Column("timeout_s", sa.Float, nullable=False),
-    sa.Column("ttl_s", sa.Float),
-    sa.Column("priority", sa.Integer, nullable=False),
-    # Derived from the record at each write, so that a sweep is one indexed comparison.
-    sa.Column("run_deadline_at", UtcDateTime),
-    sa.Column("expires_at", UtcDateTime),
-    sa.UniqueConstraint("tenant", "runpod_id"),
-    sa.Index("jobs_by_queue", "kind", "state", "priority", "queued_at"),
-    sa.Index("jobs_by_tenant", "tenant", "created_at", "seq"),
-    sqlite_autoincrement=True,
-)
-_DERIVED = ("seq", "run_deadline_at", "expires_at")
-_FIXED = ("id", "tenant", "kind", "request", "source", "runpod_id", "created_at")
-
-idempotency = sa.Table(
-    "idempotency",
-    _metadata,
-    sa.Column("tenant", sa.String(255), primary_key=True),
-    sa.Column("key", sa.String(255), primary_key=True),
-    sa.Column("body_sha256", sa.String(64), nullable=False),
-    sa.Column("job_id", sa.ForeignKey("jobs.id"), nullable=False),
-    sa.Column("created_at", UtcDateTime, nullable=False),
-)
-
-turns = sa.Table(
-    "turns",
-    _metadata,
-    sa.Column("kind", sa.String(16), primary_key=True),
-    sa.Column("tenant", sa.String(255), primary_key=True),
-    sa.Column("turn", sa.Integer, nullable=False),
-)
-
-submissions = sa.Table(
-    "submissions",
-    _metadata,
-    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("submission_id", sa.String(255), nullable=False, unique=True),
-    sa.Column("job_id", sa.ForeignKey("jobs.id"), nullable=False, index=True),
-)
-
-outbox = sa.Table(
-    "outbox",
-    _metadata,
-    # AUTOINCREMENT: a number that is never given twice tells a newer entry of the same job from the one just written.
-    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("job_id", sa.ForeignKey("jobs.id"), nullable=False, unique=True),
-    sa.Column("failures", sa.Integer, nullable=False, default=0),
-    sqlite_autoincrement=True,
-)
-
-flags = sa.Table("flags", _metadata, sa.Column("name", sa.String(64), primary_key=True))
-
-replies = replies_table(_metadata, UtcDateTime())
 
 
 @dataclass(frozen=True)
@@ -164,7 +76,7 @@ class Records:
         with _mapped("open"):
             self._engine = _open_engine(url)
             self._writer = self._engine.execution_options(sqlite_begin="IMMEDIATE")
-            _metadata.create_all(self._writer)
+            metadata.create_all(self._writer)
         # SQLite lets one writer in and makes the others poll with growing sleeps; a lock hands over at once.
         self._write_lock = threading.Lock()
 
@@ -216,11 +128,11 @@ def _begin_sqlite(connection: sa.Connection) -> None:
     connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get('sqlite_begin', 'DEFERRED')}")
 
 
-class RecordsTx:
+class RecordsTx(StreamsTx):
     """Reads and writes of one transaction."""
 
     def __init__(self, connection: sa.Connection) -> None:
-        self._connection = connection
+        super().__init__(connection)
         self.replies = ReplyRows(connection, replies)
 
     # --- jobs
@@ -239,8 +151,9 @@ class RecordsTx:
 
     def save(self, record: JobRecord, *, mirror: bool = True) -> None:
         """Write what may change of a job that exists."""
-        row = {name: value for name, value in _row(record).items() if name not in _FIXED}
+        row = {name: value for name, value in _row(record).items() if name not in FIXED}
         self._connection.execute(sa.update(jobs).where(jobs.c.id == record.id).values(row))
+        self._follow_state(record)
         if mirror:
             self._queue_mirror(record.id)
 
@@ -420,7 +333,7 @@ def _scoped(query: sa.Select[Any], tenant: str | None, kind: JobKind | None) -> 
     return query if kind is None else query.where(jobs.c.kind == kind.value)
 
 
-_RECORD_COLUMNS = tuple(column.name for column in jobs.columns if column.name not in _DERIVED)
+_RECORD_COLUMNS = tuple(column.name for column in jobs.columns if column.name not in DERIVED)
 
 
 def _record(row: sa.Row[Any]) -> JobRecord:

@@ -18,6 +18,10 @@ logger = logging.getLogger(__name__)
 REPORT_INTERVAL_S = 1.0
 # In a report: the step of the checkpoint that this attempt went on from, absent where it began at the beginning.
 RESUMED_FROM = "resumed_from_step"
+# In a report: the newest previews, each with the key of its picture.
+PREVIEWS = "previews"
+PREVIEWS_REPORTED_MAX = 16
+KEPT_IN_REPORTS = frozenset({RESUMED_FROM, PREVIEWS})
 
 
 class Reporter(Protocol):
@@ -69,7 +73,7 @@ class BoardReporter:
         self._latest = numbers | {"stage": name, **details}
 
     def progress(self, progress: Progress) -> None:
-        kept = {k: v for k, v in self._latest.items() if k == RESUMED_FROM}
+        kept = {k: v for k, v in self._latest.items() if k in KEPT_IN_REPORTS}
         self._latest = {"stage": "training", **asdict(progress), **kept}
 
     def close(self) -> None:

@@ -34,7 +34,7 @@ from train_jobs.failures import as_training_error
 from train_jobs.loop import Callbacks, Outcome, TrainingLoop
 from train_jobs.peers import Alone, Peers, TorchPeers
 from train_jobs.preparing import Preparation, Prepared
-from train_jobs.reporting import RESUMED_FROM, BoardReporter, Quiet, Reporter
+from train_jobs.reporting import PREVIEWS, PREVIEWS_REPORTED_MAX, RESUMED_FROM, BoardReporter, Quiet, Reporter
 from train_jobs.results import Results
 from train_jobs.spec import TrainSpec
 
@@ -227,7 +227,7 @@ class Training:
         except OutOfGpuMemory:
             logger.warning("not enough memory for the previews at step %d", step)
             self._results.warnings.append(f"There was not enough memory for the previews at step {step}.")
-        self._reporter.stage("training", step=step)
+        self._reporter.stage("training", step=step, **{PREVIEWS: prepared.previews.made[-PREVIEWS_REPORTED_MAX:]})
 
     def _finish(self, prepared: Prepared, loop: TrainingLoop, outcome: Outcome) -> dict[str, Any]:
         if self._peers.rank != 0:

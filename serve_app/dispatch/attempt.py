@@ -42,6 +42,7 @@ class GenerationAttempt:
         self._heartbeat_s = heartbeat_s
         self._sleep = sleep
         self._progress: dict[str, Any] | None = None
+        self._events: list[dict[str, Any]] = []
 
     async def run(self) -> None:
         """Raises LeaseLost when another owner has the job by now, JobError when it could not be settled.
@@ -68,7 +69,9 @@ class GenerationAttempt:
         output: dict[str, Any] | None = None
         async with aclosing(self._inference.generate(work)) as events:
             async for event in events:
-                self._progress = event.get("progress", self._progress)
+                if "progress" in event:
+                    self._progress = event["progress"]
+                    self._events.append(event["progress"])
                 output = event.get("output", output)
         if output is None:
             raise RuntimeError("the replica ended without a result")
@@ -91,11 +94,15 @@ class GenerationAttempt:
     async def _beat(self) -> Heartbeat | None:
         """Raises LeaseLost. A heartbeat that cannot be delivered is not the end: the lease lasts for several."""
         progress, self._progress = self._progress, None
+        events, self._events = self._events, []
         try:
-            return await self._jobs.heartbeat(self._record.id, self._owner, progress=progress, lease_s=self._lease_s)
+            return await self._jobs.heartbeat(
+                self._record.id, self._owner, progress=progress, events=events, lease_s=self._lease_s
+            )
         except LeaseLost:
             raise
         except JobError as error:
+            self._events = events + self._events
             logger.warning("A heartbeat of %s was not taken: %s", self._record.id, error.code)
             return None
 
@@ -103,7 +110,7 @@ class GenerationAttempt:
         error = making.exception()
         if error is None:
             output = making.result()
-            await self._surely(lambda: self._jobs.complete(self._record.id, self._owner, output))
+            await self._surely(lambda: self._jobs.complete(self._record.id, self._owner, output, events=self._events))
             return
         public = describe(error)
         if public.code == INTERNAL.code:

@@ -11,16 +11,20 @@ from serve_app.collaborators import DispatchLoad
 from serve_app.dispatch.dispatcher import GenerationDispatcher
 from serve_app.dispatch.rates import Grant, Rate, RateLedger
 from serve_app.dispatch.replies import Fingerprint, Reply, ReplyTable
+from serve_app.dispatch.webhooks import WebhookSender
 from serve_app.handles import HandleInference
+from serve_app.job_types.results import Presenter
+from serve_app.outbound import Outbound
 from serve_app.settings import Settings
+from storage.actor import StorageClient
 from storage.jobs_client import JobsClient
 
 
 class Dispatcher:
-    """Implements `serve_app.collaborators.Dispatch`. Unhealthy, and so replaced by Serve, once its loop has ended."""
+    """Implements `serve_app.collaborators.Dispatch`. Unhealthy, and so replaced by Serve, once a loop has ended."""
 
     def __init__(self, settings: Settings, inference: Any) -> None:
-        self._replies = ReplyTable(lambda: datetime.now(UTC))
+        self._replies = ReplyTable(_now)
         self._rates = RateLedger()
         self._dispatcher = GenerationDispatcher(
             JobsClient(),
@@ -28,12 +32,22 @@ class Dispatcher:
             owner=f"dispatcher-{uuid.uuid4().hex[:12]}",
             slots=settings.inference_replicas * settings.generations_per_replica,
         )
+        s3 = settings.s3()
+        store = StorageClient(s3, settings.breaker())
+        self._outbound = Outbound(any_address=settings.webhooks.any_address, timeout_s=settings.webhooks.timeout_s)
+        webhooks = WebhookSender(
+            JobsClient(),
+            Presenter(store, _now, s3.bucket, s3.prefix, settings.limits),
+            self._outbound,
+            secret=settings.webhook_secret(),
+        )
         # Serve runs constructors on the replica's event loop.
-        self._loop = asyncio.get_running_loop().create_task(self._dispatcher.run())
+        loop = asyncio.get_running_loop()
+        self._loops = [loop.create_task(self._dispatcher.run()), loop.create_task(webhooks.run())]
 
     async def check_health(self) -> None:
-        if self._loop.done():
-            raise RuntimeError("the dispatch loop has ended")
+        if any(loop.done() for loop in self._loops):
+            raise RuntimeError("a dispatch loop has ended")
 
     async def wake(self) -> None:
         self._dispatcher.wake()
@@ -55,10 +69,19 @@ class Dispatcher:
     async def wait_reply(self, tenant: str, runpod_id: str, timeout_s: float) -> Reply | None:
         return await self._replies.wait(tenant, runpod_id, timeout_s)
 
+    async def drain_reply(self, tenant: str, runpod_id: str) -> bool:
+        return self._replies.drain(tenant, runpod_id)
+
     async def take_permits(self, key: str, operation: str, rate: Rate, wanted: int) -> Grant:
         return self._rates.take(key, operation, rate, wanted)
 
     async def __del__(self) -> None:
         """Serve's graceful shutdown: stop handing out, end what is under way."""
-        self._loop.cancel()
-        await asyncio.gather(self._loop, return_exceptions=True)
+        for loop in self._loops:
+            loop.cancel()
+        await asyncio.gather(*self._loops, return_exceptions=True)
+        await self._outbound.close()
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

@@ -60,6 +60,7 @@ class _Entry:
     size_bytes: int = 0
     fingerprint: tuple[str, str] | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)
+    is_drained: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,14 @@ class ReplyTable:
         self._sweep(self._clock())
         entry = self._entries.get((tenant, runpod_id))
         return None if entry is None else entry.reply
+
+    def drain(self, tenant: str, runpod_id: str) -> bool:
+        """Whether the final output is still to be streamed; True once."""
+        entry = self._entries.get((tenant, runpod_id))
+        if entry is None or not entry.reply.is_final or entry.is_drained:
+            return False
+        entry.is_drained = True
+        return True
 
     async def wait(self, tenant: str, runpod_id: str, timeout_s: float) -> Reply | None:
         """Like `get`, after the job ended, was handed over, or `timeout_s` passed."""

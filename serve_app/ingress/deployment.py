@@ -52,6 +52,7 @@ class Ingress:
             limits=settings.limits,
             rate_limits=settings.rate_limits,
             ingress_replicas=settings.ingress_replicas,
+            webhooks=settings.webhooks,
         )
         self._app = create_app(
             services,

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve_app.errors import BodyInvalid, InvalidRequest
 from serve_app.job_types.context import Policy
+from serve_app.outbound import url_problem
+from serve_app.settings import WebhookSettings
+from storage.job_record import NewWebhook
 from train_jobs.errors import Problem
 from train_jobs.spec import problems_of
 
@@ -37,6 +40,9 @@ class RunEnvelope(BaseModel):
     webhook: str | None = None
     s3Config: dict[str, Any] | None = None
 
+    def new_webhook(self) -> NewWebhook | None:
+        return None if self.webhook is None else NewWebhook(url=self.webhook, input=self.input)
+
     def job_policy(self) -> Policy:
         fields = self.policy
         return Policy(
@@ -46,7 +52,7 @@ class RunEnvelope(BaseModel):
         )
 
 
-def read_envelope(body: bytes) -> RunEnvelope:
+def read_envelope(body: bytes, webhooks: WebhookSettings) -> RunEnvelope:
     """The body of /run and /runsync. Raises BodyInvalid, InvalidRequest with every problem found."""
     document = read_object(body)
     document = {name: value for name, value in document.items() if value is not None}
@@ -56,7 +62,8 @@ def read_envelope(body: bytes) -> RunEnvelope:
         raise InvalidRequest(problems_of(invalid)) from None
     refused = []
     if envelope.webhook is not None:
-        refused.append(Problem("webhook", "is not offered by this server; poll /status-sync instead", "unsupported"))
+        problem = url_problem(envelope.webhook, any_address=webhooks.any_address)
+        refused += [] if problem is None else [Problem("webhook", problem, "invalid_value")]
     if envelope.s3Config is not None:
         refused.append(Problem("s3Config", "is not offered: results are stored by this server", "unsupported"))
     if refused:

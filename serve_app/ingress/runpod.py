@@ -24,7 +24,8 @@ def runpod_router(jobs: RunpodJobs, limits: RequestLimits) -> APIRouter:
 
     @router.post("/runsync")
     async def runsync(request: Request) -> dict[str, Any]:
-        return await jobs.runsync(await _submission(request, wait_s(request, limits)))
+        held_s = wait_s(request, limits, default_s=limits.runsync_wait_default_s)
+        return await jobs.runsync(await _submission(request, held_s))
 
     @router.get("/status/{job_id}")
     @router.post("/status/{job_id}")
@@ -34,8 +35,14 @@ def runpod_router(jobs: RunpodJobs, limits: RequestLimits) -> APIRouter:
     @router.get("/status-sync/{job_id}")
     @router.post("/status-sync/{job_id}")
     async def status_sync(request: Request, job_id: str) -> dict[str, Any]:
-        held_s = wait_s(request, limits)
+        held_s = wait_s(request, limits, default_s=limits.runsync_wait_default_s)
         return await jobs.status(tenant_of(request), request_id_of(request.scope), job_id, wait_s=held_s)
+
+    @router.get("/stream/{job_id}")
+    @router.post("/stream/{job_id}")
+    async def stream(request: Request, job_id: str) -> dict[str, Any]:
+        held_s = wait_s(request, limits, default_s=limits.stream_wait_default_s)
+        return await jobs.stream(tenant_of(request), request_id_of(request.scope), job_id, wait_s=held_s)
 
     @router.post("/cancel/{job_id}")
     async def cancel(request: Request, job_id: str) -> dict[str, Any]:
@@ -62,11 +69,11 @@ def tenant_of(request: Request) -> str:
     return principal.tenant
 
 
-def wait_s(request: Request, limits: RequestLimits) -> float:
+def wait_s(request: Request, limits: RequestLimits, *, default_s: float) -> float:
     """`?wait=` in ms, in seconds and within RunPod's range. Raises BodyInvalid where it is not a number."""
     text = request.query_params.get("wait")
     if text is None:
-        return limits.runsync_wait_default_s
+        return default_s
     if not (text.isascii() and text.isdigit() and len(text) <= 12):
         raise BodyInvalid("wait must be a number of milliseconds")
     return min(max(int(text) / 1000, limits.wait_min_s), limits.wait_max_s)

@@ -10,17 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.dispatch.replies import Fingerprint
+from serve_app.dispatch.replies import Fingerprint, Reply
 from serve_app.errors import RequestTimedOut, RunpodJobNotFound, RunpodJobNotRetryable, ServiceUnavailable
 from serve_app.ingress.envelope import RunEnvelope, read_envelope
 from serve_app.ingress.errors import INTERNAL, describe
 from serve_app.ingress.middleware import log_unexpected
 from serve_app.ingress.replies import runpod_error
+from serve_app.ingress.runpod_output import within_limit
+from serve_app.ingress.runpod_status import status_object
+from serve_app.ingress.runpod_stream import record_stream, reply_stream
 from serve_app.ingress.runpod_view import (
     SYNC_PREFIX,
-    execution_ms,
     is_expired,
-    record_view,
     reply_view,
     runpod_status,
     stamped,
@@ -35,8 +36,8 @@ from serve_app.job_types.context import (
     is_accepted_only,
     public_runpod_id,
 )
-from serve_app.job_types.results import accepted_message, presented_output
-from storage.errors import JobNotCancellable, JobNotFound
+from serve_app.job_types.results import accepted_message
+from storage.errors import JobError, JobNotCancellable, JobNotFound
 from storage.job_record import JobRecord
 from storage.job_state import JobKind, JobState
 
@@ -95,7 +96,20 @@ class RunpodJobs:
         remaining_s = until - loop.time()
         if remaining_s > 0 and not record.state.is_terminal and not is_accepted_only(record):
             record = await services.jobs.wait(record.id, tenant=tenant, timeout_s=remaining_s, until="final")
-        return await self._view(record, request_id)
+        return await status_object(services, record, request_id)
+
+    async def stream(self, tenant: str, request_id: str, runpod_id: str, *, wait_s: float) -> dict[str, Any]:
+        """What was reported since the last call, once there is something or `wait_s` has passed.
+
+        Raises RunpodJobNotFound, also for a cancelled job whose end was told.
+        """
+        services, loop = self._services, asyncio.get_running_loop()
+        until = loop.time() + wait_s
+        reply = await services.dispatch.wait_reply(tenant, runpod_id, wait_s)
+        if reply is not None:
+            return reply_stream(reply, is_first=await services.dispatch.drain_reply(tenant, runpod_id))
+        record = await self._record(tenant, runpod_id)
+        return await record_stream(services, record, request_id, wait_s=max(0.0, until - loop.time()))
 
     async def cancel(self, tenant: str, runpod_id: str) -> dict[str, Any]:
         """Asks the job to stop. A job that has ended is told as it ended. Raises RunpodJobNotFound."""
@@ -160,7 +174,7 @@ class RunpodJobs:
     async def _begin(self, call: Submission) -> tuple[str, asyncio.Task[str] | None]:
         """The job's id, and its task; no task where the same request was sent before."""
         services, limits = self._services, self._services.limits
-        envelope = read_envelope(call.body)
+        envelope = read_envelope(call.body, services.webhooks)
         sync = call.wait_s is not None
         runpod_id = f"{SYNC_PREFIX if sync else ''}{self._new_uuid()}-u1"
         digest = hashlib.sha256(call.body).hexdigest()
@@ -179,6 +193,7 @@ class RunpodJobs:
             body_sha256=digest,
             idempotency_key=call.idempotency_key,
             policy=envelope.job_policy(),
+            webhook=envelope.new_webhook(),
         )
         task = asyncio.create_task(self._execute(context, envelope.input))
         self._tasks.add(task)
@@ -227,14 +242,30 @@ class RunpodJobs:
             timestamp=now,
         )
         await services.dispatch.settle_reply(context.tenant, context.runpod_id, output=output, error=error)
+        await self._tell(context, Reply("COMPLETED" if error is None else "FAILED", began, now, output, error))
         return context.runpod_id
+
+    async def _tell(self, context: JobContext, reply: Reply) -> None:
+        """The end of a job without a record, to the address that the client named."""
+        if context.webhook is None:
+            return
+        services, asked = self._services, context.webhook
+        body = reply_view(context.runpod_id, reply, services.clock(), services.worker_id)
+        try:
+            await services.jobs.add_webhook(tenant=context.tenant, url=asked.url, input=asked.input, body=body)
+        except JobError as error:
+            # A webhook never fails its job.
+            logger.warning("The webhook of request %s was not noted: %s", context.request_id, error.code)
 
     async def _handled(self, context: JobContext, payload: dict[str, Any]) -> Finished | Following:
         timeout_s = self._services.limits.quick_job_timeout_s
         handler = HANDLERS[job_type_of(payload)]
         try:
             async with asyncio.timeout(timeout_s) as limit:
-                return await handler(self._services, context, payload)
+                outcome = await handler(self._services, context, payload)
+                if isinstance(outcome, Finished):
+                    return Finished(await within_limit(self._services, context.tenant, outcome.output))
+                return outcome
         except TimeoutError:
             if limit.expired():
                 raise RequestTimedOut(timeout_s) from None
@@ -278,17 +309,3 @@ class RunpodJobs:
             # An id that spells out the prefix is not one that was given to anybody.
             return record if public_runpod_id(record) == runpod_id else None
         return None
-
-    async def _view(self, record: JobRecord, request_id: str) -> dict[str, Any]:
-        now = self._services.clock()
-        output = await presented_output(self._services, record)
-        if output is not None:
-            output = stamped(
-                output,
-                request_id=request_id,
-                worker_id=record.worker_id,
-                runpod_id=public_runpod_id(record),
-                duration_ms=execution_ms(record, now),
-                timestamp=record.finished_at or now,
-            )
-        return record_view(record, now, output)

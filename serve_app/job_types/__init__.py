@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from serve_app.errors import InvalidRequest, UnknownJobType
+from serve_app.job_types.bulk import bulk_download, delete_results
 from serve_app.job_types.context import Handler
 from serve_app.job_types.generate import generate
 from serve_app.job_types.health import health
 from serve_app.job_types.loras import download, list_models
 from serve_app.job_types.processes import cancel, process_status, processes
+from serve_app.job_types.stored_files import download_by_key, download_file, list_dataset_folders, list_files
 from serve_app.job_types.train import train
 from serve_app.job_types.upload import create_upload, finalize_upload, upload_training_data
 from train_jobs.errors import Problem
@@ -29,6 +31,12 @@ HANDLERS: dict[str, Handler] = {
     "lora": list_models,
     "list_models": list_models,
     "download": download,
+    "download_by_key": download_by_key,
+    "download_file": download_file,
+    "bulk_download": bulk_download,
+    "list_files": list_files,
+    "list_dataset_folders": list_dataset_folders,
+    "delete_results": delete_results,
 }
 
 STARTS_WORK = frozenset({"train", "train_with_yaml", "generate", "upload_training_data", "upload_training_files"})

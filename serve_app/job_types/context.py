@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serve_app.collaborators import Clock, Dispatch, Inference, JobsApi, Validation, Workers
-from serve_app.settings import RateLimitSettings, RequestLimits
-from storage.job_record import JobRecord
+from serve_app.settings import RateLimitSettings, RequestLimits, WebhookSettings
+from storage.job_record import JobRecord, NewWebhook
 from storage.keys import Keys
 from storage.objects import ObjectStore
 
@@ -43,6 +43,7 @@ class Services:
     limits: RequestLimits = field(default_factory=RequestLimits)
     rate_limits: RateLimitSettings = field(default_factory=RateLimitSettings)
     ingress_replicas: int = 1
+    webhooks: WebhookSettings = field(default_factory=WebhookSettings)
 
     def keys_of(self, tenant: str) -> Keys:
         """Raises InvalidKey for a tenant whose name cannot be part of a key."""
@@ -75,6 +76,7 @@ class JobContext:
     body_sha256: str
     idempotency_key: str | None = None
     policy: Policy = field(default_factory=Policy)
+    webhook: NewWebhook | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,11 @@ def runpod_id_of(context: JobContext, *, waits: bool) -> str | None:
     if not context.runpod_id:
         return None
     return context.runpod_id if waits else f"{ACCEPTED_PREFIX}{context.runpod_id}"
+
+
+def webhook_of(context: JobContext, *, waits: bool) -> NewWebhook | None:
+    """What the record's end is to be told to. An acceptance ends at once, and is told as such by whoever accepted."""
+    return context.webhook if waits else None
 
 
 def is_accepted_only(record: JobRecord) -> bool:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from serve_app.errors import LoraNotUsable, QueueFull
 from serve_app.inference.plan import GenerationRequest, ResolvedLora
-from serve_app.job_types.context import Following, JobContext, Services, runpod_id_of
+from serve_app.job_types.context import Following, JobContext, Services, runpod_id_of, webhook_of
 from serve_app.job_types.files import latest_lora
 from serve_app.job_types.loras import stored_loras
 from serve_app.validation.validator import parse_payload
@@ -37,13 +37,15 @@ async def generate(services: Services, context: JobContext, payload: dict[str, A
     by_id = [await _lora_by_id(services, context.tenant, use.id, use.scale) for use in spec.loras]
     by_path = [await _lora_by_path(services, context.tenant, path, scale) for path, scale in plan.lora_paths]
     request = GenerationRequest(spec=spec, loras=(*by_id, *by_path))
+    # A prompt's RunPod job is the picture itself; a config's was, in the older API, only its acceptance.
+    waits = not plan.from_config if wait is None else wait
     record = await services.jobs.create(
         NewJob(
             kind=JobKind.GENERATION,
             tenant=context.tenant,
             request=request.as_json(),
-            # A prompt's RunPod job is the picture itself; a config's was, in the older API, only its acceptance.
-            runpod_id=runpod_id_of(context, waits=not plan.from_config if wait is None else wait),
+            runpod_id=runpod_id_of(context, waits=waits),
+            webhook=webhook_of(context, waits=waits),
             idempotency_key=context.idempotency_key,
             body_sha256=context.body_sha256,
             timeout_s=context.policy.execution_timeout_s or services.defaults.generation_timeout_s,

@@ -11,6 +11,7 @@ from serve_app.job_types.files import latest_lora, url_item
 from serve_app.job_types.processes import ProcessChoice
 from serve_app.validation.validator import parse_payload
 from storage.errors import JobNotFound
+from storage.imported_loras import ImportedLora, list_imported
 from storage.job_record import JobRecord
 from storage.job_state import JobKind, JobState
 
@@ -35,7 +36,10 @@ async def stored_loras(services: Services, tenant: str) -> AsyncIterator[tuple[J
 
 
 async def list_models(services: Services, context: JobContext, payload: dict[str, Any]) -> Finished:
+    """The adapters that were trained here, newest first, then those that were brought in."""
     models = [_model(services, record, stored) async for record, stored in stored_loras(services, context.tenant)]
+    imported = await list_imported(services.store, services.keys_of(context.tenant))
+    models += [_imported_model(services, lora) for lora in imported]
     return Finished({"models": models, "total": len(models)})
 
 
@@ -65,6 +69,24 @@ def _files(record: JobRecord) -> list[dict[str, Any]]:
         return [item for item in output.get("images", []) if item.get("key")]
     best = latest_lora(output)
     return [] if best is None else [best, *(item for item in output["loras"] if item.get("key") and item is not best)]
+
+
+def _imported_model(services: Services, lora: ImportedLora) -> dict[str, Any]:
+    return {
+        "id": lora.id,
+        "filename": lora.filename,
+        "name": lora.name,
+        "path": f"s3://{services.bucket}/{lora.key}",
+        "s3_key": lora.key,
+        "process_id": None,
+        "size_mb": round(lora.size_bytes / MIB, 2),
+        "modified_date": lora.created_at.isoformat(),
+        "status": "ready",
+        "trigger_word": lora.trigger_word,
+        "base_model": lora.base_model,
+        "step": None,
+        "format": lora.format,
+    }
 
 
 def _model(services: Services, record: JobRecord, stored: dict[str, Any]) -> dict[str, Any]:

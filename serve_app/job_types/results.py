@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from serve_app.job_types.context import Services, is_accepted_only
+from serve_app.collaborators import Clock
+from serve_app.job_types.context import is_accepted_only
 from serve_app.job_types.files import redirect_item
 from serve_app.job_types.process_object import error_text, process_object, process_status
+from serve_app.settings import RequestLimits
 from storage.job_record import JobRecord
 from storage.job_state import JobKind, JobState
+from storage.keys import Keys
+from storage.objects import ObjectStore
 
 LIVE_FIELDS = ("progress", "step", "total_steps", "eta", "elapsed_time", "metrics")
 TRAINING_FACTS = ("base_model", "trigger_word", "steps", "final_loss")
+PREVIEWS = "previews"
+
+
+class Presenting(Protocol):
+    """What it takes to show a record; `serve_app.job_types.context.Services` has it."""
+
+    @property
+    def store(self) -> ObjectStore: ...
+    @property
+    def clock(self) -> Clock: ...
+    @property
+    def bucket(self) -> str: ...
+    @property
+    def limits(self) -> RequestLimits: ...
+    def keys_of(self, tenant: str) -> Keys: ...
+
+
+@dataclass(frozen=True)
+class Presenter:
+    """`Presenting` where there are no Services."""
+
+    store: ObjectStore
+    clock: Clock
+    bucket: str
+    prefix: str
+    limits: RequestLimits
+
+    def keys_of(self, tenant: str) -> Keys:
+        """Raises InvalidKey for a tenant whose name cannot be part of a key."""
+        return Keys(self.prefix, tenant)
 
 
 def accepted_message(record: JobRecord) -> dict[str, Any]:
@@ -20,7 +55,7 @@ def accepted_message(record: JobRecord) -> dict[str, Any]:
     return {"process_id": record.id, "status": process_status(record), "message": f"{kind} {record.id} was accepted"}
 
 
-async def presented_output(services: Services, record: JobRecord) -> dict[str, Any] | None:
+async def presented_output(services: Presenting, record: JobRecord) -> dict[str, Any] | None:
     """Keys become URLs here and only here. None while the job is queued. Raises StorageError."""
     if is_accepted_only(record):
         return accepted_message(record)
@@ -31,7 +66,8 @@ async def presented_output(services: Services, record: JobRecord) -> dict[str, A
         return {**about, **await _completed(services, record)}
     if not record.state.is_terminal:
         live = process_object(record, services.keys_of(record.tenant), services.bucket, services.clock())
-        return {**about, **{name: live[name] for name in LIVE_FIELDS}}
+        shown = {name: live[name] for name in LIVE_FIELDS}
+        return {**about, **shown, **await presented_previews(services, record.progress)}
     if record.state is JobState.CANCELLED:
         return {**about, "message": "cancelled"}
     failure: dict[str, Any] = {**about, "error": error_text(record)}
@@ -41,7 +77,22 @@ async def presented_output(services: Services, record: JobRecord) -> dict[str, A
     return failure
 
 
-async def _completed(services: Services, record: JobRecord) -> dict[str, Any]:
+async def presented_event(services: Presenting, data: dict[str, Any]) -> dict[str, Any]:
+    """A report of progress as its chunk of the stream: pictures by URL. Raises StorageError."""
+    plain = {name: value for name, value in data.items() if name != PREVIEWS}
+    return {"event": "progress", **plain, **await presented_previews(services, data)}
+
+
+async def presented_previews(services: Presenting, progress: dict[str, Any]) -> dict[str, Any]:
+    """`preview` is the newest one's URL; nothing where there is none."""
+    made = [item for item in progress.get(PREVIEWS, []) if item.get("key")]
+    if not made:
+        return {}
+    shown = [await redirect_item(services.store, item, expires_s=services.limits.url_expires_s) for item in made]
+    return {"preview": shown[-1]["url"], PREVIEWS: shown}
+
+
+async def _completed(services: Presenting, record: JobRecord) -> dict[str, Any]:
     output = record.output or {}
     expires_s = services.limits.url_expires_s
     if record.kind is JobKind.GENERATION:

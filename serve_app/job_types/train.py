@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from serve_app.collaborators import TrainingPlan
 from serve_app.errors import InvalidRequest
-from serve_app.job_types.context import Finished, Following, JobContext, Outcome, Services, runpod_id_of
+from serve_app.job_types.context import Finished, Following, JobContext, Outcome, Services, runpod_id_of, webhook_of
 from serve_app.validation.validator import parse_payload
 from storage.datasets import latest_manifest
 from storage.job_record import NewJob
@@ -60,6 +60,7 @@ async def queue_training(services: Services, context: JobContext, plan: Training
             tenant=context.tenant,
             request=spec,
             runpod_id=runpod_id_of(context, waits=waits),
+            webhook=webhook_of(context, waits=waits),
             idempotency_key=context.idempotency_key,
             body_sha256=context.body_sha256,
             timeout_s=context.policy.execution_timeout_s or services.defaults.training_timeout_s,

@@ -9,6 +9,7 @@ from typing import Any
 
 from serve_app.collaborators import GenerationPlan, TrainingPlan
 from serve_app.settings import Settings
+from serve_app.validation.bundles import Bundles
 from serve_app.validation.lora_imports import LoraImports
 from serve_app.validation.staged import StagedUploads
 from serve_app.validation.uploads import DatasetUploads
@@ -27,6 +28,7 @@ class Validation:
         store = StorageClient(s3, settings.breaker())
         self._loras = LoraImports(store, _keys_of(s3.prefix))
         self._uploads = DatasetUploads(store, _keys_of(s3.prefix), s3.bucket, _now)
+        self._bundles = Bundles(store, _keys_of(s3.prefix), _now)
         self._staged = StagedUploads(
             store,
             _keys_of(s3.prefix),
@@ -59,6 +61,9 @@ class Validation:
 
     async def finalize_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
         return await self._staged.finalize(tenant, payload)
+
+    async def bundle(self, tenant: str, files: list[dict[str, Any]]) -> dict[str, Any] | None:
+        return await self._bundles.make(tenant, files)
 
 
 def _now() -> datetime:

@@ -139,7 +139,8 @@ async def test_a_body_that_is_no_json_object_is_400(server: LocalServer, body: b
         ({"input": []}, "input"),
         ({"input": {}, "policy": {"executionTimeout": 4999}}, "policy.executionTimeout"),
         ({"input": {}, "policy": {"ttl": 7 * 24 * 3600 * 1000 + 1}}, "policy.ttl"),
-        ({"input": {}, "webhook": "https://example.com"}, "webhook"),
+        ({"input": {}, "webhook": "http://example.com"}, "webhook"),
+        ({"input": {}, "webhook": "https://127.0.0.1/"}, "webhook"),
         ({"input": {}, "s3Config": {"bucketName": "b"}}, "s3Config"),
     ],
 )

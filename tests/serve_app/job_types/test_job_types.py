@@ -62,6 +62,12 @@ async def test_every_job_type_of_this_landing_is_known() -> None:
         "lora",
         "list_models",
         "download",
+        "download_by_key",
+        "download_file",
+        "bulk_download",
+        "list_files",
+        "list_dataset_folders",
+        "delete_results",
     }
 
 

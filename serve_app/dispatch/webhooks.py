@@ -1,0 +1,105 @@
+"""Tells clients of the ends of their jobs, signed by the Standard Webhooks scheme (standardwebhooks.com).
+
+Which webhooks are due, and how often each was tried, stands in the job records; so a restart forgets none, and nothing
+that goes wrong here touches a job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from datetime import datetime
+from typing import Any
+
+from standardwebhooks.webhooks import Webhook as Signer
+
+from serve_app.collaborators import JobsApi
+from serve_app.dispatch.attempt import Sleep
+from serve_app.errors import AddressRefused, OutboundFailed
+from serve_app.ingress.runpod_status import status_object
+from serve_app.job_types.results import Presenting
+from serve_app.outbound import Outbound
+from storage.errors import JobError, StorageError
+from storage.webhook_record import Webhook
+
+logger = logging.getLogger(__name__)
+
+
+class WebhookSender:
+    """`secret`: the bytes that signatures are made with."""
+
+    def __init__(
+        self,
+        jobs: JobsApi,
+        presenting: Presenting,
+        outbound: Outbound,
+        *,
+        secret: bytes,
+        poll_s: float = 1.0,
+        sleep: Sleep = asyncio.sleep,
+    ) -> None:
+        self._jobs = jobs
+        self._presenting = presenting
+        self._outbound = outbound
+        self._signer = Signer(secret)
+        self._poll_s = poll_s
+        self._sleep = sleep
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            try:
+                sent = await self.send_due()
+            except JobError as error:
+                logger.warning("Webhooks could not be looked up: %s", error.code)
+                sent = 0
+            if not sent:
+                await self._sleep(self._poll_s)
+
+    async def send_due(self) -> int:
+        """How many were tried. Raises JobError."""
+        taken = await self._jobs.take_webhooks()
+        await asyncio.gather(*(self._attend(webhook) for webhook in taken))
+        return len(taken)
+
+    async def _attend(self, webhook: Webhook) -> None:
+        try:
+            await self._deliver(webhook)
+        except (AddressRefused, OutboundFailed, StorageError, JobError) as error:
+            logger.warning("Webhook %s, attempt %d: %s", webhook.message_id, webhook.attempts, _reason(error))
+            delivered = False
+        else:
+            delivered = True
+        try:
+            again = await self._jobs.settle_webhook(webhook, delivered=delivered)
+        except JobError as error:
+            logger.warning("The outcome of webhook %s was not noted: %s", webhook.message_id, error.code)
+            return
+        if not delivered and not again:
+            logger.error("Webhook %s was given up", webhook.message_id)
+
+    async def _deliver(self, webhook: Webhook) -> None:
+        """Raises AddressRefused, OutboundFailed, StorageError, JobError."""
+        body = json.dumps({**await self._status(webhook), "input": webhook.input})
+        await self._outbound.post(webhook.url, body.encode(), self._headers(webhook, body, self._presenting.clock()))
+
+    async def _status(self, webhook: Webhook) -> dict[str, Any]:
+        if webhook.job_id is None:
+            return webhook.body or {}
+        record = await self._jobs.get(webhook.job_id, tenant=webhook.tenant)
+        return await status_object(self._presenting, record, webhook.message_id)
+
+    def _headers(self, webhook: Webhook, body: str, now: datetime) -> dict[str, str]:
+        return {
+            "Content-Type": "application/json",
+            "User-Agent": "raylora",
+            "webhook-id": webhook.message_id,
+            "webhook-timestamp": str(int(now.timestamp())),
+            "webhook-signature": self._signer.sign(webhook.message_id, now, body),
+        }
+
+
+def _reason(error: Exception) -> str:
+    """Without the address, which may hold a secret of the client."""
+    return error.reason if isinstance(error, OutboundFailed) else str(getattr(error, "code", type(error).__name__))

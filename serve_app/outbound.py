@@ -1,0 +1,136 @@
+"""Requests of this server to addresses that clients named: to public ones, unless the settings allow any.
+
+The name is resolved once, and the connection goes to the very address that was looked at, so that a name whose answer
+changes between two look-ups leads nowhere else. Redirects are not followed, and no proxy of the environment is used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import re
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import httpx
+
+from serve_app.errors import AddressRefused, OutboundFailed
+
+URL_LENGTH_MAX = 2048
+
+_HOST = re.compile(rb"[A-Za-z0-9.:_-]{1,255}")
+
+Resolve = Callable[[str, int], Awaitable[list[str]]]
+
+# Both carry an IPv4 address inside, which a gateway would connect to in this one's place.
+_TRANSLATED = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("2002::/16"))
+
+
+def url_problem(url: str, *, any_address: bool) -> str | None:
+    """Why an address cannot be sent to, as far as it can be told from its text alone."""
+    try:
+        parsed = httpx.URL(url)
+    except (httpx.InvalidURL, ValueError):
+        return "is not a URL"
+    if len(url) > URL_LENGTH_MAX:
+        return f"is over {URL_LENGTH_MAX} characters"
+    if parsed.scheme not in ({"http", "https"} if any_address else {"https"}):
+        return "must be an https URL"
+    if not _HOST.fullmatch(parsed.raw_host) or parsed.userinfo:
+        return "must name a host, and no user"
+    if not any_address and _is_address(parsed.host) and not is_public(parsed.host):
+        return "must lead to a public address"
+    return None
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to the open internet."""
+    parsed = ipaddress.ip_address(address)
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped is not None:
+            return is_public(str(parsed.ipv4_mapped))
+        if any(parsed in network for network in _TRANSLATED):
+            return False
+    return parsed.is_global and not parsed.is_multicast
+
+
+async def resolve_host(host: str, port: int) -> list[str]:
+    """The addresses of a name, the preferred one first. Raises OSError."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(address[0]) for _, _, _, _, address in found]
+
+
+class Outbound:
+    """POSTs to where clients said."""
+
+    def __init__(
+        self,
+        *,
+        any_address: bool,
+        timeout_s: float,
+        resolve: Resolve = resolve_host,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._any_address = any_address
+        self._timeout_s = timeout_s
+        self._resolve = resolve
+        # A connection is made for one request: another one's address has to be looked at again.
+        self._client = httpx.AsyncClient(
+            follow_redirects=False,
+            trust_env=False,
+            timeout=timeout_s,
+            limits=httpx.Limits(max_keepalive_connections=0),
+            transport=transport,
+        )
+
+    async def post(self, url: str, content: bytes, headers: Mapping[str, str]) -> None:
+        """Delivered where the answer is a 2xx; its body is not read. Raises AddressRefused, OutboundFailed."""
+        if url_problem(url, any_address=self._any_address) is not None:
+            raise AddressRefused
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._post(httpx.URL(url), content, headers)
+        except TimeoutError:
+            raise OutboundFailed("timeout") from None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise OutboundFailed(type(error).__name__) from None
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def _post(self, url: httpx.URL, content: bytes, headers: Mapping[str, str]) -> None:
+        address = await self._address(url)
+        extensions: dict[str, Any] = {"sni_hostname": url.host}
+        request = self._client.build_request(
+            "POST",
+            url.copy_with(host=address),
+            content=content,
+            headers={**headers, "Host": url.netloc.decode("ascii")},
+            extensions=extensions,
+        )
+        response = await self._client.send(request, stream=True)
+        await response.aclose()
+        if not response.is_success:
+            raise OutboundFailed(f"status {response.status_code}")
+
+    async def _address(self, url: httpx.URL) -> str:
+        port = url.port or (443 if url.scheme == "https" else 80)
+        try:
+            found = await self._resolve(url.host, port)
+        except OSError:
+            raise OutboundFailed("name") from None
+        if not found:
+            raise OutboundFailed("name")
+        # One private answer among public ones is what an attacker's name server gives.
+        if not self._any_address and not all(is_public(address) for address in found):
+            raise AddressRefused
+        return found[0]
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,146 @@
+"""The tables of the job records, and nothing that reads or writes them."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import sqlalchemy as sa
+
+from storage.reply_rows import replies_table
+
+
+class UtcDateTime(sa.TypeDecorator[datetime]):
+    """Aware datetimes, stored in UTC and aware again when read, also on SQLite, which keeps no time zone."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+metadata = sa.MetaData()
+json_column = sa.JSON(none_as_null=True)
+
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("id", sa.String(32), nullable=False, unique=True),
+    sa.Column("tenant", sa.String(255), nullable=False),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("request", json_column, nullable=False),
+    sa.Column("source", sa.String(16), nullable=False),
+    sa.Column("runpod_id", sa.String(255)),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("queued_at", UtcDateTime, nullable=False),
+    sa.Column("updated_at", UtcDateTime, nullable=False),
+    sa.Column("started_at", UtcDateTime),
+    sa.Column("finished_at", UtcDateTime),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("attempts_max", sa.Integer, nullable=False),
+    sa.Column("lease_owner", sa.String(255)),
+    sa.Column("lease_expires_at", UtcDateTime),
+    sa.Column("cancel_requested", sa.Boolean, nullable=False),
+    sa.Column("cancel_requested_at", UtcDateTime),
+    sa.Column("progress", json_column, nullable=False),
+    sa.Column("output", json_column),
+    sa.Column("error", json_column),
+    sa.Column("settled_by", sa.String(255)),
+    sa.Column("submission_id", sa.String(255)),
+    sa.Column("worker_id", sa.String(255)),
+    sa.Column("timeout_s", sa.Float, nullable=False),
+    sa.Column("ttl_s", sa.Float),
+    sa.Column("priority", sa.Integer, nullable=False),
+    # Derived from the record at each write, so that a sweep is one indexed comparison.
+    sa.Column("run_deadline_at", UtcDateTime),
+    sa.Column("expires_at", UtcDateTime),
+    sa.UniqueConstraint("tenant", "runpod_id"),
+    sa.Index("jobs_by_queue", "kind", "state", "priority", "queued_at"),
+    sa.Index("jobs_by_tenant", "tenant", "created_at", "seq"),
+    sqlite_autoincrement=True,
+)
+DERIVED = ("seq", "run_deadline_at", "expires_at")
+FIXED = ("id", "tenant", "kind", "request", "source", "runpod_id", "created_at")
+
+idempotency = sa.Table(
+    "idempotency",
+    metadata,
+    sa.Column("tenant", sa.String(255), primary_key=True),
+    sa.Column("key", sa.String(255), primary_key=True),
+    sa.Column("body_sha256", sa.String(64), nullable=False),
+    sa.Column("job_id", sa.ForeignKey("jobs.id"), nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+)
+
+turns = sa.Table(
+    "turns",
+    metadata,
+    sa.Column("kind", sa.String(16), primary_key=True),
+    sa.Column("tenant", sa.String(255), primary_key=True),
+    sa.Column("turn", sa.Integer, nullable=False),
+)
+
+submissions = sa.Table(
+    "submissions",
+    metadata,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("submission_id", sa.String(255), nullable=False, unique=True),
+    sa.Column("job_id", sa.ForeignKey("jobs.id"), nullable=False, index=True),
+)
+
+outbox = sa.Table(
+    "outbox",
+    metadata,
+    # AUTOINCREMENT: a number that is never given twice tells a newer entry of the same job from the one just written.
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("job_id", sa.ForeignKey("jobs.id"), nullable=False, unique=True),
+    sa.Column("failures", sa.Integer, nullable=False, default=0),
+    sqlite_autoincrement=True,
+)
+
+replies = replies_table(metadata, UtcDateTime())
+
+flags = sa.Table("flags", metadata, sa.Column("name", sa.String(64), primary_key=True))
+
+events = sa.Table(
+    "events",
+    metadata,
+    # AUTOINCREMENT: a number is a place in the stream, and is never given twice.
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("job_id", sa.ForeignKey("jobs.id"), nullable=False),
+    sa.Column("at", UtcDateTime, nullable=False, index=True),
+    sa.Column("data", json_column, nullable=False),
+    sa.Index("events_by_job", "job_id", "seq"),
+    sqlite_autoincrement=True,
+)
+
+drains = sa.Table(
+    "drains",
+    metadata,
+    sa.Column("job_id", sa.ForeignKey("jobs.id"), primary_key=True),
+    sa.Column("seq", sa.Integer, nullable=False),
+    sa.Column("ended", sa.Boolean, nullable=False),
+    sa.Column("at", UtcDateTime, nullable=False, index=True),
+)
+
+webhooks = sa.Table(
+    "webhooks",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("job_id", sa.ForeignKey("jobs.id"), index=True),
+    sa.Column("tenant", sa.String(255), nullable=False),
+    sa.Column("url", sa.Text, nullable=False),
+    sa.Column("input", json_column, nullable=False),
+    sa.Column("body", json_column),
+    sa.Column("round", sa.Integer, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("due_at", UtcDateTime, index=True),
+    sa.Column("done_at", UtcDateTime, index=True),
+)
