@@ -24,10 +24,10 @@ class ManualClock:
 
 
 class JobsWorld:
-    """`Jobs` over an SQLite file below `folder`, and shorthands to bring a job to a state."""
+    """`Jobs` over the database at `url`, or an SQLite file below `folder`; and shorthands to bring a job to a state."""
 
-    def __init__(self, folder: Path, policy: JobsPolicy | None = None) -> None:
-        self.url = f"sqlite:///{folder / 'records' / 'jobs.sqlite'}"
+    def __init__(self, folder: Path, policy: JobsPolicy | None = None, *, url: str | None = None) -> None:
+        self.url = url or f"sqlite:///{folder / 'records' / 'jobs.sqlite'}"
         self.clock = ManualClock()
         self.policy = policy or JobsPolicy(cancel_grace_s=120.0, timeout_grace_s=60.0, idempotency_ttl_s=3600.0)
         self._open()

@@ -36,6 +36,10 @@ from storage.records_tables import (
 from storage.reply_rows import ReplyRows
 
 BUSY_TIMEOUT_S = 30.0
+POSTGRES_DRIVER = "postgresql+psycopg"
+# Any number that no other program uses in the same database.
+WRITERS_LOCK = 0x7261796C
+WRITES = "raylora_writes"
 
 
 @dataclass(frozen=True)
@@ -75,9 +79,9 @@ class Records:
     def __init__(self, url: str) -> None:
         with _mapped("open"):
             self._engine = _open_engine(url)
-            self._writer = self._engine.execution_options(sqlite_begin="IMMEDIATE")
+            self._writer = self._engine.execution_options(**{WRITES: True})
             metadata.create_all(self._writer)
-        # SQLite lets one writer in and makes the others poll with growing sleeps; a lock hands over at once.
+        # Databases let one writer in and make the others poll or wait in line; a lock hands over at once.
         self._write_lock = threading.Lock()
 
     def close(self) -> None:
@@ -106,8 +110,10 @@ def _mapped(operation: str) -> Iterator[None]:
 
 def _open_engine(url: str) -> sa.Engine:
     parsed = sa.make_url(url)
+    if parsed.get_backend_name() == "postgresql":
+        return _open_postgres(parsed)
     if parsed.get_backend_name() != "sqlite":
-        return sa.create_engine(parsed, hide_parameters=True, pool_pre_ping=True)
+        raise RecordsMisconfigured("the records are kept in SQLite or PostgreSQL")
     if not parsed.database or parsed.database == ":memory:":
         raise RecordsMisconfigured("an SQLite database needs a file, or its records end with the process")
     Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
@@ -115,6 +121,24 @@ def _open_engine(url: str) -> sa.Engine:
     sa.event.listen(engine, "connect", _prepare_sqlite)
     sa.event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _open_postgres(url: sa.URL) -> sa.Engine:
+    if url.drivername == "postgresql":
+        url = url.set(drivername=POSTGRES_DRIVER)
+    try:
+        engine = sa.create_engine(url, hide_parameters=True, pool_pre_ping=True)
+    except ModuleNotFoundError:
+        raise RecordsMisconfigured("the driver of PostgreSQL is not installed: raylora[postgres]") from None
+    sa.event.listen(engine, "begin", _begin_postgres)
+    return engine
+
+
+def _begin_postgres(connection: sa.Connection) -> None:
+    # One writer at a time, as with SQLite: what a transaction looked at first is still so when it writes.
+    if connection.get_execution_options().get(WRITES):
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{BUSY_TIMEOUT_S:.0f}s'")
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITERS_LOCK}, hashtext(current_schema()))")
 
 
 def _prepare_sqlite(connection: Any, _: object) -> None:
@@ -125,7 +149,8 @@ def _prepare_sqlite(connection: Any, _: object) -> None:
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:
-    connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get('sqlite_begin', 'DEFERRED')}")
+    writes = connection.get_execution_options().get(WRITES)
+    connection.exec_driver_sql(f"BEGIN {'IMMEDIATE' if writes else 'DEFERRED'}")
 
 
 class RecordsTx(StreamsTx):

@@ -18,15 +18,17 @@ from storage.errors import (
 from storage.job_record import LAUNCHER_OWNER, SETTLED_BY_SWEEP, JobRecord, NewJob
 from storage.job_state import JobKind, JobState
 from storage.jobs_testing import JobsWorld
+from tests.storage.postgres import database
 
 GENERATION, TRAINING = JobKind.GENERATION, JobKind.TRAINING
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[JobsWorld]:
-    world = JobsWorld(tmp_path)
-    yield world
-    world.close()
+@pytest.fixture(params=["sqlite", "postgres"])
+def world(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[JobsWorld]:
+    with database(request.param) as url:
+        world = JobsWorld(tmp_path, url=url)
+        yield world
+        world.close()
 
 
 # --- creation
@@ -90,7 +92,7 @@ def test_a_hundred_identical_creations_at_once_make_one_record(world: JobsWorld)
 
 
 def test_two_processes_with_the_same_database_make_one_record(world: JobsWorld, tmp_path: Path):
-    other = JobsWorld(tmp_path)
+    other = JobsWorld(tmp_path, url=world.url)
     turns = iter([world, other] * 20)
     records = _in_threads(40, lambda: next(turns).create(idempotency_key="k", body_sha256="a"))
     assert len({record.id for record in records}) == 1

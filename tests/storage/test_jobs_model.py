@@ -2,9 +2,11 @@
 
 import itertools
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
@@ -19,6 +21,7 @@ from storage.errors import (
 )
 from storage.job_state import TRANSITIONS, JobKind, JobState
 from storage.jobs_testing import JobsWorld
+from tests.storage.postgres import database, server
 
 LEASE_S = 30.0
 ATTEMPTS_MAX = 2
@@ -45,11 +48,13 @@ class Expected:
 
 class JobsMachine(RuleBasedStateMachine):
     jobs = Bundle("jobs")
+    kind = "sqlite"
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
-        self.world = JobsWorld(Path(self.folder.name))
+        self.stack = ExitStack()
+        self.world = JobsWorld(Path(self.folder.name), url=self.stack.enter_context(database(self.kind)))
         self.model: dict[str, Expected] = {}
         self.keys: dict[tuple[str, str], tuple[str, str]] = {}
         self.order = itertools.count()
@@ -57,6 +62,7 @@ class JobsMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.world.close()
+        self.stack.close()
         self.folder.cleanup()
 
     def time_passes_a_little(self) -> None:
@@ -255,3 +261,15 @@ JobsMachine.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 TestAnyOrderOfCalls = JobsMachine.TestCase
+
+
+class PostgresMachine(JobsMachine):
+    kind = "postgres"
+
+
+PostgresMachine.TestCase.settings = settings(JobsMachine.TestCase.settings, max_examples=8)
+
+
+@pytest.mark.skipif(server() is None, reason="no PostgreSQL server runs here")
+class TestAnyOrderOfCallsOnPostgres(PostgresMachine.TestCase):  # type: ignore[misc, name-defined]
+    pass
