@@ -21,12 +21,16 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError,
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from storage.blocking import BlockingStorage
+from storage.breaker import BreakerMode, BreakerSnapshot
+from storage.counters import Counts
 from storage.errors import StorageError, StorageMisconfigured, StorageUnavailable
 from storage.loop_thread import LoopThread
-from storage.objects import ObjectInfo, PutItem, PutOutcome, StorageHealth
+from storage.objects import Capabilities, ObjectInfo, PendingUpload, PutItem, PutOutcome, StorageHealth
+from storage.ray_counters import RayCounters
 from storage.s3 import S3Store, local_breaker
 from storage.settings import MIB, BreakerSettings, S3Settings
 from storage.shared_breaker import (
+    OperatorSetting,
     Remote,
     RemoteUnreachableError,
     Report,
@@ -60,8 +64,8 @@ class BreakerShell:
     def __init__(self, settings: BreakerSettings) -> None:
         self._breaker = SharedBreaker(local_breaker(settings), secrets.token_hex(8))
 
-    async def report(self, reports: Sequence[Report]) -> SharedState:
-        return self._breaker.report(reports)
+    async def report(self, reports: Sequence[Report], setting: OperatorSetting | None = None) -> SharedState:
+        return self._breaker.report(reports, setting)
 
     async def admit(self) -> SharedPermit | SharedState:
         return self._breaker.admit()
@@ -75,8 +79,8 @@ class _RemoteBreaker:
         self._namespace = namespace
         self._handle: Any = None
 
-    async def report(self, reports: Sequence[Report]) -> SharedState:
-        state: SharedState = await self._call("report", reports)
+    async def report(self, reports: Sequence[Report], setting: OperatorSetting | None = None) -> SharedState:
+        state: SharedState = await self._call("report", reports, setting)
         return state
 
     async def admit(self) -> SharedPermit | SharedState:
@@ -168,12 +172,29 @@ class StorageShell:
     async def ensure_bucket(self) -> None:
         await self._thread.run(self._store.ensure_bucket())
 
+    async def list_uploads(self, prefix: str) -> list[PendingUpload]:
+        return await self._thread.run(self._store.list_uploads(prefix))
+
+    async def abort_upload(self, key: str, upload_id: str) -> None:
+        await self._thread.run(self._store.abort_upload(key, upload_id))
+
+    async def capabilities(self) -> Capabilities:
+        return await self._thread.run(self._store.capabilities())
+
+    @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
+    async def set_breaker(self, mode: BreakerMode) -> BreakerSnapshot:
+        return await self._thread.run(self._store.set_breaker(mode))
+
+    @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
+    async def counts(self) -> Counts:
+        return await self._thread.run(self._store.counts())
+
     async def list(self, prefix: str, start_after: str | None, limit: int | None) -> Any:
         return await self._thread.run(self._store.list(prefix, start_after=start_after, limit=limit))
 
 
 class StorageClient:
-    """Implements `ObjectStore` over this node's storage actor.
+    """Implements `ObjectStore` and `StoreMaintenance` over this node's storage actor.
 
     Use it where Ray is initialised, from any event loop. A call whose actor died is repeated on its successor;
     every operation is safe to repeat. Raises StorageUnavailable when no actor answers, StorageMisconfigured when
@@ -249,6 +270,26 @@ class StorageClient:
     async def ensure_bucket(self) -> None:
         await self._call("ensure_bucket")
 
+    async def list_uploads(self, prefix: str) -> list[PendingUpload]:
+        found: list[PendingUpload] = await self._call("list_uploads", prefix)
+        return found
+
+    async def abort_upload(self, key: str, upload_id: str) -> None:
+        await self._call("abort_upload", key, upload_id)
+
+    async def capabilities(self) -> Capabilities:
+        found: Capabilities = await self._call("capabilities")
+        return found
+
+    async def set_breaker(self, mode: BreakerMode) -> BreakerSnapshot:
+        snapshot: BreakerSnapshot = await self._call("set_breaker", mode)
+        return snapshot
+
+    async def counts(self) -> Counts:
+        """Of this node's actor."""
+        counts: Counts = await self._call("counts")
+        return counts
+
     async def list(self, prefix: str, *, start_after: str | None = None, limit: int | None = None) -> list[ObjectInfo]:
         found: Any = await self._call("list", prefix, start_after, limit)
         return found  # type: ignore[no-any-return]
@@ -320,9 +361,9 @@ async def _open(
 ) -> tuple[S3Store, asyncio.Task[None] | None]:
     """On the loop that the store is to live on. The task reports to the shared breaker and has to be kept."""
     if remote is None:
-        return S3Store(settings, breaker), None
+        return S3Store(settings, breaker, tally=RayCounters()), None
     gate = SharedGate(local_breaker(breaker), remote, sync_interval_s=breaker.sync_interval_s)
-    return S3Store(settings, breaker, gate=gate), asyncio.create_task(gate.run())
+    return S3Store(settings, breaker, gate=gate, tally=RayCounters()), asyncio.create_task(gate.run())
 
 
 async def _answer(ref: Any) -> Any:

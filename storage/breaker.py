@@ -22,6 +22,14 @@ class BreakerState(StrEnum):
     HALF_OPEN = "half_open"
 
 
+class BreakerMode(StrEnum):
+    """Who decides: the breaker itself, or an operator."""
+
+    AUTOMATIC = "automatic"
+    FORCED_OPEN = "forced_open"
+    FORCED_CLOSED = "forced_closed"
+
+
 class Outcome(StrEnum):
     """What a call says about the backend. NEUTRAL: nothing, for example because it was cancelled."""
 
@@ -46,6 +54,7 @@ class BreakerSnapshot:
     generation: int
     consecutive_failures: int
     retry_after_s: float
+    mode: BreakerMode = BreakerMode.AUTOMATIC
 
 
 class BreakerOpenError(Exception):
@@ -75,6 +84,7 @@ class CircuitBreaker:
         self._recovery_s = recovery_s
         self._probe_timeout_s = probe_timeout_s
         self._clock = clock
+        self._mode = BreakerMode.AUTOMATIC
         self._state = BreakerState.CLOSED
         self._generation = 0
         self._consecutive_failures = 0
@@ -107,14 +117,30 @@ class CircuitBreaker:
                 self._enter(BreakerState.CLOSED)
         elif outcome is Outcome.FAILURE:
             self._consecutive_failures += 1
+            if self._mode is BreakerMode.FORCED_CLOSED:
+                return
             if self._state is BreakerState.HALF_OPEN or self._consecutive_failures >= self._failure_threshold:
                 self._opened_at = self._clock()
                 self._enter(BreakerState.OPEN)
 
+    def force(self, mode: BreakerMode) -> None:
+        """Let an operator decide, or the breaker again. A change forgets the failures and all calls under way.
+
+        Forced open, no call goes out, not even a probe. Forced closed, every call does. Automatic starts closed.
+        """
+        if mode is self._mode:
+            return
+        self._mode = mode
+        self._consecutive_failures = 0
+        self._enter(BreakerState.OPEN if mode is BreakerMode.FORCED_OPEN else BreakerState.CLOSED)
+
     def snapshot(self) -> BreakerSnapshot:
-        return BreakerSnapshot(self._state, self._generation, self._consecutive_failures, self._wait_s())
+        return BreakerSnapshot(self._state, self._generation, self._consecutive_failures, self._wait_s(), self._mode)
 
     def _wait_s(self) -> float:
+        if self._mode is BreakerMode.FORCED_OPEN:
+            # Nobody knows how long; the usual time is when asking again makes sense.
+            return self._recovery_s
         match self._state:
             case BreakerState.CLOSED:
                 return 0.0

@@ -8,22 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import mimetypes
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from storage.bounded import run_bounded
+from storage.digests import sha256_file
 from storage.errors import ObjectNotFound, StorageError
 from storage.keys import MANIFEST_NAME, Keys
 from storage.objects import ObjectStore, PutItem
+from storage.settings import MIB
 
-BATCH_FILES = 32
+logger = logging.getLogger(__name__)
+
 # Files up to this size are stored as bytes, a batch at the same time.
-SMALL_FILE_BYTES = 2 * 1024 * 1024
+SMALL_FILE_BYTES = 2 * MIB
+# Together they bound what is under way to the storage actor.
+BATCH_FILES = 64
+BATCH_BYTES = 16 * MIB
+BATCHES_AT_ONCE = 4
 
 
 class DatasetNotFound(StorageError):
@@ -44,6 +54,21 @@ class DatasetManifestInvalid(StorageError):
     def __init__(self, folder: str) -> None:
         super().__init__("the dataset's manifest cannot be read", folder)
         self.folder = folder
+
+
+class DatasetNotStored(StorageError):
+    """Some files could not be stored, so there is no upload; the data set is as it was before.
+
+    `failures` are (filename, code of the error), `retry_after_s` is when sending it again makes sense, where known.
+    """
+
+    code: ClassVar[str] = "dataset_not_stored"
+
+    def __init__(self, folder: str, failures: tuple[tuple[str, str], ...], retry_after_s: float | None) -> None:
+        super().__init__(f"{len(failures)} files could not be stored", folder, failures, retry_after_s)
+        self.folder = folder
+        self.failures = failures
+        self.retry_after_s = retry_after_s
 
 
 class DatasetFile(BaseModel):
@@ -76,6 +101,15 @@ class DatasetManifest(BaseModel):
         return sum(file.size_bytes for file in self.files)
 
 
+@dataclass(frozen=True)
+class FileOutcome:
+    """`error`: why it was not stored; only then there is no `file`."""
+
+    filename: str
+    file: DatasetFile | None = None
+    error: StorageError | None = None
+
+
 def new_upload_id(now: datetime) -> str:
     """A sortable id: UTC to the microsecond and 32 random bits, so that later uploads have greater ids."""
     return f"{now.astimezone(UTC):%Y%m%dT%H%M%S%fZ}-{secrets.token_hex(4)}"
@@ -96,12 +130,19 @@ async def write_dataset(
     """Store `files` as (filename, bytes or a local path, content type), then the manifest.
 
     `base` is an earlier upload whose files stay part of the dataset unless a new one has their name. Raises
-    StorageError; then no manifest was written and the dataset is as before.
+    DatasetNotStored, naming every file that failed, or another StorageError; then no manifest was written and the
+    dataset is as before.
     """
     upload = upload_id or new_upload_id(now)
-    stored: list[DatasetFile] = []
-    for start in range(0, len(files), BATCH_FILES):
-        stored += await _store_batch(store, keys, folder, upload, files[start : start + BATCH_FILES])
+    batches = (_store_batch(store, keys, folder, upload, batch) for batch in _batches(files))
+    outcomes = [outcome for batch in await run_bounded(batches, BATCHES_AT_ONCE) for outcome in batch]
+    errors = {outcome.filename: outcome.error for outcome in outcomes if outcome.error is not None}
+    if errors:
+        waits_s = [float(getattr(error, "retry_after_s", 0.0)) for error in errors.values()]
+        failures = tuple((name, error.code) for name, error in errors.items())
+        logger.warning("%d of %d files of an upload were not stored (%s)", len(errors), len(files), failures[0][1])
+        raise DatasetNotStored(folder, failures, max(waits_s) or None)
+    stored = [outcome.file for outcome in outcomes if outcome.file is not None]
     return await commit_manifest(
         store,
         keys,
@@ -194,41 +235,78 @@ async def delete_other_uploads(store: ObjectStore, keys: Keys, manifest: Dataset
     return sum([await store.delete_many(group) for group in (manifests, files) if group])
 
 
+async def referenced_keys(store: ObjectStore, keys: Keys, folder: str) -> set[str]:
+    """Keys of all files that a manifest of this dataset names. Raises DatasetManifestInvalid rather than miss some."""
+    named: set[str] = set()
+    for upload_id in await _uploads(store, keys, folder):
+        manifest = await latest_manifest(store, keys, folder, upload_id=upload_id)
+        named |= {file.key for file in manifest.files}
+    return named
+
+
 async def _uploads(store: ObjectStore, keys: Keys, folder: str) -> list[str]:
     prefix = keys.dataset_manifests_prefix(folder)
     parts = [info.key.removeprefix(prefix).split("/") for info in await store.list(prefix)]
     return sorted(p[0] for p in parts if len(p) == 2 and p[1] == MANIFEST_NAME)
 
 
+def _batches(
+    files: Sequence[tuple[str, bytes | Path, str | None]],
+) -> Iterator[list[tuple[str, bytes | Path, str | None]]]:
+    """In order, bounded by number and by the bytes that pass through memory here."""
+    batch: list[tuple[str, bytes | Path, str | None]] = []
+    size_bytes = 0
+    for file in files:
+        weight = _weight(file[1])
+        if batch and (len(batch) == BATCH_FILES or size_bytes + weight > BATCH_BYTES):
+            yield batch
+            batch, size_bytes = [], 0
+        batch.append(file)
+        size_bytes += weight
+    if batch:
+        yield batch
+
+
+def _weight(content: bytes | Path) -> int:
+    """Large files go by their path: their bytes never pass here."""
+    if isinstance(content, bytes):
+        return len(content)
+    size_bytes = content.stat().st_size
+    return size_bytes if size_bytes <= SMALL_FILE_BYTES else 0
+
+
 async def _store_batch(
     store: ObjectStore, keys: Keys, folder: str, upload_id: str, files: Sequence[tuple[str, bytes | Path, str | None]]
-) -> list[DatasetFile]:
+) -> list[FileOutcome]:
+    """One for each file. Small files go together."""
     items: list[PutItem] = []
-    stored: list[DatasetFile] = []
+    small: list[DatasetFile] = []
+    outcomes: list[FileOutcome] = []
     for filename, content, content_type in files:
         key = keys.dataset_file(folder, upload_id, filename)
         kind = content_type or mimetypes.guess_type(filename)[0]
         if isinstance(content, Path) and content.stat().st_size <= SMALL_FILE_BYTES:
             content = await asyncio.to_thread(content.read_bytes)
         if isinstance(content, Path):
-            info = await store.upload_file(content, key, content_type=kind)
-            sha256 = info.sha256
-            if sha256 is None:
-                sha256 = await asyncio.to_thread(_sha256_of, content)
-            stored.append(_entry(filename, key, info.size_bytes, sha256, kind))
+            outcomes.append(await _store_large(store, filename, content, key, kind))
         else:
             items.append(PutItem(key, content, kind))
-            stored.append(_entry(filename, key, len(content), hashlib.sha256(content).hexdigest(), kind))
-    for outcome in await store.put_many(items) if items else []:
-        if outcome.error is not None:
-            raise outcome.error
-    return stored
+            small.append(_entry(filename, key, len(content), hashlib.sha256(content).hexdigest(), kind))
+    results = await store.put_many(items) if items else []
+    for file, result in zip(small, results, strict=True):
+        stored = file if result.error is None else None
+        outcomes.append(FileOutcome(file.filename, stored, result.error))
+    return outcomes
+
+
+async def _store_large(store: ObjectStore, filename: str, path: Path, key: str, kind: str | None) -> FileOutcome:
+    try:
+        info = await store.upload_file(path, key, content_type=kind)
+    except StorageError as error:
+        return FileOutcome(filename, error=error)
+    sha256 = await asyncio.to_thread(sha256_file, path) if info.sha256 is None else info.sha256
+    return FileOutcome(filename, _entry(filename, key, info.size_bytes, sha256, kind))
 
 
 def _entry(filename: str, key: str, size_bytes: int, sha256: str, content_type: str | None) -> DatasetFile:
     return DatasetFile(filename=filename, key=key, size_bytes=size_bytes, sha256=sha256, content_type=content_type)
-
-
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

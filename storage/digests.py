@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,6 @@ class Digest:
 
     size_bytes: int
     sha256: str
-    md5: str
     part_md5s: tuple[str, ...]
     part_size_bytes: int
 
@@ -25,28 +25,35 @@ class Digest:
         """
         joined = b"".join(bytes.fromhex(part) for part in self.part_md5s)
         composite = f"{_md5(joined)}-{len(self.part_md5s)}"
-        return etag.strip('"') in {self.md5, composite}
+        whole = self.part_md5s if len(self.part_md5s) == 1 else ()
+        return etag.strip('"') in {composite, *whole}
 
 
 def digest_bytes(data: bytes) -> Digest:
-    md5 = _md5(data)
-    return Digest(len(data), hashlib.sha256(data).hexdigest(), md5, (md5,), max(1, len(data)))
+    return Digest(len(data), hashlib.sha256(data).hexdigest(), (_md5(data),), max(1, len(data)))
 
 
 def digest_file(path: Path, part_size_bytes: int) -> Digest:
-    whole, sha256, parts, size_bytes = hashlib.md5(usedforsecurity=False), hashlib.sha256(), [], 0
-    with path.open("rb") as file:
-        while part := file.read(part_size_bytes):
-            whole.update(part)
-            sha256.update(part)
-            parts.append(_md5(part))
-            size_bytes += len(part)
-    return Digest(size_bytes, sha256.hexdigest(), whole.hexdigest(), tuple(parts), part_size_bytes)
+    """The two kinds of hashes on a core each. Raises OSError."""
+    with ThreadPoolExecutor(1) as other:
+        parts = other.submit(_part_md5s, path, part_size_bytes)
+        sha256 = sha256_file(path)
+        size_bytes, md5s = parts.result()
+    return Digest(size_bytes, sha256, md5s, part_size_bytes)
 
 
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _part_md5s(path: Path, part_size_bytes: int) -> tuple[int, tuple[str, ...]]:
+    size_bytes, md5s = 0, []
+    with path.open("rb") as file:
+        while part := file.read(part_size_bytes):
+            size_bytes += len(part)
+            md5s.append(_md5(part))
+    return size_bytes, tuple(md5s)
 
 
 def _md5(data: bytes) -> str:

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -37,7 +38,7 @@ RESTART_WAIT_INITIAL_S = 0.2
 RESTART_WAIT_MAX_S = 10.0
 STEADY_AFTER_S = 30.0
 LOG_BYTES_MAX = 1024 * 1024
-TEMPORARY_PREFIX = ".rclone_temp_put_"
+TEMPORARY_PREFIXES = (".rclone_temp_put_", ".rclone_temp_multipart_")
 
 # Runs in the child before rclone does. A process, because running Python between fork and exec in a program with
 # threads can deadlock. The kernel kills the child when the thread that started it ends (PR_SET_PDEATHSIG is 1), even
@@ -139,6 +140,11 @@ class EmbeddedS3:
             self._lock_file.close()
             self._lock_file = None
 
+    @property
+    def objects_dir(self) -> Path:
+        """Below it is a folder for each bucket."""
+        return self._data_dir / "objects"
+
     def settings(self) -> S3Settings:
         """Settings that reach this server, once started."""
         if self._credentials is None:
@@ -211,7 +217,7 @@ class EmbeddedS3:
 
     def _run_once(self, binary: Path, credentials: Credentials) -> None:
         """One life of the server: from its start to its end, by itself or by `stop`."""
-        sweep_temporary_files(self._data_dir / "objects")
+        TemporaryFiles(self._data_dir / "objects").sweep(0.0)
         with _open_log(self._data_dir / "s3.log") as log:
             process = subprocess.Popen(
                 self._command(binary),
@@ -269,15 +275,33 @@ def find_rclone() -> Path:
     return Path(found)
 
 
-def sweep_temporary_files(objects_dir: Path) -> int:
-    """Remove what uploads left that were cut short. Only while no server runs. Returns how many."""
-    swept = 0
-    for folder, _, names in os.walk(objects_dir):
-        for name in names:
-            if name.startswith(TEMPORARY_PREFIX):
-                Path(folder, name).unlink(missing_ok=True)
-                swept += 1
-    return swept
+@dataclass(frozen=True)
+class TemporaryFiles:
+    """What uploads left that were cut short. Implements `storage.sweeper.TemporaryFiles`.
+
+    While a server runs, only files that no upload writes to any more may go: those unchanged for long.
+    """
+
+    objects_dir: Path
+    wall_clock: Callable[[], float] = time.time
+
+    def sweep(self, older_than_s: float, *, dry_run: bool = False) -> tuple[int, int]:
+        """Remove those unchanged for so long. How many they were, and their bytes. Raises OSError."""
+        files = size_bytes = 0
+        for folder, _, names in os.walk(self.objects_dir):
+            for path in (Path(folder, name) for name in names if name.startswith(TEMPORARY_PREFIXES)):
+                try:
+                    found = path.stat()
+                except FileNotFoundError:
+                    # Its upload has ended meanwhile.
+                    continue
+                if self.wall_clock() - found.st_mtime < older_than_s:
+                    continue
+                if not dry_run:
+                    path.unlink(missing_ok=True)
+                files += 1
+                size_bytes += found.st_size
+        return files, size_bytes
 
 
 def _environment(credentials: Credentials) -> dict[str, str]:

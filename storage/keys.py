@@ -5,6 +5,7 @@
     <prefix>/<tenant>/loras/<lora_id>/{<filename>,manifest.json}
     <prefix>/<tenant>/processes/<process_id>/{lora,checkpoints/<step>,samples,images,logs}/...
     <prefix>/processes/<process_id>.json                     mirror of a job record, all tenants
+    <prefix>/probes/<token>                                  written and removed to try a server out
 
 Every part is one validated segment, so a key cannot leave its tenant; every prefix ends with "/", so `matt`
 never matches `matt2`. Pure: no I/O.
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from dataclasses import dataclass
+from typing import Literal
 
 from storage.errors import InvalidKey
 
@@ -26,7 +29,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _PUNCTUATION_OF_FILES = frozenset(" ._-+=@,()[]!'&~")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _EXTENSION = re.compile(r"[A-Za-z0-9]{1,10}")
-_SIBLINGS_OF_TENANTS = frozenset({"processes", "dataset", "datasets", "results"})
+_SIBLINGS_OF_TENANTS = frozenset({"processes", "dataset", "datasets", "results", "probes"})
 
 
 def check_name(value: str, what: str) -> str:
@@ -75,6 +78,11 @@ def check_prefix(prefix: str) -> str:
     return prefix
 
 
+def probe_object(prefix: str, token: str) -> str:
+    """An object of no tenant. Raises InvalidKey."""
+    return check_key(f"{prefix}/probes/{check_name(token, 'a token')}")
+
+
 def _allowed_in_filename(character: str) -> bool:
     return character in _PUNCTUATION_OF_FILES or unicodedata.category(character)[0] in "LMN"
 
@@ -90,6 +98,32 @@ def _utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise InvalidKey(text, "a key must be valid Unicode") from error
+
+
+@dataclass(frozen=True)
+class Place:
+    """What an object belongs to: the process, upload or probe `name`. `folder` of data sets only."""
+
+    kind: Literal["processes", "staging", "datasets", "probes"]
+    tenant: str
+    name: str
+    folder: str = ""
+
+
+def place_of(prefix: str, key: str) -> Place | None:
+    """The reverse of `Keys`; None for what `Keys` does not make, such as older layouts and mirrored records."""
+    if not key.startswith(f"{prefix}/"):
+        return None
+    match key.removeprefix(f"{prefix}/").split("/"):
+        case ["probes", name]:
+            return Place("probes", "", name)
+        case [tenant, *_] if tenant.lower() in _SIBLINGS_OF_TENANTS:
+            return None
+        case [tenant, "processes" | "staging" as kind, name, _, *_]:
+            return Place("processes" if kind == "processes" else "staging", tenant, name)
+        case [tenant, "datasets", folder, name, _]:
+            return Place("datasets", tenant, name, folder)
+    return None
 
 
 class Keys:

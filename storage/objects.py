@@ -8,6 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from storage.breaker import BreakerMode, BreakerSnapshot
+from storage.counters import Counts
 from storage.errors import StorageError
 
 PRESIGN_EXPIRES_S_MAX = 7 * 24 * 3600
@@ -45,7 +47,10 @@ class PutOutcome:
 
 @dataclass(frozen=True)
 class StorageHealth:
-    """`breaker` is "closed", "open" or "half_open". `detail` is an error code of `storage.errors`, never a text."""
+    """`breaker` is "closed", "open" or "half_open". `detail` is an error code of `storage.errors`, never a text.
+
+    `breaker_mode` is "automatic", or "forced_open" or "forced_closed" where an operator decides.
+    """
 
     ok: bool
     breaker: str
@@ -53,6 +58,31 @@ class StorageHealth:
     latency_ms: float | None = None
     detail: str | None = None
     retry_after_s: float | None = None
+    breaker_mode: str = "automatic"
+
+
+@dataclass(frozen=True)
+class PendingUpload:
+    """A multipart upload that nobody has completed or aborted yet."""
+
+    key: str
+    upload_id: str
+    started_at: datetime
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a server can do. `tags`, `lifecycle`, `presigned_post` and `keeps_metadata` (over a restart) are known of
+    its kind, the others were tried out."""
+
+    conditional_writes: bool
+    ranged_reads: bool
+    multipart_listing: bool
+    answers_with_etag: bool
+    tags: bool
+    lifecycle: bool
+    presigned_post: bool
+    keeps_metadata: bool
 
 
 @runtime_checkable
@@ -118,4 +148,29 @@ class ObjectStore(Protocol):
 
     async def ensure_bucket(self) -> None:
         """Create the bucket where it is missing."""
+        ...
+
+
+@runtime_checkable
+class StoreMaintenance(Protocol):
+    """What operators and the sweeper need beside `ObjectStore`. The errors are the same."""
+
+    async def list_uploads(self, prefix: str) -> list[PendingUpload]:
+        """Multipart uploads under way or left behind below `prefix`, which ends with "/"."""
+        ...
+
+    async def abort_upload(self, key: str, upload_id: str) -> None:
+        """A missing upload is fine."""
+        ...
+
+    async def capabilities(self) -> Capabilities:
+        """Asked of the server once, then remembered."""
+        ...
+
+    async def set_breaker(self, mode: BreakerMode) -> BreakerSnapshot:
+        """Force the breaker of the whole cluster, or let it decide again. Works while the backend is away."""
+        ...
+
+    async def counts(self) -> Counts:
+        """What this store has counted since it was made; see `storage.counters`."""
         ...

@@ -16,13 +16,24 @@ from typing import Protocol, TypeVar
 
 import tenacity
 
-from storage.breaker import BreakerOpenError, BreakerSnapshot, CircuitBreaker, Outcome, Permit
+from storage.breaker import (
+    BreakerMode,
+    BreakerOpenError,
+    BreakerSnapshot,
+    BreakerState,
+    CircuitBreaker,
+    Outcome,
+    Permit,
+)
+from storage.counters import ATTEMPTS, BREAKER_STATE, OPERATIONS, RETRIES, Counters, Tally
 from storage.errors import StorageError, StorageFailed, StorageTimeout, StorageUnavailable
 from storage.settings import S3Settings
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+STATE_NUMBERS = {BreakerState.CLOSED: 0.0, BreakerState.HALF_OPEN: 1.0, BreakerState.OPEN: 2.0}
 
 
 class TransientFaultError(Exception):
@@ -62,6 +73,10 @@ class Gate(Protocol):
 
     def snapshot(self) -> BreakerSnapshot: ...
 
+    async def force(self, mode: BreakerMode) -> BreakerSnapshot:
+        """An operator's setting. Raises StorageUnavailable where it cannot be made known."""
+        ...
+
 
 class LocalGate:
     """The breaker of this process alone."""
@@ -73,6 +88,10 @@ class LocalGate:
         return LocalAdmission(self._breaker, self._breaker.admit())
 
     def snapshot(self) -> BreakerSnapshot:
+        return self._breaker.snapshot()
+
+    async def force(self, mode: BreakerMode) -> BreakerSnapshot:
+        self._breaker.force(mode)
         return self._breaker.snapshot()
 
 
@@ -188,7 +207,10 @@ class Resilience:
         *,
         max_concurrency: int,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        counters: Counters | None = None,
     ) -> None:
+        self._counters = counters or Tally()
+        self._shown: BreakerState | None = None
         self.gate = gate
         self.policy = policy
         self._budget = budget
@@ -210,6 +232,37 @@ class Resilience:
         the others. Raises StorageUnavailable, StorageTimeout, StorageFailed, a fault's `final` error, and whatever
         `attempt` raises.
         """
+        result = "error"
+        try:
+            answer = await self._bounded(operation, attempt, size_bytes, deadline_s, needs_slot=needs_slot)
+            result = "ok"
+            return answer
+        except StorageError as error:
+            result = error.code
+            raise
+        except asyncio.CancelledError:
+            result = "cancelled"
+            raise
+        finally:
+            self._counters.add(OPERATIONS, operation=operation, result=result)
+            self.show_breaker()
+
+    def show_breaker(self) -> None:
+        """Its state, where it has changed since it was last shown."""
+        state = self.gate.snapshot().state
+        if state is not self._shown:
+            self._shown = state
+            self._counters.show(BREAKER_STATE, STATE_NUMBERS[state])
+
+    async def _bounded(
+        self,
+        operation: str,
+        attempt: Callable[[Attempt], Awaitable[T]],
+        size_bytes: int,
+        deadline_s: float | None,
+        *,
+        needs_slot: bool,
+    ) -> T:
         extra_s = size_bytes / self.policy.throughput_min_bytes_per_s
         total_s = (self.policy.deadline_s if deadline_s is None else deadline_s) + extra_s
         try:
@@ -277,6 +330,7 @@ class Resilience:
             raise
         finally:
             admission.settle(outcome)
+            self._counters.add(ATTEMPTS, operation=run.operation, outcome=outcome)
 
     def _may_retry(self, run: _Run, error: BaseException) -> bool:
         if not isinstance(error, TransientFaultError):
@@ -285,6 +339,8 @@ class Resilience:
         if run.attempts >= self.policy.attempts_max:
             return False
         run.taken = self._budget.take(timed_out=error.timed_out)
+        if run.taken:
+            self._counters.add(RETRIES, operation=run.operation, reason=error.reason)
         logger.info(
             "storage attempt failed",
             extra={"operation": run.operation, "attempt": run.attempts, "reason": error.reason, "retry": run.taken > 0},

@@ -1,65 +1,55 @@
 """`ObjectStore` over S3. Plain: runs without Ray, belongs to one event loop.
 
-Every operation goes through `Resilience.call`. A write counts when the server's copy is known to be right: the
-length and the ETag of a HEAD equal the length and MD5 of what was sent. (rclone computes that ETag from its file,
-AWS from what it received.) Where an ETag is no MD5, the object is read back and its SHA-256 compared.
+Every operation goes through `Resilience.call`. A write counts when the server is known to have received the right
+bytes: the ETag that it answers with equals the MD5 of what was sent. After an attempt whose answer was lost, a HEAD
+tells length and ETag. Where an ETag is no MD5, the object is read back and its SHA-256 compared. That ETag is why
+payloads need not be signed as well on ways that nobody listens to.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import secrets
 import time
 import unicodedata
 import urllib.parse
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
 from datetime import UTC
 from pathlib import Path
 from typing import Any, TypeVar
 
-from aiobotocore.config import AioConfig
-from aiobotocore.httpsession import AIOHTTPSession
-from aiobotocore.session import get_session
-
-from storage.breaker import CircuitBreaker
+from storage.bounded import run_bounded
+from storage.breaker import BreakerMode, BreakerSnapshot, CircuitBreaker
+from storage.counters import Counts, Tally
 from storage.digests import digest_bytes
 from storage.errors import ObjectNotFound, StorageError, StorageFailed, StorageMisconfigured
 from storage.keys import check_key, check_prefix
-from storage.objects import PRESIGN_EXPIRES_S_MAX, ObjectInfo, PutItem, PutOutcome, StorageHealth
+from storage.objects import (
+    PRESIGN_EXPIRES_S_MAX,
+    Capabilities,
+    ObjectInfo,
+    PendingUpload,
+    PutItem,
+    PutOutcome,
+    StorageHealth,
+)
 from storage.resilience import Attempt, Gate, LocalGate, Policy, Resilience, RetryBudget, TransientFaultError
 from storage.s3_calls import Answer, S3Calls, corrupted, description, info_of
-from storage.s3_files import FileTransfers, run_bounded
+from storage.s3_client import S3Clients
+from storage.s3_files import FileTransfers
+from storage.s3_maintenance import Maintenance
 from storage.settings import MIB, BreakerSettings, S3Settings
 
 T = TypeVar("T")
 
-# Anything else is refused before it is sent: on rclone, tagging and ACL calls overwrite or delete the object.
-ALLOWED_CALLS = frozenset(
-    {
-        "AbortMultipartUpload",
-        "CompleteMultipartUpload",
-        "CopyObject",
-        "CreateBucket",
-        "CreateMultipartUpload",
-        "DeleteObject",
-        "DeleteObjects",
-        "GetObject",
-        "HeadBucket",
-        "HeadObject",
-        "ListObjectsV2",
-        "PutObject",
-        "UploadPart",
-    }
-)
 DELETE_KEYS_MAX = 1000
 PAGE_KEYS_MAX = 1000
-# Health and presigning never queue behind transfers, so they need connections of their own.
-SPARE_CONNECTIONS = 8
+HASHED_IN_PLACE_BYTES_MAX = MIB // 4
 
 
 class S3Store:
-    """Implements `storage.objects.ObjectStore`. Close it with `aclose` or `async with`."""
+    """Implements `ObjectStore` and `StoreMaintenance`. Close it with `aclose` or `async with`."""
 
     def __init__(
         self,
@@ -69,19 +59,24 @@ class S3Store:
         gate: Gate | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        tally: Tally | None = None,
     ) -> None:
         self._settings = settings
         self._clock = clock
+        self._tally = tally or Tally()
+        self._capabilities: Capabilities | None = None
         self._resilience = Resilience(
             gate or LocalGate(local_breaker(breaker or BreakerSettings(), clock)),
             Policy.of(settings),
             RetryBudget(settings.retry_budget),
             max_concurrency=settings.max_concurrency,
             sleep=sleep,
+            counters=self._tally,
         )
-        self._clients = _Clients(settings)
-        self._calls = S3Calls(self._clients, settings.bucket)
-        self._files = FileTransfers(self._calls, self._resilience, settings)
+        self._clients = S3Clients(settings)
+        self._calls = S3Calls(self._clients, settings.bucket, self._tally)
+        self._files = FileTransfers(self._calls, self._resilience, settings, self._tally)
+        self._maintenance = Maintenance(self._calls, self._resilience, settings)
 
     async def __aenter__(self) -> S3Store:
         return self
@@ -96,14 +91,14 @@ class S3Store:
 
     async def put(self, key: str, data: bytes, *, content_type: str | None = None) -> ObjectInfo:
         check_key(key)
-        digest = await _in_thread_if(len(data) > MIB, digest_bytes, data)
+        digest = await _hashed(digest_bytes, data)
         parameters = {"Key": key, "Body": data, **description(digest.sha256, content_type)}
 
         async def attempt(state: Attempt) -> ObjectInfo:
             if state.ambiguous and (stored := await self._calls.stored("put", key, digest)):
                 return stored
-            await self._calls.send("put", key, "put_object", parameters)
-            return await self._calls.verified("put", key, digest)
+            answer = await self._calls.send("put", key, "put_object", parameters)
+            return await self._calls.confirmed("put", key, digest, content_type, answer)
 
         return await self._resilience.call("put", attempt, size_bytes=len(data))
 
@@ -121,11 +116,12 @@ class S3Store:
         check_key(key)
 
         async def attempt(state: Attempt) -> bytes:
-            data = await self._calls.read("get", key, state)
-            if expected_sha256 is not None:
-                actual = await _in_thread_if(len(data) > MIB, _sha256, data)
-                if actual != expected_sha256:
-                    raise corrupted(key, expected_sha256, actual)
+            data, noted_sha256 = await self._calls.read("get", key, state)
+            expected = expected_sha256 or noted_sha256
+            if expected is not None:
+                actual = await _hashed(_sha256, data)
+                if actual != expected:
+                    raise corrupted(key, expected, actual)
             return data
 
         return await self._resilience.call("get", attempt)
@@ -187,7 +183,8 @@ class S3Store:
         return await self.put(key, await asyncio.to_thread(path.read_bytes), content_type=content_type)
 
     async def download_file(self, key: str, path: Path, *, expected_sha256: str | None = None) -> ObjectInfo:
-        return await self._files.download(await self.head(key), path, expected_sha256=expected_sha256)
+        info = await self.head(key)
+        return await self._files.download(info, path, expected_sha256=expected_sha256 or info.sha256)
 
     async def presign_get(self, key: str, *, expires_s: int = 3600, filename: str | None = None) -> str:
         parameters = {} if filename is None else {"ResponseContentDisposition": _attachment(filename)}
@@ -209,10 +206,16 @@ class S3Store:
         except StorageError as error:
             breaker = self._resilience.gate.snapshot()
             return StorageHealth(
-                False, breaker.state.value, settings.backend, detail=error.code, retry_after_s=breaker.retry_after_s
+                False,
+                breaker.state.value,
+                settings.backend,
+                detail=error.code,
+                retry_after_s=breaker.retry_after_s,
+                breaker_mode=breaker.mode.value,
             )
         latency_ms = (self._clock() - started) * 1000
-        return StorageHealth(True, self._resilience.gate.snapshot().state.value, settings.backend, latency_ms)
+        breaker = self._resilience.gate.snapshot()
+        return StorageHealth(True, breaker.state.value, settings.backend, latency_ms, breaker_mode=breaker.mode.value)
 
     async def ensure_bucket(self) -> None:
         async def attempt(_: Attempt) -> None:
@@ -222,6 +225,9 @@ class S3Store:
                 await self._create_bucket()
 
         await self._resilience.call("ensure_bucket", attempt)
+
+    async def list_uploads(self, prefix: str) -> list[PendingUpload]:
+        return await self._maintenance.list_uploads(check_prefix(prefix))
 
     async def list(self, prefix: str, *, start_after: str | None = None, limit: int | None = None) -> list[ObjectInfo]:
         check_prefix(prefix)
@@ -235,6 +241,22 @@ class S3Store:
                 break
             position = {"ContinuationToken": page["NextContinuationToken"]}
         return found
+
+    async def abort_upload(self, key: str, upload_id: str) -> None:
+        await self._maintenance.abort_upload(check_key(key), upload_id)
+
+    async def capabilities(self) -> Capabilities:
+        if self._capabilities is None:
+            self._capabilities = await self._maintenance.capabilities(secrets.token_hex(8))
+        return self._capabilities
+
+    async def set_breaker(self, mode: BreakerMode) -> BreakerSnapshot:
+        snapshot = await self._resilience.gate.force(mode)
+        self._resilience.show_breaker()
+        return snapshot
+
+    async def counts(self) -> Counts:
+        return self._tally.counts()
 
     async def _page(self, parameters: dict[str, Any]) -> Answer:
         async def attempt(_: Attempt) -> Answer:
@@ -278,105 +300,14 @@ class S3Store:
                 raise
 
 
-class _Clients:
-    """Implements `storage.s3_calls.Clients`."""
-
-    def __init__(self, settings: S3Settings) -> None:
-        self._settings = settings
-        self._stack = AsyncExitStack()
-        self._opened: dict[str | None, Any] = {}
-        self._opening = asyncio.Lock()
-
-    async def internal(self) -> Any:
-        return await self._client(self._settings.endpoint_url)
-
-    async def public(self) -> Any:
-        return await self._client(self._settings.public_endpoint_url or self._settings.endpoint_url)
-
-    async def aclose(self) -> None:
-        self._opened.clear()
-        await self._stack.aclose()
-
-    async def _client(self, endpoint_url: str | None) -> Any:
-        if endpoint_url in self._opened:
-            return self._opened[endpoint_url]
-        async with self._opening:
-            if endpoint_url not in self._opened:
-                self._opened[endpoint_url] = await self._open(endpoint_url)
-            return self._opened[endpoint_url]
-
-    async def _open(self, endpoint_url: str | None) -> Any:
-        settings = self._settings
-        context = get_session().create_client(
-            "s3",
-            endpoint_url=endpoint_url,
-            region_name=settings.region,
-            config=_client_config(settings),
-            **_credentials(settings),
-        )
-        client = await self._stack.enter_async_context(context)
-        client.meta.events.register("request-created.s3", _drop_expect_header)
-        client.meta.events.register("before-parameter-build.s3", _refuse_other_calls)
-        return client
-
-
-class _OneRequestSession(AIOHTTPSession):  # type: ignore[misc]
-    """aiohttp sends an idempotent request again, by itself and at once, when its connection was cut.
-
-    That is a second owner of retries, and it would repeat a write without looking whether it had its effect.
-    """
-
-    async def _get_session(self, proxy_url: Any) -> Any:
-        session = await super()._get_session(proxy_url)
-        session._retry_connection = False
-        return session
-
-
 def local_breaker(settings: BreakerSettings, clock: Callable[[], float] = time.monotonic) -> CircuitBreaker:
     """A breaker with these settings."""
     return CircuitBreaker(settings.failure_threshold, settings.recovery_s, settings.probe_timeout_s, clock=clock)
 
 
-def _client_config(settings: S3Settings) -> AioConfig:
-    aws = settings.backend == "aws"
-    checksums = "when_supported" if aws else "when_required"
-    return AioConfig(
-        signature_version="s3v4",
-        s3={"addressing_style": "auto" if aws else "path"},
-        request_checksum_calculation=checksums,
-        response_checksum_validation=checksums,
-        # One request for one attempt: `Resilience` owns the retries.
-        retries={"mode": "standard", "total_max_attempts": 1},
-        connect_timeout=settings.connect_timeout_s,
-        read_timeout=settings.read_timeout_s,
-        max_pool_connections=settings.max_concurrency + SPARE_CONNECTIONS,
-        http_session_cls=_OneRequestSession,
-        # A proxy in the environment must not come between us and a server beside us.
-        proxies=None if aws else {},
-    )
-
-
-def _credentials(settings: S3Settings) -> dict[str, str]:
-    key, secret = settings.access_key_id, settings.secret_access_key
-    if key is not None and secret is not None:
-        return {"aws_access_key_id": key.get_secret_value(), "aws_secret_access_key": secret.get_secret_value()}
-    if settings.backend != "aws" or key is not secret:
-        raise StorageMisconfigured("an access key id and a secret access key are needed")
-    return {}
-
-
-def _drop_expect_header(request: Any, **_: Any) -> None:
-    """aiohttp waits for "100 Continue" without a timeout, for ever where a server stays silent."""
-    del request.headers["Expect"]
-
-
-def _refuse_other_calls(model: Any, **_: Any) -> None:
-    if model.name not in ALLOWED_CALLS:
-        raise StorageMisconfigured(f"{model.name} is not among the S3 calls that storage makes")
-
-
-async def _in_thread_if(large: bool, function: Callable[[bytes], T], data: bytes) -> T:
-    return await asyncio.to_thread(function, data) if large else function(data)
+async def _hashed(function: Callable[[bytes], T], data: bytes) -> T:
+    """In a thread where that takes longer than going there."""
+    return await asyncio.to_thread(function, data) if len(data) > HASHED_IN_PLACE_BYTES_MAX else function(data)
 
 
 def _sha256(data: bytes) -> str:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from datetime import UTC
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 
+from storage.counters import REQUESTS, Counters
 from storage.digests import Digest
 from storage.errors import IntegrityError, ObjectNotFound
 from storage.objects import ObjectInfo
@@ -37,14 +39,16 @@ class Clients(Protocol):
 class S3Calls:
     """The calls on one bucket. `operation` is what our caller is doing, for the errors."""
 
-    def __init__(self, clients: Clients, bucket: str) -> None:
+    def __init__(self, clients: Clients, bucket: str, counters: Counters) -> None:
         self._clients = clients
         self._bucket = bucket
+        self._counters = counters
 
     async def send(self, operation: str, key: str | None, method: str, parameters: Mapping[str, Any]) -> Answer:
         """`key` None: the call concerns the bucket, so that 404 means the bucket is missing."""
         with mapped(operation, key):
             client = await self._clients.internal()
+            self._counters.add(REQUESTS, method=method)
             answer: Answer = await getattr(client, method)(Bucket=self._bucket, **parameters)
             return answer
 
@@ -62,8 +66,10 @@ class S3Calls:
     async def head(self, operation: str, key: str) -> Answer:
         return await self.send(operation, key, "head_object", {"Key": key})
 
-    async def read(self, operation: str, key: str, state: Attempt, *, byte_range: str | None = None) -> bytes:
-        """The whole body, of the length that was announced."""
+    async def read(
+        self, operation: str, key: str, state: Attempt, *, byte_range: str | None = None
+    ) -> tuple[bytes, str | None]:
+        """The whole body, of the length that was announced, and the SHA-256 of the object that was noted with it."""
         ranged = {} if byte_range is None else {"Range": byte_range}
         answer = await self.send(operation, key, "get_object", {"Key": key, **ranged})
         size_bytes = int(answer["ContentLength"])
@@ -73,7 +79,7 @@ class S3Calls:
                 data: bytes = await body.read()
         if len(data) != size_bytes:
             raise TransientFaultError("truncated")
-        return data
+        return data, answer.get("Metadata", {}).get(SHA256_METADATA)
 
     async def stored(self, operation: str, key: str, digest: Digest) -> ObjectInfo | None:
         """The object, if it is there and has these bytes."""
@@ -86,6 +92,15 @@ class S3Calls:
         if not digest.confirmed_by(answer["ETag"]) and await self._sha256_of(operation, key) != digest.sha256:
             return None
         return info_of(key, answer, sha256=digest.sha256)
+
+    async def confirmed(
+        self, operation: str, key: str, digest: Digest, content_type: str | None, answer: Answer
+    ) -> ObjectInfo:
+        """The object that a write's `answer` speaks of. Its ETag is of what the server received; where it is no MD5,
+        or not of these bytes, the object is looked at."""
+        if not digest.confirmed_by(answer.get("ETag", "")):
+            return await self.verified(operation, key, digest)
+        return ObjectInfo(key, digest.size_bytes, digest.sha256, _date_of(answer), content_type)
 
     async def verified(self, operation: str, key: str, digest: Digest) -> ObjectInfo:
         """As `stored`, but it has to be."""
@@ -114,6 +129,12 @@ class S3Calls:
                 async for chunk in body.iter_chunks(MIB):
                     sha256.update(chunk)
         return sha256.hexdigest()
+
+
+def _date_of(answer: Answer) -> datetime:
+    """When the server answered."""
+    date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+    return datetime.now(UTC) if date is None else parsedate_to_datetime(date).astimezone(UTC)
 
 
 def corrupted(key: str, expected: str, actual: str) -> TransientFaultError:

@@ -108,10 +108,10 @@ def _translate_answer(error: botocore_errors.ClientError, operation: str, key: s
         return TransientFaultError("conflict", counts=False)
     if status in {401, 403} or code in _DENIALS:
         return StorageAccessDenied(operation)
-    if code == "NoSuchBucket" or (status == 404 and key is None):
-        return StorageMisconfigured("the bucket does not exist")
     if code == "NoSuchUpload":
         return StorageFailed(operation, 1, "no_such_upload")
+    if code == "NoSuchBucket" or (status == 404 and key is None):
+        return StorageMisconfigured("the bucket does not exist")
     if status == 404 or code in {"NoSuchKey", "404"}:
         return ObjectNotFound(key or "")
     if code in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:

@@ -6,10 +6,13 @@ import asyncio
 import logging
 import os
 import secrets
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+from storage.bounded import run_bounded
+from storage.byte_budget import ByteBudget
+from storage.counters import CLEANUP_FAILURES, Counters
 from storage.digests import Digest, digest_bytes, digest_file, sha256_file
 from storage.errors import IntegrityError, StorageError, StorageTimeout
 from storage.objects import ObjectInfo
@@ -25,12 +28,17 @@ PARTS_MAX = 10_000
 
 
 class FileTransfers:
-    """Multipart uploads and ranged downloads. Memory: `parts_in_flight` parts for each transfer."""
+    """Multipart uploads and ranged downloads.
 
-    def __init__(self, calls: S3Calls, resilience: Resilience, settings: S3Settings) -> None:
+    Memory: `parts_in_flight` parts for each transfer, `bytes_in_flight_max` for all together.
+    """
+
+    def __init__(self, calls: S3Calls, resilience: Resilience, settings: S3Settings, counters: Counters) -> None:
         self._calls = calls
+        self._counters = counters
         self._resilience = resilience
         self._settings = settings
+        self._in_flight = ByteBudget(settings.bytes_in_flight_max)
         self._aborts: set[asyncio.Task[None]] = set()
 
     async def aclose(self) -> None:
@@ -75,7 +83,7 @@ class FileTransfers:
         try:
             parts = (self._upload_part(path, key, digest, upload_id, index) for index in range(len(digest.part_md5s)))
             sent = await run_bounded(parts, self._settings.parts_in_flight)
-            return await self._complete_upload(key, digest, upload_id, sent)
+            return await self._complete_upload(key, digest, upload_id, sent, content_type)
         except BaseException:
             abort = asyncio.create_task(self._abort_upload(key, upload_id))
             self._aborts.add(abort)
@@ -95,30 +103,29 @@ class FileTransfers:
         self, path: Path, key: str, digest: Digest, upload_id: str, index: int
     ) -> dict[str, str | int]:
         offset = index * digest.part_size_bytes
-        data = await asyncio.to_thread(_read_part, path, offset, digest.part_size_bytes)
-        actual = (await asyncio.to_thread(digest_bytes, data)).md5
-        if actual != digest.part_md5s[index]:
-            # The file has changed since it was hashed.
-            raise IntegrityError(key, digest.part_md5s[index], actual)
+        size_bytes = min(digest.part_size_bytes, digest.size_bytes - offset)
         number = index + 1
-        parameters = {"Key": key, "UploadId": upload_id, "PartNumber": number, "Body": data}
+        async with self._in_flight.hold(size_bytes):
+            data = await asyncio.to_thread(_read_part, path, offset, size_bytes)
+            parameters = {"Key": key, "UploadId": upload_id, "PartNumber": number, "Body": data}
 
-        async def attempt(_: Attempt) -> dict[str, str | int]:
-            answer = await self._calls.send("upload_file", key, "upload_part", parameters)
-            return {"PartNumber": number, "ETag": answer["ETag"]}
+            async def attempt(_: Attempt) -> dict[str, str | int]:
+                answer = await self._calls.send("upload_file", key, "upload_part", parameters)
+                await _check_unchanged(key, digest.part_md5s[index], data, answer["ETag"])
+                return {"PartNumber": number, "ETag": answer["ETag"]}
 
-        return await self._resilience.call("upload_file", attempt, size_bytes=len(data))
+            return await self._resilience.call("upload_file", attempt, size_bytes=len(data))
 
     async def _complete_upload(
-        self, key: str, digest: Digest, upload_id: str, parts: list[dict[str, str | int]]
+        self, key: str, digest: Digest, upload_id: str, parts: list[dict[str, str | int]], content_type: str | None
     ) -> ObjectInfo:
         parameters = {"Key": key, "UploadId": upload_id, "MultipartUpload": {"Parts": parts}}
 
         async def attempt(state: Attempt) -> ObjectInfo:
             if state.ambiguous and (stored := await self._calls.stored("upload_file", key, digest)):
                 return stored
-            await self._calls.send("upload_file", key, "complete_multipart_upload", parameters)
-            return await self._calls.verified("upload_file", key, digest)
+            answer = await self._calls.send("upload_file", key, "complete_multipart_upload", parameters)
+            return await self._calls.confirmed("upload_file", key, digest, content_type, answer)
 
         return await self._resilience.call("upload_file", attempt, size_bytes=digest.size_bytes)
 
@@ -129,6 +136,7 @@ class FileTransfers:
         try:
             await self._resilience.call("upload_file", attempt)
         except StorageError as error:
+            self._counters.add(CLEANUP_FAILURES, resource="multipart_upload")
             logger.warning("an unfinished upload was left behind", extra={"code": error.code})
 
     async def _download_parts(self, info: ObjectInfo, target: Path) -> None:
@@ -136,8 +144,9 @@ class FileTransfers:
 
         async def fetch(first: int) -> None:
             last = min(first + self._settings.part_size_bytes, info.size_bytes) - 1
-            data = await self._download_part(info.key, first, last)
-            await asyncio.to_thread(os.pwrite, descriptor, data, first)
+            async with self._in_flight.hold(last - first + 1):
+                data = await self._download_part(info.key, first, last)
+                await asyncio.to_thread(os.pwrite, descriptor, data, first)
 
         try:
             starts = range(0, info.size_bytes, self._settings.part_size_bytes)
@@ -147,7 +156,7 @@ class FileTransfers:
 
     async def _download_part(self, key: str, first: int, last: int) -> bytes:
         async def attempt(state: Attempt) -> bytes:
-            data = await self._calls.read("download_file", key, state, byte_range=f"bytes={first}-{last}")
+            data, _ = await self._calls.read("download_file", key, state, byte_range=f"bytes={first}-{last}")
             if len(data) != last - first + 1:
                 raise TransientFaultError("truncated")
             return data
@@ -155,24 +164,16 @@ class FileTransfers:
         return await self._resilience.call("download_file", attempt)
 
 
-async def run_bounded(work: Iterable[Coroutine[Any, Any, T]], at_once: int) -> list[T]:
-    """Results in order. At most `at_once` run together; the first error cancels the rest and is raised."""
-    slots = asyncio.Semaphore(at_once)
+async def _check_unchanged(key: str, expected_md5: str, data: bytes, etag: str) -> None:
+    """Raises IntegrityError for a file that has changed since it was hashed.
 
-    async def bounded(one: Coroutine[Any, Any, T]) -> T:
-        async with slots:
-            return await one
-
-    coroutines = list(work)
-    tasks = [asyncio.create_task(bounded(one)) for one in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for one in coroutines:
-            one.close()
+    What changed on its way is noticed when the upload is completed, by the ETag of the whole.
+    """
+    if etag.strip('"') == expected_md5:
+        return
+    actual = (await asyncio.to_thread(digest_bytes, data)).part_md5s[0]
+    if actual != expected_md5:
+        raise IntegrityError(key, expected_md5, actual)
 
 
 def _read_part(path: Path, offset: int, size_bytes: int) -> bytes:

@@ -13,7 +13,8 @@ class S3Settings(BaseModel):
     `endpoint_url` None means AWS. `public_endpoint_url` is what clients can reach and what presigned URLs are
     signed for; None means `endpoint_url`. Missing keys mean the usual AWS credential chain, with backend "aws"
     only. `deadline_s` bounds an operation with all its attempts, `attempt_timeout_s` one attempt; both grow by
-    size / `throughput_min_bytes_per_s` where a body is moved.
+    size / `throughput_min_bytes_per_s` where a body is moved. `bytes_in_flight_max` bounds the parts of files that one
+    storage actor holds in memory.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +44,7 @@ class S3Settings(BaseModel):
     multipart_threshold_bytes: int = Field(default=16 * MIB, ge=1)
     part_size_bytes: int = Field(default=16 * MIB, ge=5 * MIB)
     parts_in_flight: int = Field(default=4, ge=1)
+    bytes_in_flight_max: int = Field(default=128 * MIB, ge=1)
 
 
 class BreakerSettings(BaseModel):
@@ -67,3 +69,25 @@ class RecordsSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     url: str
+
+
+DAY_S = 24 * 3600.0
+
+
+class SweepSettings(BaseModel):
+    """How long what nobody needs is kept, in seconds; None keeps it for ever. A sweep runs every `interval_s`.
+
+    Results and samples count from the end of their process. The others count from the last sign of life: a presigned
+    upload that was never used (`staging`), a data set's files without a manifest (`unfinished`), a multipart upload
+    (`multipart`), a file that the embedded server left when it was killed (`temporary`).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    interval_s: float = Field(default=3600.0, gt=0)
+    results_ttl_s: float | None = Field(default=None, gt=0)
+    samples_ttl_s: float | None = Field(default=None, gt=0)
+    staging_ttl_s: float | None = Field(default=DAY_S, gt=0)
+    unfinished_ttl_s: float | None = Field(default=DAY_S, gt=0)
+    multipart_ttl_s: float | None = Field(default=DAY_S, gt=0)
+    temporary_ttl_s: float | None = Field(default=DAY_S, gt=0)

@@ -4,6 +4,9 @@ Every attempt has to pass two breakers. The local one decides at once and alone.
 state decides, and outcomes are reported to it in the background, each report bringing the state back. It is asked
 before the call only when it is due for a probe, so that the cluster sends one probe and not one for each node. When
 it cannot be reached, the local breaker decides alone.
+
+An operator's setting is known to the shared breaker and to every node. The newest wins, so a shared breaker that
+started anew learns it from the first node that reports.
 """
 
 from __future__ import annotations
@@ -16,11 +19,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from storage.breaker import BreakerOpenError, BreakerSnapshot, BreakerState, CircuitBreaker, Outcome, Permit
+from storage.breaker import (
+    BreakerMode,
+    BreakerOpenError,
+    BreakerSnapshot,
+    BreakerState,
+    CircuitBreaker,
+    Outcome,
+    Permit,
+)
+from storage.errors import StorageUnavailable
 
 logger = logging.getLogger(__name__)
 
 REPORTS_MAX = 1000
+
+
+@dataclass(frozen=True)
+class OperatorSetting:
+    """`set_at`: seconds since 1970, only to tell the newer of two settings."""
+
+    mode: BreakerMode = BreakerMode.AUTOMATIC
+    set_at: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -29,6 +49,7 @@ class SharedState:
 
     epoch: str
     breaker: BreakerSnapshot
+    setting: OperatorSetting = OperatorSetting()
 
 
 @dataclass(frozen=True)
@@ -51,20 +72,30 @@ class SharedBreaker:
     def __init__(self, breaker: CircuitBreaker, epoch: str) -> None:
         self._breaker = breaker
         self._epoch = epoch
+        self._setting = OperatorSetting()
 
-    def report(self, reports: Sequence[Report]) -> SharedState:
-        """Outcomes that began under another epoch are dropped, as those of older generations are."""
+    def report(self, reports: Sequence[Report], setting: OperatorSetting | None = None) -> SharedState:
+        """Outcomes that began under another epoch are dropped, as those of older generations are.
+
+        `setting` is the newest one that the reporter knows of.
+        """
+        if setting is not None and setting.set_at > self._setting.set_at:
+            self._setting = setting
+            self._breaker.force(setting.mode)
         for report in reports:
             if report.permit.epoch == self._epoch:
                 self._breaker.settle(report.permit.permit, report.outcome)
-        return SharedState(self._epoch, self._breaker.snapshot())
+        return self._state()
 
     def admit(self) -> SharedPermit | SharedState:
         """A permit when a call may be made now, else the state that forbids it."""
         try:
             return SharedPermit(self._epoch, self._breaker.admit())
         except BreakerOpenError:
-            return SharedState(self._epoch, self._breaker.snapshot())
+            return self._state()
+
+    def _state(self) -> SharedState:
+        return SharedState(self._epoch, self._breaker.snapshot(), self._setting)
 
 
 class RemoteUnreachableError(Exception):
@@ -74,7 +105,7 @@ class RemoteUnreachableError(Exception):
 class Remote(Protocol):
     """A `SharedBreaker` elsewhere. Both raise RemoteUnreachableError."""
 
-    async def report(self, reports: Sequence[Report]) -> SharedState: ...
+    async def report(self, reports: Sequence[Report], setting: OperatorSetting | None = None) -> SharedState: ...
 
     async def admit(self) -> SharedPermit | SharedState: ...
 
@@ -93,9 +124,12 @@ class SharedGate:
         sync_interval_s: float,
         timeout_s: float = 2.0,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._local = local
         self._remote = remote
+        self._wall_clock = wall_clock
+        self._setting = OperatorSetting()
         self._sync_interval_s = sync_interval_s
         self._timeout_s = timeout_s
         self._clock = clock
@@ -136,6 +170,17 @@ class SharedGate:
         if outcome is Outcome.SUCCESS and shared.permit.probe is not None:
             self._foresee_closed(shared)
 
+    async def force(self, mode: BreakerMode) -> BreakerSnapshot:
+        """Set the mode of the whole cluster. Raises StorageUnavailable where the shared breaker cannot be told."""
+        # Later than what it replaces, also where this node's clock is behind.
+        setting = OperatorSetting(mode, max(self._wall_clock(), self._setting.set_at + 0.001))
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                self._apply(await self._remote.report([], setting))
+        except (RemoteUnreachableError, TimeoutError) as error:
+            raise StorageUnavailable("set_breaker", self._timeout_s) from error
+        return self.snapshot()
+
     async def run(self) -> None:
         """Report and obey until cancelled."""
         while True:
@@ -153,7 +198,7 @@ class SharedGate:
         self._reports.clear()
         try:
             async with asyncio.timeout(self._timeout_s):
-                self._apply(await self._remote.report(reports))
+                self._apply(await self._remote.report(reports, self._setting))
         except (RemoteUnreachableError, TimeoutError):
             self._lose_remote()
 
@@ -186,11 +231,15 @@ class SharedGate:
             logger.info("the shared breaker is %s", state.breaker.state)
         self._state = state
         self._closed_until = self._clock() + state.breaker.retry_after_s
+        if state.setting.set_at > self._setting.set_at:
+            logger.warning("an operator set the breaker to %s", state.setting.mode)
+            self._setting = state.setting
+            self._local.force(state.setting.mode)
 
     def _foresee_closed(self, probe: SharedPermit) -> None:
         """What the shared breaker will say of our probe's success, without waiting to hear it."""
         closed = BreakerSnapshot(BreakerState.CLOSED, probe.permit.generation + 1, 0, 0.0)
-        self._apply(SharedState(probe.epoch, closed))
+        self._apply(SharedState(probe.epoch, closed, self._setting))
 
     def _lose_remote(self) -> None:
         if self._state is not None:

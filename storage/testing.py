@@ -11,9 +11,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from storage.breaker import BreakerMode, BreakerSnapshot, CircuitBreaker
+from storage.counters import Counts, Tally
 from storage.errors import IntegrityError, ObjectNotFound, StorageError
 from storage.keys import check_key, check_prefix
-from storage.objects import PRESIGN_EXPIRES_S_MAX, ObjectInfo, PutItem, PutOutcome, StorageHealth
+from storage.objects import (
+    PRESIGN_EXPIRES_S_MAX,
+    Capabilities,
+    ObjectInfo,
+    PendingUpload,
+    PutItem,
+    PutOutcome,
+    StorageHealth,
+)
 
 
 @dataclass(frozen=True)
@@ -23,14 +33,16 @@ class _Stored:
 
 
 class InMemoryStore:
-    """Implements `ObjectStore`, with the same checks and errors as the real one.
+    """Implements `ObjectStore` and `StoreMaintenance`, with the same checks and errors as the real one.
 
-    `calls` counts operations by name. `fail` scripts the next results of one operation, `break_down` makes all
-    of them fail until `recover`, and `hold` keeps one operation waiting.
+    `calls` counts operations by name. `uploads` are multipart uploads that somebody left behind. `fail` scripts the
+    next results of one operation, `break_down` makes all of them fail until `recover`, and `hold` keeps one waiting.
     """
 
     def __init__(self, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self.calls: Counter[str] = Counter()
+        self.uploads: list[PendingUpload] = []
+        self._breaker = CircuitBreaker(5, 60.0, 60.0)
         self._now = now
         self._objects: dict[str, _Stored] = {}
         self._scripted: defaultdict[str, deque[StorageError]] = defaultdict(deque)
@@ -129,6 +141,27 @@ class InMemoryStore:
 
     async def ensure_bucket(self) -> None:
         await self._enter("ensure_bucket")
+
+    async def list_uploads(self, prefix: str) -> list[PendingUpload]:
+        check_prefix(prefix)
+        await self._enter("list_uploads")
+        return [upload for upload in self.uploads if upload.key.startswith(prefix)]
+
+    async def abort_upload(self, key: str, upload_id: str) -> None:
+        await self._enter("abort_upload", key)
+        self.uploads = [upload for upload in self.uploads if (upload.key, upload.upload_id) != (key, upload_id)]
+
+    async def capabilities(self) -> Capabilities:
+        await self._enter("capabilities")
+        return Capabilities(False, True, True, True, False, False, False, True)
+
+    async def set_breaker(self, mode: BreakerMode) -> BreakerSnapshot:
+        """Kept and shown; nothing in memory is ever unreachable."""
+        self._breaker.force(mode)
+        return self._breaker.snapshot()
+
+    async def counts(self) -> Counts:
+        return Tally().counts()
 
     async def list(self, prefix: str, *, start_after: str | None = None, limit: int | None = None) -> list[ObjectInfo]:
         check_prefix(prefix)

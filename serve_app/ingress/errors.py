@@ -117,6 +117,11 @@ TABLE: dict[type[BaseException], Row] = {
     o.StorageFailed: Row(502, "The object storage failed.", retryable=True),
     o.StorageMisconfigured: Row(500, "The object storage is not configured correctly."),
     ds.DatasetNotFound: Row(404, lambda e: f"Dataset '{e.folder}' was not found. Upload it first."),
+    ds.DatasetNotStored: Row(
+        503,
+        lambda e: f"{len(e.failures)} files of dataset '{e.folder}' could not be stored. Send the upload again.",
+        retryable=True,
+    ),
     ds.DatasetManifestInvalid: Row(502, lambda e: f"Dataset '{e.folder}' cannot be read. Upload it again."),
     il.ImportedLoraNotFound: Row(404, "There is no such LoRA."),
     o.PortInUse: Row(500, "The object storage is not configured correctly."),
@@ -199,6 +204,8 @@ def _public(error: BaseException, row: Row) -> PublicError:
     details: dict[str, Any] = {}
     if isinstance(error, s.InvalidRequest | t.ConfigInvalid):
         details["validation_errors"] = [problem.as_json() for problem in error.problems]
+    if isinstance(error, ds.DatasetNotStored):
+        details["failed_files"] = [{"filename": name, "code": code} for name, code in error.failures]
     if isinstance(error, s.RequestTimedOut):
         details["timeout"] = True
     return PublicError(

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from storage.embedded import EmbeddedS3, sweep_temporary_files
+from storage.embedded import EmbeddedS3, TemporaryFiles
 from storage.errors import PortInUse, StorageMisconfigured
 from storage.s3 import S3Store
 
@@ -133,7 +133,7 @@ def test_what_cut_uploads_left_is_swept_at_the_start(tmp_path: Path) -> None:
 
     with EmbeddedS3(tmp_path, 0):
         assert [path.name for path in folder.iterdir()] == ["whole"]
-    assert sweep_temporary_files(tmp_path / "objects") == 0
+    assert TemporaryFiles(tmp_path / "objects").sweep(0) == (0, 0)
 
 
 def test_the_users_own_rclone_settings_have_no_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import aiohttp
 import pytest
 from pydantic import SecretStr
 
+from storage.digests import digest_bytes
 from storage.embedded import EmbeddedS3
 from storage.errors import (
     IntegrityError,
@@ -21,10 +22,9 @@ from storage.errors import (
     StorageTimeout,
     StorageUnavailable,
 )
-from storage.objects import PutItem
+from storage.fault_proxy import Fault, FaultProxy
 from storage.s3 import S3Store
 from storage.settings import MIB, BreakerSettings
-from tests.integration.fault_proxy import Fault, FaultProxy
 
 PART_BYTES = 5 * MIB
 
@@ -46,7 +46,7 @@ async def store(embedded_s3: EmbeddedS3, proxy: FaultProxy) -> AsyncIterator[S3S
     settings = embedded_s3.settings().model_copy(
         update={
             "endpoint_url": proxy.url,
-            "attempt_timeout_s": 2.0,
+            "attempt_timeout_s": 20.0,
             "part_size_bytes": PART_BYTES,
             "multipart_threshold_bytes": PART_BYTES,
         }
@@ -77,7 +77,7 @@ def read(path: Path) -> bytes:
     return path.read_bytes()
 
 
-@pytest.mark.parametrize("fault", [Fault.SLOW_DOWN, Fault.LOSE_REQUEST, Fault.TRUNCATE])
+@pytest.mark.parametrize("fault", [Fault.SLOW_DOWN, Fault.RESET, Fault.TRUNCATE])
 async def test_a_read_survives_a_passing_fault(store: S3Store, proxy: FaultProxy, key: str, fault: Fault) -> None:
     await store.put(key, b"12345678")
     proxy.script("GET", fault, fault)
@@ -106,7 +106,7 @@ async def test_garbage_that_stays_is_an_integrity_error_and_opens_nothing(
     assert (await store.health()).breaker == "closed"
 
 
-@pytest.mark.parametrize("fault", [Fault.SLOW_DOWN, Fault.LOSE_REQUEST])
+@pytest.mark.parametrize("fault", [Fault.SLOW_DOWN, Fault.RESET])
 async def test_a_write_that_had_no_effect_is_written_again(
     store: S3Store, proxy: FaultProxy, key: str, fault: Fault
 ) -> None:
@@ -135,8 +135,10 @@ async def test_a_silent_server_times_out_even_for_a_large_body(
     settings = embedded_s3.settings().model_copy(
         update={"endpoint_url": proxy.url, "attempt_timeout_s": 0.2, "attempts_max": 2}
     )
-    proxy.always(Fault.SILENCE)
+    proxy.always(Fault.BLACK_HOLE)
     async with S3Store(settings, sleep=no_wait) as store:
+        # Making a client takes longer than an attempt may here.
+        await store._clients.internal()
         with pytest.raises(StorageTimeout):
             await store.put(key, bytes(100_000))
     assert proxy.requests["PUT"] == 1
@@ -184,7 +186,7 @@ async def test_a_download_repeats_only_the_parts_that_failed(
     store: S3Store, proxy: FaultProxy, key: str, large_file: Path, content: bytes, tmp_path: Path
 ) -> None:
     await store.upload_file(large_file, key)
-    proxy.script("GET", Fault.TRUNCATE, Fault.LOSE_REQUEST)
+    proxy.script("GET", Fault.TRUNCATE, Fault.RESET)
 
     info = await store.download_file(key, tmp_path / "back")
 
@@ -196,7 +198,7 @@ async def test_a_download_repeats_only_the_parts_that_failed(
 async def test_an_upload_that_fails_is_aborted_and_leaves_no_object(
     store: S3Store, proxy: FaultProxy, key: str, large_file: Path
 ) -> None:
-    proxy.script("POST", Fault.NONE, *[Fault.LOSE_REQUEST] * 4)
+    proxy.script("POST", Fault.NONE, *[Fault.RESET] * 4)
 
     with pytest.raises(StorageFailed):
         await store.upload_file(large_file, key)
@@ -296,12 +298,78 @@ async def test_a_missing_bucket_is_a_misconfiguration_that_ensure_bucket_mends(e
         assert (await store.health()).ok
 
 
-async def test_a_listing_goes_past_a_thousand_keys(store: S3Store, key: str) -> None:
-    root = key.rpartition("/")[0]
-    items = [PutItem(f"{root}/{number:04d}", b"1") for number in range(1100)]
-    assert all(outcome.error is None for outcome in await store.put_many(items))
+async def test_orphan_multipart_uploads_are_found_and_aborted(store: S3Store, key: str) -> None:
+    prefix = f"{key.rpartition('/')[0]}/"
+    upload_id = await store._files._begin_upload(key, digest_bytes(b"1"), None)
+    neighbour = await store._files._begin_upload(f"raylora/{secrets.token_hex(6)}/b", digest_bytes(b"1"), None)
 
-    assert [info.key for info in await store.list(f"{root}/")] == [item.key for item in items]
-    assert len(await store.list(f"{root}/", limit=1050)) == 1050
-    assert await store.delete_many([item.key for item in items]) == 1100
-    assert await store.list(f"{root}/") == []
+    pending = await store.list_uploads(prefix)
+    assert [(upload.key, upload.upload_id) for upload in pending] == [(key, upload_id)]
+    assert upload_id != neighbour
+    await store.abort_upload(key, upload_id)
+    await store.abort_upload(key, upload_id)
+
+    assert await store.list_uploads(prefix) == []
+
+
+async def test_what_the_server_can_do_is_tried_out_once_and_nothing_is_left_of_it(
+    store: S3Store, proxy: FaultProxy
+) -> None:
+    found = await store.capabilities()
+    asked = sum(proxy.requests.values())
+
+    assert await store.capabilities() == found
+    assert (found.conditional_writes, found.ranged_reads, found.answers_with_etag) == (False, True, True)
+    assert (found.tags, found.lifecycle, found.presigned_post) == (False, False, False)
+    assert sum(proxy.requests.values()) == asked
+    assert await store.list("raylora/probes/") == []
+
+
+async def test_a_read_is_checked_against_what_was_noted_at_the_write(
+    store: S3Store, proxy: FaultProxy, key: str, large_file: Path, tmp_path: Path
+) -> None:
+    await store.put(key, b"12345678")
+    proxy.script("GET", Fault.GARBLE)
+    assert await store.get(key) == b"12345678"
+    assert proxy.requests["GET"] == 2
+
+    await store.upload_file(large_file, key + ".large")
+    proxy.script("GET", Fault.GARBLE)
+    with pytest.raises(IntegrityError):
+        await store.download_file(key + ".large", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+async def test_a_listing_of_ten_thousand_keys_is_complete_and_in_order(tmp_path: Path) -> None:
+    """They are put there as files, which is what the embedded server's objects are, before it reads the folder."""
+    folder = tmp_path / "objects" / "raylora" / "many"
+    folder.mkdir(parents=True)
+    names = [f"{number:05d}" for number in range(10_050)]
+    for name in names:
+        (folder / name).touch()
+    with EmbeddedS3(tmp_path, 0) as server:
+        async with S3Store(server.settings()) as store:
+            assert [info.key for info in await store.list("many/")] == [f"many/{name}" for name in names]
+            assert len(await store.list("many/", limit=1050)) == 1050
+            assert await store.delete_many([f"many/{name}" for name in names]) == len(names)
+            assert await store.list("many/") == []
+
+
+async def test_files_in_flight_share_one_bound_of_bytes(
+    embedded_s3: EmbeddedS3, key: str, large_file: Path, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounds = {"part_size_bytes": PART_BYTES, "multipart_threshold_bytes": PART_BYTES, "bytes_in_flight_max": PART_BYTES}
+    held: list[int] = []
+    async with S3Store(embedded_s3.settings().model_copy(update=bounds)) as store:
+        send = store._calls.send
+
+        async def noting(operation: str, name: str | None, method: str, parameters: dict[str, object]) -> object:
+            held.append(store._files._in_flight.held_bytes)
+            return await send(operation, name, method, parameters)
+
+        monkeypatch.setattr(store._calls, "send", noting)
+        await asyncio.gather(*(store.upload_file(large_file, f"{key}{number}") for number in range(4)))
+        await asyncio.gather(*(store.download_file(f"{key}{number}", tmp_path / str(number)) for number in range(4)))
+
+    assert max(held) == PART_BYTES
+    assert [read(tmp_path / str(number)) for number in range(4)] == [content] * 4

@@ -13,10 +13,11 @@ import pytest
 import ray
 
 from storage.actor import BREAKER_NAME, BlockingStorage, StorageClient, storage_actor_name
-from storage.breaker import Outcome, Permit
+from storage.breaker import BreakerMode, Outcome, Permit
+from storage.counters import OPERATIONS, REQUESTS
 from storage.embedded import EmbeddedS3
 from storage.errors import IntegrityError, ObjectNotFound, StorageFailed, StorageMisconfigured, StorageUnavailable
-from storage.objects import ObjectStore, PutItem
+from storage.objects import ObjectStore, PutItem, StoreMaintenance
 from storage.settings import MIB, BreakerSettings, S3Settings
 from storage.shared_breaker import Report, SharedPermit
 
@@ -67,14 +68,18 @@ async def eventually(condition: Callable[[], bool | Awaitable[bool]]) -> None:
 
 async def test_every_operation_works_through_the_actor(client: StorageClient, key: str, tmp_path: Path) -> None:
     assert isinstance(client, ObjectStore)
+    assert isinstance(client, StoreMaintenance)
     await client.ensure_bucket()
+    assert (await client.capabilities()).ranged_reads
+    assert await client.list_uploads(key.rpartition("/")[0] + "/") == []
+    await client.abort_upload(key, "no-such-upload")
     info = await client.put(key, b"1234", content_type="text/plain")
     assert (await client.put_many([PutItem(key + "2", b"2")]))[0].error is None
     await client.copy(key, key + "3")
     down = await client.download_file(key, tmp_path / "file")
     await client.upload_file(tmp_path / "file", key + "4")
 
-    assert info == await client.head(key)
+    assert (info.sha256, info.content_type) == ((head := await client.head(key)).sha256, head.content_type)
     assert down.sha256 == hashlib.sha256(b"1234").hexdigest()
     assert await client.get(key + "4") == b"1234"
     assert [found.key for found in await client.list(key.rpartition("/")[0] + "/")] == [key + n for n in ("", *"234")]
@@ -227,3 +232,22 @@ async def test_health_does_not_wait_behind_transfers(embedded_s3: EmbeddedS3, na
     assert health.ok
     assert not all(write.done() for write in writes)
     await asyncio.gather(*writes)
+
+
+async def test_an_operator_decides_for_the_whole_cluster_and_lets_it_decide_again(
+    client: StorageClient, namespace: str, key: str
+) -> None:
+    await client.put(key, b"1")
+    opened = await client.set_breaker(BreakerMode.FORCED_OPEN)
+    with pytest.raises(StorageUnavailable):
+        await client.get(key)
+    health = await client.health()
+    state = await ray.get_actor(BREAKER_NAME, namespace=namespace).report.remote([])
+    await client.set_breaker(BreakerMode.AUTOMATIC)
+
+    assert opened.mode is state.setting.mode is BreakerMode.FORCED_OPEN
+    assert (health.ok, health.breaker, health.breaker_mode) == (False, "open", "forced_open")
+    assert await client.get(key) == b"1"
+    counts = await client.counts()
+    assert counts[OPERATIONS]["get,storage_unavailable"] == 1
+    assert counts[REQUESTS]["get_object"] == 1

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from storage.breaker import BreakerOpenError, BreakerState, CircuitBreaker, Outcome, Permit
+from storage.breaker import BreakerMode, BreakerOpenError, BreakerState, CircuitBreaker, Outcome, Permit
 
 THRESHOLD, RECOVERY_S, PROBE_TIMEOUT_S = 3, 60.0, 20.0
 
@@ -139,6 +139,7 @@ class BreakerMachine(RuleBasedStateMachine):
         self.era = 0
         self.opened_at: float | None = None
         self.probe: tuple[Permit, float] | None = None
+        self.mode = BreakerMode.AUTOMATIC
 
     @rule(seconds=st.sampled_from([0.5, PROBE_TIMEOUT_S - 0.5, PROBE_TIMEOUT_S, RECOVERY_S - 1, RECOVERY_S]))
     def time_passes(self, seconds: float) -> None:
@@ -150,6 +151,7 @@ class BreakerMachine(RuleBasedStateMachine):
             self.clock.now - self.opened_at >= RECOVERY_S
             and (self.probe is None or self.clock.now - self.probe[1] >= PROBE_TIMEOUT_S)
         )
+        admits = admits and self.mode is not BreakerMode.FORCED_OPEN
         try:
             permit = self.breaker.admit()
         except BreakerOpenError:
@@ -178,8 +180,17 @@ class BreakerMachine(RuleBasedStateMachine):
                 self.opened_at, self.era = None, self.era + 1
         elif outcome is Outcome.FAILURE:
             self.failures += 1
+            if self.mode is BreakerMode.FORCED_CLOSED:
+                return
             if self.opened_at is not None or self.failures >= THRESHOLD:
                 self.opened_at, self.era = self.clock.now, self.era + 1
+
+    @rule(mode=st.sampled_from(BreakerMode))
+    def force(self, mode: BreakerMode) -> None:
+        self.breaker.force(mode)
+        if mode is not self.mode:
+            self.mode, self.failures, self.probe, self.era = mode, 0, None, self.era + 1
+            self.opened_at = self.clock.now if mode is BreakerMode.FORCED_OPEN else None
 
     @invariant()
     def states_agree(self) -> None:

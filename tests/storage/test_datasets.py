@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from storage.datasets import (
+    BATCH_FILES,
+    SMALL_FILE_BYTES,
     DatasetManifestInvalid,
     DatasetNotFound,
+    DatasetNotStored,
     dataset_folders,
     delete_other_uploads,
     latest_manifest,
@@ -16,7 +19,7 @@ from storage.datasets import (
     parse_manifest,
     write_dataset,
 )
-from storage.errors import InvalidKey, StorageTimeout
+from storage.errors import InvalidKey, StorageTimeout, StorageUnavailable
 from storage.keys import Keys
 from storage.testing import InMemoryStore
 
@@ -61,9 +64,36 @@ async def test_the_newest_upload_wins_and_an_older_one_can_be_asked_for(store: I
 async def test_an_upload_that_broke_off_does_not_exist(store: InMemoryStore) -> None:
     whole = await write_dataset(store, KEYS, "cats", [("a.png", b"1", None)], now=NOW)
     store.fail("put", StorageTimeout("put", 1.0))
-    with pytest.raises(StorageTimeout):
+    with pytest.raises(DatasetNotStored):
         await write_dataset(store, KEYS, "cats", [("a.png", b"2", None)], now=NOW + timedelta(seconds=1))
     assert await latest_manifest(store, KEYS, "cats") == whole
+
+
+async def test_every_file_that_was_not_stored_is_named_with_its_reason(store: InMemoryStore, tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(bytes(SMALL_FILE_BYTES + 1))
+    files = [(f"{number}.png", b"1", None) for number in range(3)] + [("large.png", tmp_path / "large", None)]
+    store.fail("put", StorageTimeout("put", 1.0), StorageUnavailable("put", 41.0))
+    store.fail("upload_file", StorageTimeout("upload_file", 1.0))
+
+    with pytest.raises(DatasetNotStored) as failed:
+        await write_dataset(store, KEYS, "cats", files, now=NOW)
+
+    assert dict(failed.value.failures) == {
+        "0.png": "storage_timeout",
+        "1.png": "storage_unavailable",
+        "large.png": "storage_timeout",
+    }
+    assert failed.value.retry_after_s == 41.0
+    with pytest.raises(DatasetNotFound):
+        await latest_manifest(store, KEYS, "cats")
+
+
+async def test_more_files_than_a_batch_are_all_stored(store: InMemoryStore) -> None:
+    files = [(f"{number:04d}.png", bytes([number % 256]), None) for number in range(3 * BATCH_FILES + 1)]
+
+    manifest = await write_dataset(store, KEYS, "cats", files, now=NOW)
+
+    assert [(file.filename, await store.get(file.key)) for file in manifest.files] == [file[:2] for file in files]
 
 
 async def test_a_missing_dataset_is_its_own_error(store: InMemoryStore) -> None:

@@ -8,7 +8,14 @@ import pytest
 
 from storage.errors import StorageError
 
-SAMPLES = {"str": "a/secret/key", "int": 3, "float": 2.5, "Any": "x"}
+SAMPLES = {
+    "str": "a/secret/key",
+    "int": 3,
+    "float": 2.5,
+    "float | None": None,
+    "Any": "x",
+    "tuple[tuple[str, str], ...]": (("a.png", "storage_timeout"),),
+}
 
 
 def every_error(root: type[StorageError]) -> Iterator[type[StorageError]]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import InvalidKey
-from storage.keys import Keys, check_filename, check_key, check_name, check_prefix
+from storage.keys import Keys, Place, check_filename, check_key, check_name, check_prefix, place_of
 
 SHA = "ab" * 32
 NASTY = st.sampled_from(
@@ -179,3 +179,29 @@ def test_a_prefix_that_is_no_folder_is_refused(prefix: str) -> None:
 def test_a_step_that_does_not_fit_is_refused(step: int) -> None:
     with pytest.raises(InvalidKey):
         Keys("raylora", "matt").checkpoint_file("p", step, "a")
+
+
+@given(NAMES, NAMES, FILENAMES)
+def test_the_place_of_a_key_is_what_it_was_made_for(tenant: str, name: str, filename: str) -> None:
+    keys = Keys("some/raylora", tenant)
+
+    for key in (keys.lora_file(name, filename), keys.sample_image(name, 1, 2, "png"), keys.image(name, 0, SHA, "png")):
+        assert place_of("some/raylora", key) == Place("processes", tenant, name)
+    assert place_of("some/raylora", keys.staging_file(name, filename)) == Place("staging", tenant, name)
+    assert place_of("some/raylora", keys.dataset_manifest("f", name)) == Place("datasets", tenant, name, "f")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "raylora/processes/train_0123456789ab.json",
+        "raylora/dataset/processes/x/y",
+        "raylora/results/staging/x/y",
+        "raylora/datasets/name/file.png",
+        "raylora2/matt/staging/x/y",
+        "raylora/matt/processes/train_0123456789ab",
+        "raylora/matt/something/else/there",
+    ],
+)
+def test_what_is_not_ours_has_no_place(key: str) -> None:
+    assert place_of("raylora", key) is None

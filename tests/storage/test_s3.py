@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from storage.breaker import BreakerOpenError, BreakerSnapshot, BreakerState, Outcome
+from storage import counters
+from storage.breaker import BreakerMode, BreakerOpenError, BreakerSnapshot, BreakerState, Outcome
 from storage.errors import InvalidKey, StorageMisconfigured, StorageTimeout, StorageUnavailable
-from storage.objects import ObjectStore, PutItem
+from storage.objects import ObjectStore, PutItem, StoreMaintenance
 from storage.s3 import S3Store
 from storage.settings import MIB, S3Settings
 
@@ -35,8 +36,12 @@ OPERATIONS: dict[str, Operation] = {
     "presign_put": lambda store, _: store.presign_put("a"),
     "health": lambda store, _: store.health(),
     "ensure_bucket": lambda store, _: store.ensure_bucket(),
+    "list_uploads": lambda store, _: store.list_uploads("a/"),
+    "abort_upload": lambda store, _: store.abort_upload("a", "1"),
+    "capabilities": lambda store, _: store.capabilities(),
 }
-LIFECYCLE = {"aclose"}
+# They ask no server.
+WITHOUT_CALLS = {"aclose", "set_breaker", "counts"}
 
 
 class RecordingGate:
@@ -57,6 +62,10 @@ class RecordingGate:
 
     def snapshot(self) -> BreakerSnapshot:
         return BreakerSnapshot(BreakerState.OPEN if self.is_open else BreakerState.HALF_OPEN, 0, 0, 42)
+
+    async def force(self, mode: BreakerMode) -> BreakerSnapshot:
+        self.is_open = mode is BreakerMode.FORCED_OPEN
+        return self.snapshot()
 
 
 async def no_wait(_: float) -> None:
@@ -81,14 +90,18 @@ async def silent_port() -> AsyncIterator[int]:
     await server.wait_closed()
 
 
-def store_at(port: int, gate: RecordingGate, **changes: Any) -> S3Store:
+def settings_at(port: int, **changes: Any) -> S3Settings:
     values = {
         "endpoint_url": f"http://127.0.0.1:{port}",
         "access_key_id": SecretStr("key"),
         "secret_access_key": SecretStr("secret"),
         **changes,
     }
-    return S3Store(S3Settings.model_validate(values), gate=gate, sleep=no_wait)
+    return S3Settings.model_validate(values)
+
+
+def store_at(port: int, gate: RecordingGate, **changes: Any) -> S3Store:
+    return S3Store(settings_at(port, **changes), gate=gate, sleep=no_wait)
 
 
 @pytest.fixture
@@ -103,8 +116,10 @@ def test_the_operations_listed_here_are_all_there_are() -> None:
         name for name, member in inspect.getmembers(S3Store, inspect.iscoroutinefunction) if not name.startswith("_")
     }
 
-    assert public - LIFECYCLE == set(OPERATIONS)
-    assert set(OPERATIONS) == {name for name in vars(ObjectStore) if not name.startswith("_")}
+    promised = {*vars(ObjectStore), *vars(StoreMaintenance)}
+
+    assert public - WITHOUT_CALLS == set(OPERATIONS)
+    assert {name for name in promised if not name.startswith("_")} <= public
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -208,3 +223,33 @@ async def test_a_local_server_without_keys_is_a_misconfiguration(missing: str) -
     async with store_at(9, RecordingGate(is_open=False), **{missing: None}) as store:
         with pytest.raises(StorageMisconfigured):
             await store.head("a")
+
+
+async def test_an_operator_opens_and_closes_the_breaker_without_asking_the_server() -> None:
+    async with S3Store(settings_at(9)) as store:
+        opened = await store.set_breaker(BreakerMode.FORCED_OPEN)
+        with pytest.raises(StorageUnavailable):
+            await store.head("a")
+        health = await store.health()
+        closed = await store.set_breaker(BreakerMode.AUTOMATIC)
+
+    assert (opened.state, opened.mode) == (BreakerState.OPEN, BreakerMode.FORCED_OPEN)
+    assert (health.ok, health.breaker, health.breaker_mode) == (False, "open", "forced_open")
+    assert (closed.state, closed.mode) == (BreakerState.CLOSED, BreakerMode.AUTOMATIC)
+
+
+async def test_what_happens_is_counted(silent_port: int) -> None:
+    gate = RecordingGate(is_open=False)
+    async with store_at(silent_port, gate, attempts_max=2, attempt_timeout_s=0.05) as store:
+        with pytest.raises(StorageTimeout):
+            await store.head("a")
+        gate.is_open = True
+        with pytest.raises(StorageUnavailable):
+            await store.head("a")
+        counts = await store.counts()
+
+    assert counts[counters.ATTEMPTS] == {"head,failure": 2}
+    assert counts[counters.RETRIES] == {"head,timeout": 1}
+    assert counts[counters.OPERATIONS] == {"head,storage_timeout": 1, "head,storage_unavailable": 1}
+    assert counts[counters.REQUESTS] == {"head_object": 2}
+    assert counts[counters.BREAKER_STATE] == {"": 2}

@@ -71,10 +71,18 @@ def test_a_passing_trouble_is_retried(status: int, code: str, counts: bool) -> N
         (412, "PreconditionFailed", StorageFailed),
         (416, "InvalidRange", StorageFailed),
         (501, "NotImplemented", StorageFailed),
+        (404, "NoSuchUpload", StorageFailed),
     ],
 )
 def test_a_refusal_is_final(status: int, code: str, expected: type[StorageError]) -> None:
     assert type(translate(answer(status, code), "get", "k")) is expected
+
+
+def test_an_upload_that_is_missing_says_nothing_about_the_bucket() -> None:
+    ours = translate(answer(404, "NoSuchUpload"), "list_uploads", None)
+
+    assert isinstance(ours, StorageFailed)
+    assert ours.reason == "no_such_upload"
 
 
 def test_the_bucket_is_what_is_missing_where_there_is_no_key() -> None:

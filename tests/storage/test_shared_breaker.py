@@ -5,8 +5,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from storage.breaker import BreakerOpenError, BreakerState, CircuitBreaker, Outcome
+from storage.breaker import BreakerMode, BreakerOpenError, BreakerState, CircuitBreaker, Outcome
+from storage.errors import StorageUnavailable
 from storage.shared_breaker import (
+    OperatorSetting,
     RemoteUnreachableError,
     Report,
     SharedBreaker,
@@ -31,11 +33,13 @@ class Cluster:
         return CircuitBreaker(THRESHOLD, RECOVERY_S, PROBE_TIMEOUT_S, clock=lambda: self.now)
 
     def gate(self) -> SharedGate:
-        return SharedGate(self.breaker(), self, sync_interval_s=1, clock=lambda: self.now)
+        return SharedGate(
+            self.breaker(), self, sync_interval_s=1, clock=lambda: self.now, wall_clock=lambda: 1e9 + self.now
+        )
 
-    async def report(self, reports: Sequence[Report]) -> SharedState:
+    async def report(self, reports: Sequence[Report], setting: OperatorSetting | None = None) -> SharedState:
         self._check()
-        return self.shared.report(reports)
+        return self.shared.report(reports, setting)
 
     async def admit(self) -> SharedPermit | SharedState:
         self._check()
@@ -220,3 +224,79 @@ async def test_failures_are_reported_without_waiting_for_the_interval(cluster: C
     reporting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reporting
+
+
+async def is_admitted(gate: SharedGate) -> bool:
+    try:
+        (await gate.admit()).settle(Outcome.NEUTRAL)
+    except BreakerOpenError:
+        return False
+    return True
+
+
+async def test_an_operators_word_reaches_every_node(cluster: Cluster) -> None:
+    one, other = cluster.gate(), cluster.gate()
+    await other.sync()
+
+    opened = await one.force(BreakerMode.FORCED_OPEN)
+    await other.sync()
+    cluster.now += 10 * RECOVERY_S
+
+    assert (opened.state, opened.mode) == (BreakerState.OPEN, BreakerMode.FORCED_OPEN)
+    assert (await is_admitted(one), await is_admitted(other)) == (False, False)
+    await other.force(BreakerMode.AUTOMATIC)
+    await one.sync()
+    assert (await is_admitted(one), await is_admitted(other)) == (True, True)
+
+
+async def test_forced_closed_no_failure_opens_a_breaker_and_automatic_starts_afresh(cluster: Cluster) -> None:
+    gate = cluster.gate()
+    await gate.force(BreakerMode.FORCED_CLOSED)
+
+    await fail(gate, 10 * THRESHOLD)
+    await gate.sync()
+    assert await is_admitted(gate)
+
+    await gate.force(BreakerMode.AUTOMATIC)
+    await fail(gate, THRESHOLD - 1)
+    await gate.sync()
+    assert await is_admitted(gate)
+    await fail(gate, 1)
+    assert not await is_admitted(gate)
+
+
+async def test_an_operators_word_outlives_the_shared_breaker(cluster: Cluster) -> None:
+    one, other = cluster.gate(), cluster.gate()
+    await one.force(BreakerMode.FORCED_OPEN)
+    cluster.reachable = False
+    await one.sync()
+    assert not await is_admitted(one)
+
+    cluster.shared = SharedBreaker(cluster.breaker(), "second")
+    cluster.reachable = True
+    await one.sync()
+    await other.sync()
+
+    assert not await is_admitted(other)
+
+
+async def test_an_older_word_does_not_replace_a_newer_one(cluster: Cluster) -> None:
+    one, late = cluster.gate(), cluster.gate()
+    await late.force(BreakerMode.FORCED_OPEN)
+    cluster.now += 1
+    await one.force(BreakerMode.AUTOMATIC)
+
+    await late.sync()
+    await one.sync()
+
+    assert (await is_admitted(one), await is_admitted(late)) == (True, True)
+
+
+async def test_a_word_that_cannot_be_passed_on_is_refused(cluster: Cluster) -> None:
+    gate = cluster.gate()
+    await gate.sync()
+    cluster.reachable = False
+
+    with pytest.raises(StorageUnavailable):
+        await gate.force(BreakerMode.FORCED_OPEN)
+    assert await is_admitted(gate)

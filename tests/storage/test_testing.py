@@ -5,12 +5,13 @@ import asyncio
 import pytest
 
 from storage.errors import StorageFailed, StorageUnavailable
-from storage.objects import ObjectStore
+from storage.objects import ObjectStore, StoreMaintenance
 from storage.testing import InMemoryStore
 
 
 def test_it_is_an_object_store() -> None:
     assert isinstance(InMemoryStore(), ObjectStore)
+    assert isinstance(InMemoryStore(), StoreMaintenance)
 
 
 async def test_scripted_errors_come_once_each_and_in_order() -> None:

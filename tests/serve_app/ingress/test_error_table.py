@@ -37,6 +37,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "StorageTimeout": ("get", 5.0),
     "StorageFailed": ("get", 4, "connection"),
     "PortInUse": (9000,),
+    "DatasetNotStored": ("cats", (("a.png", "storage_timeout"),), 41.0),
     "SizeNotSupported": (1, 2, 8),
     "Cancelled": (1, 2),
     "OutOfGpuMemory": (1, 8, 8, None, None),

@@ -1,0 +1,59 @@
+"""Bounds the bytes that are held in memory at one time, first come, first served."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+
+class ByteBudget:
+    """Belongs to one event loop. More than the whole budget is let through when nothing else is held."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self._capacity_bytes = capacity_bytes
+        self._held_bytes = 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @property
+    def held_bytes(self) -> int:
+        return self._held_bytes
+
+    @asynccontextmanager
+    async def hold(self, size_bytes: int) -> AsyncIterator[None]:
+        """Wait for room, and keep it to the end of the block. Cancelling the wait gives up the place."""
+        await self._take(size_bytes)
+        try:
+            yield
+        finally:
+            self._give_back(size_bytes)
+
+    async def _take(self, size_bytes: int) -> None:
+        if not self._waiting and self._fits(size_bytes):
+            self._held_bytes += size_bytes
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((size_bytes, turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._give_back(size_bytes)
+            else:
+                self._waiting.remove((size_bytes, turn))
+                self._admit()
+            raise
+
+    def _give_back(self, size_bytes: int) -> None:
+        self._held_bytes -= size_bytes
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._waiting and self._fits(self._waiting[0][0]):
+            size_bytes, turn = self._waiting.popleft()
+            self._held_bytes += size_bytes
+            turn.set_result(None)
+
+    def _fits(self, size_bytes: int) -> bool:
+        return self._held_bytes == 0 or self._held_bytes + size_bytes <= self._capacity_bytes

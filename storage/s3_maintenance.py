@@ -1,0 +1,109 @@
+"""What keeps a bucket clean and tells what its server can do: orphan multipart uploads, capabilities."""
+
+from __future__ import annotations
+
+from datetime import UTC
+from typing import Any
+
+from storage.errors import ObjectNotFound, StorageFailed
+from storage.keys import probe_object
+from storage.objects import Capabilities, PendingUpload
+from storage.resilience import Attempt, Resilience
+from storage.s3_calls import Answer, S3Calls
+from storage.settings import S3Settings
+
+PROBE_BODY = b"probe"
+
+# Not tried out: on some servers the attempt itself destroys objects (rclone takes a tagging call for a write).
+UNPROBED: dict[str, dict[str, bool]] = {
+    "rclone": {"tags": False, "lifecycle": False, "presigned_post": False, "keeps_metadata": False},
+    "moto": {"tags": True, "lifecycle": True, "presigned_post": True, "keeps_metadata": False},
+    "aws": {"tags": True, "lifecycle": True, "presigned_post": True, "keeps_metadata": True},
+}
+
+
+class Maintenance:
+    """Each method is made of operations that go through `Resilience.call`."""
+
+    def __init__(self, calls: S3Calls, resilience: Resilience, settings: S3Settings) -> None:
+        self._calls = calls
+        self._resilience = resilience
+        self._settings = settings
+
+    async def list_uploads(self, prefix: str) -> list[PendingUpload]:
+        """Multipart uploads that were begun below `prefix` and neither completed nor aborted."""
+        found: list[PendingUpload] = []
+        position: dict[str, str] = {}
+        while True:
+            page = await self._uploads_page({"Prefix": prefix, **position})
+            # Not every server filters by the prefix.
+            found += [_pending(entry) for entry in page.get("Uploads", []) if entry["Key"].startswith(prefix)]
+            if not page.get("IsTruncated"):
+                return found
+            position = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    async def abort_upload(self, key: str, upload_id: str) -> None:
+        """Free what its parts occupy. One that is gone is fine."""
+        parameters = {"Key": key, "UploadId": upload_id}
+
+        async def attempt(_: Attempt) -> None:
+            try:
+                await self._calls.send("abort_upload", key, "abort_multipart_upload", parameters)
+            except ObjectNotFound:
+                return
+            except StorageFailed as error:
+                if error.reason != "no_such_upload":
+                    raise
+
+        await self._resilience.call("abort_upload", attempt)
+
+    async def capabilities(self, token: str) -> Capabilities:
+        """Try the server out with an object of its own, named by `token`, which is removed again.
+
+        After a failure it stays until the sweeper finds it.
+        """
+        key = probe_object(self._settings.prefix, token)
+
+        async def attempt(_: Attempt) -> Capabilities:
+            found = await self._probed(key)
+            await self._calls.send("capabilities", key, "delete_object", {"Key": key})
+            return found
+
+        return await self._resilience.call("capabilities", attempt)
+
+    async def _probed(self, key: str) -> Capabilities:
+        write = {"Key": key, "Body": PROBE_BODY}
+        answer = await self._calls.send("capabilities", key, "put_object", write)
+        ranged = await self._calls.send("capabilities", key, "get_object", {"Key": key, "Range": "bytes=1-2"})
+        async with ranged["Body"] as body:
+            part = await body.read()
+        return Capabilities(
+            conditional_writes=not await self._accepts("put_object", key, {**write, "IfNoneMatch": "*"}),
+            ranged_reads=part == PROBE_BODY[1:3],
+            multipart_listing=await self._accepts("list_multipart_uploads", None, {"MaxUploads": 1}),
+            answers_with_etag="ETag" in answer,
+            **UNPROBED[self._settings.backend],
+        )
+
+    async def _accepts(self, method: str, key: str | None, parameters: dict[str, Any]) -> bool:
+        try:
+            await self._calls.send("capabilities", key, method, parameters)
+        except StorageFailed as error:
+            return error.reason == "no_such_upload"
+        return True
+
+    async def _uploads_page(self, parameters: dict[str, str]) -> Answer:
+        async def attempt(_: Attempt) -> Answer:
+            try:
+                return await self._calls.send("list_uploads", None, "list_multipart_uploads", parameters)
+            except StorageFailed as error:
+                # How rclone says that there are none.
+                if error.reason != "no_such_upload":
+                    raise
+                return {}
+
+        return await self._resilience.call("list_uploads", attempt)
+
+
+def _pending(entry: Answer) -> PendingUpload:
+    return PendingUpload(entry["Key"], entry["UploadId"], entry["Initiated"].astimezone(UTC))
