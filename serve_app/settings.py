@@ -21,7 +21,7 @@ from pydantic_settings import (
 )
 
 from storage.jobs_config import JobsConfig
-from storage.settings import BreakerSettings, RecordsSettings, S3Settings
+from storage.settings import BreakerSettings, RecordsSettings, S3Settings, SweepSettings
 
 CONFIG_FILE_VARIABLE = "RAYLORA_CONFIG"
 TINY_MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny" / "model"
@@ -170,6 +170,7 @@ class Settings(BaseSettings):
     limits: RequestLimits = Field(default_factory=RequestLimits)
     rate_limits: RateLimitSettings = Field(default_factory=RateLimitSettings)
     webhooks: WebhookSettings = Field(default_factory=WebhookSettings)
+    sweep: SweepSettings = Field(default_factory=SweepSettings)
 
     @classmethod
     def settings_customise_sources(

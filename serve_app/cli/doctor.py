@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from serve_app.cli.client import ApiClient, ApiError
 from serve_app.settings import CONFIG_FILE_VARIABLE, Settings
@@ -20,6 +21,7 @@ from serve_app.stack.supervisor import FREE_DISK_MIN_MB
 
 PACKAGES = ("ray", "torch", "diffusers", "peft", "transformers", "aiobotocore")
 MEMORY_MIN_MB = 4096
+HEALTH_WAIT_S = 15.0
 OTHER_VARIABLES = frozenset({CONFIG_FILE_VARIABLE, INSTANCE_VARIABLE})
 
 
@@ -48,7 +50,7 @@ def diagnose(settings: Settings) -> list[Finding]:
             _leftovers(instance),
         ]
     else:
-        findings.append(_running(settings, instance))
+        findings += [_running(settings, instance), *_breaker(instance)]
     return findings
 
 
@@ -156,3 +158,30 @@ def _running(settings: Settings, instance: Instance) -> Finding:
     except ApiError as exc:
         return Finding("instance", False, str(exc), f"The log is {instance.log_file}.")
     return Finding("instance", True, f"ready on {state.http_url}")
+
+
+def _breaker(instance: Instance) -> list[Finding]:
+    """Of an instance that answers; one that does not is another check's finding."""
+    state = instance.read_state()
+    key = instance.api_key_file.read_text().strip() if instance.api_key_file.exists() else ""
+    if state is None or state.phase != "ready":
+        return []
+    try:
+        with ApiClient(state.http_url, key) as client:
+            storage = client.call("health", wait_s=HEALTH_WAIT_S)["services"]["storage"]
+    except (ApiError, KeyError):
+        return []
+    return [breaker_finding(storage)]
+
+
+def breaker_finding(storage: dict[str, Any]) -> Finding:
+    """`storage` is that part of the health reply."""
+    name, mode = "storage breaker", storage.get("breaker_mode", "automatic")
+    found = f"{storage.get('breaker', 'unknown')} ({mode})"
+    if mode != "automatic":
+        return Finding(name, False, found, "An operator set it. `raylora breaker auto` lets it decide again.")
+    if storage.get("ok"):
+        return Finding(name, True, found)
+    wait_s = storage.get("retry_after_s")
+    again = f" It is tried again in {wait_s:.0f} s." if isinstance(wait_s, int | float) and wait_s > 0 else ""
+    return Finding(name, False, f"{found}, {storage.get('error')}", f"Look after the S3 server.{again}")

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from serve_app.cli import cluster
 from serve_app.cli.client import ApiClient, ApiError, Unreachable, WrongKey
 from serve_app.cli.doctor import diagnose
 from serve_app.cli.progress import training_progress
@@ -33,6 +35,8 @@ from serve_app.settings import Settings, SettingsIncomplete
 from serve_app.stack import control
 from serve_app.stack.errors import InstanceError, NotRunning
 from serve_app.stack.instance import Instance
+from storage.breaker import BreakerMode
+from storage.errors import JobError, StorageError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_KEY, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
@@ -47,6 +51,17 @@ out = Console()
 err = Console(stderr=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+class BreakerChoice(StrEnum):
+    OPEN = "open"
+    CLOSED = "closed"
+    AUTO = "auto"
+
+    @property
+    def mode(self) -> BreakerMode:
+        modes = {"open": BreakerMode.FORCED_OPEN, "closed": BreakerMode.FORCED_CLOSED, "auto": BreakerMode.AUTOMATIC}
+        return modes[self.value]
 
 
 class Failure(Exception):
@@ -70,6 +85,8 @@ def reported(as_json: bool) -> Iterator[None]:
         _give_up(exc.code, str(exc), EXIT_KEY, as_json)
     except (ApiError, InstanceError) as exc:
         _give_up(exc.code, str(exc), EXIT_UNREACHABLE if isinstance(exc, NotRunning) else EXIT_FAILED, as_json)
+    except (StorageError, JobError) as exc:
+        _give_up(exc.code, str(exc), EXIT_FAILED, as_json)
     except SettingsIncomplete as exc:
         _give_up("settings_invalid", str(exc), EXIT_USAGE, as_json)
     except ValidationError as exc:
@@ -343,6 +360,43 @@ def download(
         _emit(as_json, {"output": str(target), "size_bytes": size})
         if not as_json:
             out.print(f"{target} ({size / 1e6:.2f} MB)")
+
+
+@app.command()
+def breaker(
+    mode: Annotated[
+        BreakerChoice | None,
+        typer.Argument(help="open: no S3 request goes out. closed: every one does. auto: the breaker decides."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the storage circuit breaker of the whole cluster, or decide for it. Run it where the instance runs."""
+    with reported(as_json):
+        state = cluster.breaker(Settings(), None if mode is None else mode.mode)
+        _emit(as_json, state)
+        if not as_json:
+            detail = f": {state['detail']}" if state["detail"] else ""
+            out.print(f"{state['breaker']} ({state['breaker_mode']}){detail}")
+
+
+@app.command()
+def sweep(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go and remove nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove stored objects that nobody needs any more, by the RAYLORA_SWEEP settings."""
+    with reported(as_json):
+        report = cluster.sweep(Settings(), dry_run=dry_run)
+        _emit(as_json, report.as_json())
+        if not as_json:
+            table = Table("what", "groups", "objects", "bytes")
+            for kind, total in report.totals().items():
+                table.add_row(kind, *(str(total[name]) for name in ("groups", "objects", "size_bytes")))
+            out.print(table)
+            for failure in report.failures:
+                err.print(Text(f"not removed: {failure.kind} of {failure.resource} ({failure.code})", style="red"))
+        if report.failures:
+            raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()

@@ -39,6 +39,8 @@ class InstanceState(BaseModel):
     stage: str
     http_url: str
     dashboard_url: str
+    # Where commands that need the cluster itself join it; None before Ray has started.
+    ray_address: str | None = None
     error_code: str | None = None
     error_message: str | None = None
 
@@ -56,6 +58,11 @@ class Instance:
     @property
     def api_key_file(self) -> Path:
         return self.home / "api-key"
+
+    @property
+    def s3_folder(self) -> Path:
+        """Of the embedded S3 server."""
+        return self.home / "s3"
 
     @property
     def log_file(self) -> Path:

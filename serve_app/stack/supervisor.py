@@ -45,6 +45,7 @@ class Supervisor:
         self._instance = instance
         self._owner = psutil.Process(while_pid) if while_pid else None
         self._asked = threading.Event()
+        self._ray_address: str | None = None
         self._cleanup = ExitStack()
 
     def run(self) -> None:
@@ -103,6 +104,7 @@ class Supervisor:
                 stage=stage,
                 http_url=f"http://{settings.host}:{settings.port}",
                 dashboard_url=f"http://127.0.0.1:{settings.dashboard_port}",
+                ray_address=self._ray_address,
                 error_code=error.code if error else None,
                 error_message=str(error) if error else None,
             )
@@ -157,7 +159,7 @@ class Supervisor:
         port = self._settings.s3_port or remembered(self._instance.home / "s3-port")
         if not is_free(port):
             raise PortTaken(port, "RAYLORA_S3_PORT")
-        server = EmbeddedS3(self._instance.home / "s3", port)
+        server = EmbeddedS3(self._instance.s3_folder, port)
         server.start()
         self._cleanup.callback(server.stop)
         self._settings = self._settings.with_s3(server.settings())
@@ -183,6 +185,7 @@ class Supervisor:
                 **common,
             )
         self._cleanup.callback(ray.shutdown)
+        self._ray_address = str(ray.get_runtime_context().gcs_address)
         # Ray's driver installs a SIGTERM handler of its own, which would end this process without a shutdown.
         self._install_signals()
 
@@ -201,6 +204,17 @@ class Supervisor:
         serve.start(http_options={"host": settings.host, "port": settings.port})
         serve.run(build(settings), name="raylora", route_prefix="/", blocking=False)
         self._cleanup.callback(serve.shutdown)
+        self._start_sweeps()
+
+    def _start_sweeps(self) -> None:
+        from serve_app.stack.sweeping import PeriodicSweeps, sweeper_of
+        from storage.ray_counters import RayCounters
+
+        counters = RayCounters()
+        sweeper = sweeper_of(self._settings, self._instance, counters)
+        sweeps = PeriodicSweeps(sweeper.run, self._settings.sweep.interval_s, counters)
+        sweeps.start()
+        self._cleanup.callback(sweeps.stop)
 
     def _stop(self) -> None:
         """Undo the start in reverse. A step that fails is logged and the rest still runs."""
