@@ -118,6 +118,8 @@ class Settings(BaseSettings):
     home: Path = Field(default_factory=lambda: Path.home() / ".raylora")
     host: str = "127.0.0.1"
     port: int = Field(default=8000, gt=0, lt=65536)
+    # "haproxy" answers several times as fast as Serve's own proxy; see serve_app/stack/haproxy.py for what it opens.
+    http_proxy: Literal["serve", "haproxy"] = "serve"
     dashboard_port: int = Field(default=8265, gt=0, lt=65536)
     # None: the instance starts a Ray of its own. "auto" or HOST:PORT: it joins a cluster that runs already.
     ray_address: str | None = None

@@ -7,6 +7,7 @@ staging beside a request that says what was promised. Works over any ObjectStore
 from __future__ import annotations
 
 import secrets
+from pathlib import Path
 from typing import ClassVar
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
@@ -85,9 +86,12 @@ async def read_import(store: ObjectStore, keys: Keys, lora_id: str) -> LoraImpor
         raise ImportedLoraNotFound(lora_id) from None
 
 
-async def commit_imported(store: ObjectStore, keys: Keys, asked: LoraImport, lora: ImportedLora) -> None:
-    """Make the staged upload into an adapter. From the manifest on it exists; then staging is emptied."""
-    await store.copy(staged_file(keys, asked), lora.key)
+async def commit_imported(store: ObjectStore, keys: Keys, asked: LoraImport, lora: ImportedLora, path: Path) -> None:
+    """Make a verified file into an adapter. From the manifest on it exists; then staging is emptied.
+
+    The local bytes that were checked are stored, not the staged ones: their presigned URL may still be valid.
+    """
+    await store.upload_file(path, lora.key)
     body = lora.model_dump_json(indent=1).encode()
     await store.put(keys.imported_lora_manifest(lora.id), body, content_type="application/json")
     await store.delete_many([staged_file(keys, asked), keys.staging_file(asked.id, REQUEST_NAME)])

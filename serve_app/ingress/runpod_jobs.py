@@ -26,6 +26,7 @@ from serve_app.ingress.runpod_view import (
     runpod_status,
     stamped,
 )
+from serve_app.ingress.watched import WatchedRecords
 from serve_app.job_types import HANDLERS, STARTS_WORK, job_type_of
 from serve_app.job_types.context import (
     ACCEPTED_PREFIX,
@@ -62,6 +63,9 @@ class RunpodJobs:
         self._services = services
         self._new_uuid = new_uuid
         self._tasks: set[asyncio.Task[str]] = set()
+        self._watched = WatchedRecords(services.jobs)
+        # Of jobs that a request of this process waits for: None until they have ended.
+        self._awaited: dict[tuple[str, str], Reply | None] = {}
 
     async def run(self, call: Submission) -> dict[str, Any]:
         """`{"id", "status": "IN_QUEUE"}`, soon, whatever the job type does.
@@ -81,13 +85,23 @@ class RunpodJobs:
         until = loop.time() + (call.wait_s or 0.0)
         runpod_id, task = await self._begin(call)
         if task is not None:
-            await asyncio.wait({task}, timeout=max(0.0, until - loop.time()))
+            key = (call.tenant, runpod_id)
+            self._awaited[key] = None
+            try:
+                await asyncio.wait({task}, timeout=max(0.0, until - loop.time()))
+            finally:
+                reply = self._awaited.pop(key)
             runpod_id = task.result() if task.done() else runpod_id
+            if reply is not None:
+                return reply_view(runpod_id, reply, self._services.clock(), self._services.worker_id)
         return await self.status(call.tenant, call.request_id, runpod_id, wait_s=max(0.0, until - loop.time()))
 
     async def status(self, tenant: str, request_id: str, runpod_id: str, *, wait_s: float = 0.0) -> dict[str, Any]:
         """The status object, once it is final or `wait_s` has passed. Raises RunpodJobNotFound."""
         services, loop = self._services, asyncio.get_running_loop()
+        watched = self._watched.get((tenant, runpod_id))
+        if watched is not None and (wait_s <= 0 or watched.state.is_terminal):
+            return await status_object(services, watched, request_id)
         until = loop.time() + wait_s
         reply = await services.dispatch.wait_reply(tenant, runpod_id, wait_s)
         if reply is not None:
@@ -96,6 +110,8 @@ class RunpodJobs:
         remaining_s = until - loop.time()
         if remaining_s > 0 and not record.state.is_terminal and not is_accepted_only(record):
             record = await services.jobs.wait(record.id, tenant=tenant, timeout_s=remaining_s, until="final")
+        if wait_s <= 0 and not is_accepted_only(record):
+            self._watched.watch((tenant, runpod_id), record)
         return await status_object(services, record, request_id)
 
     async def stream(self, tenant: str, request_id: str, runpod_id: str, *, wait_s: float) -> dict[str, Any]:
@@ -121,6 +137,7 @@ class RunpodJobs:
             return {"id": runpod_id, "status": runpod_status(record)}
         try:
             await self._services.jobs.request_cancel(record.id, tenant=tenant)
+            self._watched.forget((tenant, runpod_id))
         except JobNotCancellable:
             ended = await self._services.jobs.get(record.id, tenant=tenant)
             return {"id": runpod_id, "status": runpod_status(ended)}
@@ -134,6 +151,7 @@ class RunpodJobs:
         if is_accepted_only(record):
             raise RunpodJobNotRetryable
         await self._wake_for(await self._services.jobs.retry(record.id, tenant=tenant))
+        self._watched.forget((tenant, runpod_id))
         return {"id": runpod_id, "status": "IN_QUEUE"}
 
     async def purge_queue(self, tenant: str) -> dict[str, Any]:
@@ -165,6 +183,7 @@ class RunpodJobs:
 
     async def close(self) -> None:
         """Give work under way its chance to end, then stop it."""
+        await self._watched.close()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=self._services.limits.run_answer_s)
         for task in list(self._tasks):
@@ -242,7 +261,12 @@ class RunpodJobs:
             timestamp=now,
         )
         await services.dispatch.settle_reply(context.tenant, context.runpod_id, output=output, error=error)
-        await self._tell(context, Reply("COMPLETED" if error is None else "FAILED", began, now, output, error))
+        reply = Reply("COMPLETED" if error is None else "FAILED", began, now, output, error)
+        key = (context.tenant, context.runpod_id)
+        if key in self._awaited:
+            # Whoever waits for this job in this process need not ask for what was just sent.
+            self._awaited[key] = reply
+        await self._tell(context, reply)
         return context.runpod_id
 
     async def _tell(self, context: JobContext, reply: Reply) -> None:

@@ -17,11 +17,14 @@ def is_free(port: int, host: str = "127.0.0.1") -> bool:
         return True
 
 
-def any_free() -> int:
-    """A port that the system considers free."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def any_free(*, room: int = 0) -> int:
+    """A port that the system considers free, with at least `room` valid port numbers behind it."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port + room < 65536:
+            return port
 
 
 def remembered(file: Path) -> int:

@@ -26,8 +26,9 @@ import psutil
 
 from serve_app.settings import Settings
 from serve_app.stack.errors import AlreadyRunning, DiskFull, InstanceError, ModelMissing, PortTaken, StartFailed
+from serve_app.stack.haproxy import PORTS_PER_INSTANCE, environment
 from serve_app.stack.instance import INSTANCE_VARIABLE, Instance, InstanceState, Phase
-from serve_app.stack.ports import is_free, remembered
+from serve_app.stack.ports import any_free, is_free, remembered
 from storage.embedded import EmbeddedS3
 
 logger = logging.getLogger("raylora.supervisor")
@@ -167,11 +168,15 @@ class Supervisor:
     def _start_ray(self) -> None:
         # Read by Serve's proxy when it starts: it strips headers that no client may set, before any replica sees them.
         os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "serve_app.ingress.middleware:proxy_middlewares"
+        settings = self._settings
+        folder = ray_folder(self._instance.home)
+        if settings.http_proxy == "haproxy" and settings.ray_address is None:
+            ports = {"stats_port": any_free(), "replica_port": any_free(room=PORTS_PER_INSTANCE)}
+            os.environ.update(environment(folder / "haproxy", host=settings.host, **ports))
         import ray
 
         from serve_app.stack.ray_node import start_head
 
-        settings = self._settings
         common = {"namespace": "raylora", "log_to_driver": False, "configure_logging": False}
         if settings.ray_address is not None:
             ray.init(address=settings.ray_address, **common)
@@ -181,7 +186,7 @@ class Supervisor:
                 dashboard_host="127.0.0.1",
                 dashboard_port=settings.dashboard_port,
                 object_store_memory=settings.object_store_bytes,
-                _temp_dir=str(ray_folder(self._instance.home)),
+                _temp_dir=str(folder),
                 **common,
             )
         self._cleanup.callback(ray.shutdown)

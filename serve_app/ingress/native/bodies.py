@@ -159,6 +159,43 @@ class DatasetCreate(Body):
         }
 
 
+class UploadFileCreate(Body):
+    """A file to come. `sha256` in hex, checked where it is given."""
+
+    filename: str = Field(min_length=1, max_length=200)
+    size_bytes: int = Field(ge=1, le=500 * 1024**2)
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+
+
+class UploadCreate(Body):
+    """Files of one data set, to be sent beside the request; 500 MB in all."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"name": "zib", "trigger_word": "zib", "files": [{"filename": "zib.zip", "size_bytes": 81_234}]}
+            ]
+        }
+    )
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_][a-zA-Z0-9_-]{0,99}$")
+    trigger_word: str | None = Field(default=None, max_length=100)
+    replace: bool = True
+    files: tuple[UploadFileCreate, ...] = Field(min_length=1, max_length=100)
+
+    def payload(self) -> dict[str, Any]:
+        """As the input of the job type `create_upload`."""
+        return {
+            "training_name": self.name,
+            "dataset_folder": self.name,
+            "trigger_word": self.trigger_word,
+            "cleanup_existing": self.replace,
+            "files": [
+                {"filename": file.filename, "size": file.size_bytes, "sha256": file.sha256} for file in self.files
+            ],
+        }
+
+
 class LoraImportCreate(Body):
     """An adapter file to come: safetensors, in diffusers' or kohya's names. `sha256` in hex, checked where given."""
 

@@ -31,7 +31,8 @@ def datasets_router(services: Services, route_class: type[APIRoute]) -> APIRoute
         tenant = tenant_of(request)
         stored = await services.validation.store_upload(tenant, asked.payload())
         manifest = await latest_manifest(services.store, services.keys_of(tenant), asked.name)
-        return DatasetStored(dataset=_view(manifest), warnings=[str(note) for note in stored.get("warnings", [])])
+        warnings = [str(note) for note in stored.get("warnings", [])]
+        return DatasetStored(dataset=dataset_view(manifest), warnings=warnings)
 
     @router.get("")
     async def list_datasets(request: Request) -> Files[DatasetName]:
@@ -43,7 +44,7 @@ def datasets_router(services: Services, route_class: type[APIRoute]) -> APIRoute
     async def get_dataset(request: Request, name: str) -> Dataset:
         """The newest finished upload and its files."""
         keys = services.keys_of(tenant_of(request))
-        return _view(await latest_manifest(services.store, keys, checked_name(name, DATASET_NAME)))
+        return dataset_view(await latest_manifest(services.store, keys, checked_name(name, DATASET_NAME)))
 
     @router.delete("/{name}", status_code=204)
     async def delete_dataset(request: Request, name: str) -> None:
@@ -72,7 +73,7 @@ async def _refuse_in_use(services: Services, tenant: str, name: str) -> None:
             return
 
 
-def _view(manifest: DatasetManifest) -> Dataset:
+def dataset_view(manifest: DatasetManifest) -> Dataset:
     return Dataset(
         name=manifest.folder,
         upload_id=manifest.upload_id,

@@ -9,6 +9,7 @@ from serve_app.ingress.native.loras import loras_router
 from serve_app.ingress.native.once import OnceOnly, once_route
 from serve_app.ingress.native.training_files import training_files_router
 from serve_app.ingress.native.trainings import trainings_router
+from serve_app.ingress.native.uploads import uploads_router
 from serve_app.ingress.openai_images import openai_router
 from serve_app.job_types.context import Services
 
@@ -20,6 +21,7 @@ def native_router(services: Services) -> APIRouter:
     router.include_router(training_files_router(services))
     router.include_router(generations_router(services, route_class))
     router.include_router(datasets_router(services, route_class))
+    router.include_router(uploads_router(services, route_class))
     router.include_router(loras_router(services, route_class))
     router.include_router(openai_router(services))
     router.include_router(huggingface_router(services))

@@ -214,6 +214,23 @@ class DatasetStored(View):
     warnings: list[str]
 
 
+class UploadPlace(View):
+    """PUT the file to `url` with exactly these headers."""
+
+    filename: str
+    method: Literal["PUT"] = "PUT"
+    url: str
+    headers: dict[str, str]
+
+
+class UploadStarted(View):
+    """The URLs end at `expires_at`."""
+
+    id: str
+    expires_at: datetime
+    files: list[UploadPlace]
+
+
 class LoraFileView(View):
     filename: str
     size_bytes: int | None = None

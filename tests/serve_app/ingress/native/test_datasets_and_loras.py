@@ -1,6 +1,7 @@
 """Data sets and adapters over /v1."""
 
 import hashlib
+from base64 import b64decode
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,24 @@ async def test_a_body_of_ten_megabytes_reaches_the_data_sets_and_no_route_beside
         assert (await http.post("/v1/datasets", content=large)).status_code == 400
 
 
+async def test_an_upload_beside_the_request_is_a_data_set_once_it_is_finished(server: LocalServer) -> None:
+    data = b64decode(PICTURE["content"])
+    async with server.client() as http, server.client(OTHER_KEY) as stranger:
+        body = {"name": "cats", "files": [{"filename": "1.png", "size_bytes": len(data)}]}
+        started = (await http.post("/v1/uploads", json=body)).json()
+        assert "method=PUT" in started["files"][0]["url"]
+        finish = f"/v1/uploads/{started['id']}/finish"
+        early = await http.post(finish)
+        assert (early.status_code, early.json()["code"]) == (400, "invalid_request")
+        await server.store.put(keys_of(TENANT).staging_file(started["id"], "1.png"), data)
+        assert (await stranger.post(finish)).json()["code"] == "upload_not_found"
+        finished = await http.post(finish)
+        assert finished.status_code == 201, finished.text
+        assert [file["filename"] for file in finished.json()["dataset"]["files"]] == ["1.png"]
+        assert (await http.get("/v1/datasets/cats")).json() == finished.json()["dataset"]
+        assert (await http.post(finish)).json()["dataset"] == finished.json()["dataset"]
+
+
 async def test_a_trained_adapter_is_listed_downloaded_and_deleted(server: LocalServer, world: JobsWorld) -> None:
     key = keys_of(TENANT).lora_file("train_0123456789ab", "mine.safetensors")
     await server.store.put(key, b"abc")
@@ -155,11 +174,11 @@ def pickled() -> bytes:
         lora_bytes()[:40],
         lora_bytes(**{f"{LAYER}.lora_B.weight": None}),
         lora_bytes(**{f"{LAYER}.bias": np.zeros(3, np.float16)}),
-        lora_bytes(**{f"{LAYER}.dora_scale": np.zeros(3, np.float16)}),
+        lora_bytes(**{f"{LAYER}.oft_blocks": np.zeros(3, np.float16)}),
         lora_bytes(**{f"{LAYER}.lora_A.weight": np.zeros((4, 8), np.int8)}),
         lora_bytes(**{f"{LAYER}.lora_A.weight": np.zeros((2000, 8), np.float16)}),
     ],
-    ids=["pickle", "empty", "cut", "half", "other", "dora", "integers", "rank"],
+    ids=["pickle", "empty", "cut", "half", "other", "oft", "integers", "rank"],
 )
 async def test_a_file_that_is_no_lora_is_not_taken(server: LocalServer, data: bytes) -> None:
     async with server.client() as http:
