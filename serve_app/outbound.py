@@ -10,7 +10,9 @@ import asyncio
 import ipaddress
 import re
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,6 +20,7 @@ import httpx
 from serve_app.errors import AddressRefused, OutboundFailed
 
 URL_LENGTH_MAX = 2048
+TOO_LARGE = "too large"
 
 _HOST = re.compile(rb"[A-Za-z0-9.:_-]{1,255}")
 
@@ -62,7 +65,7 @@ async def resolve_host(host: str, port: int) -> list[str]:
 
 
 class Outbound:
-    """POSTs to where clients said."""
+    """POSTs to, and GETs from, where clients said."""
 
     def __init__(
         self,
@@ -86,33 +89,55 @@ class Outbound:
 
     async def post(self, url: str, content: bytes, headers: Mapping[str, str]) -> None:
         """Delivered where the answer is a 2xx; its body is not read. Raises AddressRefused, OutboundFailed."""
-        if url_problem(url, any_address=self._any_address) is not None:
-            raise AddressRefused
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._post(httpx.URL(url), content, headers)
-        except TimeoutError:
-            raise OutboundFailed("timeout") from None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise OutboundFailed(type(error).__name__) from None
+        async with self._exchange("POST", url, content=content, headers=headers):
+            pass
+
+    async def fetch(self, url: str, path: Path, *, bytes_max: int) -> None:
+        """The answer's body as a file, complete where this returns. Raises AddressRefused, OutboundFailed."""
+        async with self._exchange("GET", url, content=b"", headers={"Accept-Encoding": "identity"}) as response:
+            seen_bytes = 0
+            with path.open("wb") as file:
+                async for chunk in response.aiter_raw():
+                    seen_bytes += len(chunk)
+                    if seen_bytes > bytes_max:
+                        raise OutboundFailed(TOO_LARGE)
+                    file.write(chunk)
 
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def _post(self, url: httpx.URL, content: bytes, headers: Mapping[str, str]) -> None:
+    @asynccontextmanager
+    async def _exchange(
+        self, method: str, url: str, *, content: bytes, headers: Mapping[str, str]
+    ) -> AsyncIterator[httpx.Response]:
+        """A 2xx answer whose body was not read yet; the block is part of what is bounded in time."""
+        if url_problem(url, any_address=self._any_address) is not None:
+            raise AddressRefused
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                request = await self._request(method, httpx.URL(url), content, headers)
+                response = await self._client.send(request, stream=True)
+                try:
+                    if not response.is_success:
+                        raise OutboundFailed(f"status {response.status_code}")
+                    yield response
+                finally:
+                    await response.aclose()
+        except TimeoutError:
+            raise OutboundFailed("timeout") from None
+        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
+            raise OutboundFailed(type(error).__name__) from None
+
+    async def _request(self, method: str, url: httpx.URL, content: bytes, headers: Mapping[str, str]) -> httpx.Request:
         address = await self._address(url)
         extensions: dict[str, Any] = {"sni_hostname": url.host}
-        request = self._client.build_request(
-            "POST",
+        return self._client.build_request(
+            method,
             url.copy_with(host=address),
             content=content,
             headers={**headers, "Host": url.netloc.decode("ascii")},
             extensions=extensions,
         )
-        response = await self._client.send(request, stream=True)
-        await response.aclose()
-        if not response.is_success:
-            raise OutboundFailed(f"status {response.status_code}")
 
     async def _address(self, url: httpx.URL) -> str:
         port = url.port or (443 if url.scheme == "https" else 80)

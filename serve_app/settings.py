@@ -62,7 +62,8 @@ class RequestLimits(BaseModel):
 class WebhookSettings(BaseModel):
     """`secret`: "whsec_" and base64, as receivers configure it; None: the bytes of the API key sign.
 
-    `any_address` also allows http and private addresses: for installations whose receivers are beside them.
+    `any_address` also allows http and private addresses, for installations whose receivers are beside them; it holds
+    for files that an upload names by URL too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -33,6 +33,7 @@ from serve_app.inference.plan import GenerationRequest, GenerationWork
 from serve_app.ingress.api import create_app
 from serve_app.ingress.auth import KeyRing
 from serve_app.job_types.context import Services
+from serve_app.outbound import Outbound
 from serve_app.settings import RequestLimits
 from serve_app.validation.bundles import Bundles
 from serve_app.validation.lora_imports import LoraImports
@@ -62,7 +63,7 @@ class LocalValidation:
     def __init__(self, store: ObjectStore, clock: Clock) -> None:
         self._validator = Validator(MODELS, "tiny", random_seed=lambda: 1234)
         self._loras = LoraImports(store, keys_of)
-        self._uploads = DatasetUploads(store, keys_of, BUCKET, clock)
+        self._uploads = DatasetUploads(store, keys_of, BUCKET, clock, Outbound(any_address=False, timeout_s=5))
         self._bundles = Bundles(store, keys_of, clock)
         self._staged = StagedUploads(store, keys_of, BUCKET, clock, self._uploads, url_expires_s=3600)
 

@@ -8,11 +8,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from serve_app.collaborators import GenerationPlan, TrainingPlan
+from serve_app.outbound import Outbound
 from serve_app.settings import Settings
 from serve_app.validation.bundles import Bundles
 from serve_app.validation.lora_imports import LoraImports
 from serve_app.validation.staged import StagedUploads
-from serve_app.validation.uploads import DatasetUploads
+from serve_app.validation.uploads import FETCH_TIMEOUT_S, DatasetUploads
 from serve_app.validation.validator import Validator
 from storage.actor import StorageClient
 from storage.imported_loras import ImportedLora
@@ -27,7 +28,8 @@ class Validation:
         self._validator = Validator(settings.models, settings.default_model)
         store = StorageClient(s3, settings.breaker())
         self._loras = LoraImports(store, _keys_of(s3.prefix))
-        self._uploads = DatasetUploads(store, _keys_of(s3.prefix), s3.bucket, _now)
+        outbound = Outbound(any_address=settings.webhooks.any_address, timeout_s=FETCH_TIMEOUT_S)
+        self._uploads = DatasetUploads(store, _keys_of(s3.prefix), s3.bucket, _now, outbound)
         self._bundles = Bundles(store, _keys_of(s3.prefix), _now)
         self._staged = StagedUploads(
             store,

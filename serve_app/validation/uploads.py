@@ -7,13 +7,14 @@ import base64
 import binascii
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from serve_app.collaborators import Clock
-from serve_app.errors import InvalidRequest
+from serve_app.errors import AddressRefused, InvalidRequest, OutboundFailed
+from serve_app.outbound import TOO_LARGE, Outbound
 from serve_app.validation.dataset_reply import dataset_reply
 from serve_app.validation.file_checks import (
     FILE_BYTES_MAX,
@@ -31,6 +32,9 @@ from storage.keys import Keys
 from storage.objects import ObjectStore
 from train_jobs.errors import Problem
 
+FETCHES_AT_ONCE = 8
+FETCH_TIMEOUT_S = 120.0
+
 _DATA_URL = re.compile(r"\Adata:[a-zA-Z0-9.+/-]{0,100};base64,")
 _SPACE = re.compile(r"\s+")
 
@@ -42,19 +46,18 @@ class CheckedUpload:
     warnings: tuple[str, ...]
 
 
-def check_upload(payload: dict[str, Any], folder: Path) -> CheckedUpload:
-    """Decode every file into `folder` and check it. Raises InvalidRequest with the problems of all of them.
+def check_upload(request: UploadPayload, folder: Path, fetched: Mapping[int, FileProblem | None]) -> CheckedUpload:
+    """Decode every file into `folder`, where those that came by URL are already, and check it.
 
-    Blocking, and slow: not for an event loop.
+    Raises InvalidRequest with the problems of all of them. Blocking, and slow: not for an event loop.
     """
-    request = parse_payload(UploadPayload, payload)
     problems: list[Problem] = []
     found: list[FoundFile] = []
     for index, item in enumerate(request.files):
         place = f"files[{index}]"
         path = folder / str(index)
         try:
-            path.write_bytes(_content(item))
+            _bring(item, path, fetched.get(index))
         except FileProblem as problem:
             problems.append(problem.at(place))
         else:
@@ -72,13 +75,19 @@ def _place(problem: Problem) -> int:
     return int(number[1]) if number else -1
 
 
-def _content(item: UploadFile) -> bytes:
+def _bring(item: UploadFile, path: Path, fetching: FileProblem | None) -> None:
+    """Raises FileProblem."""
+    if fetching is not None:
+        raise fetching
+    if (item.content is None) == (item.url is None):
+        raise FileProblem("content", "give either content or url", "missing" if item.url is None else "invalid_value")
+    if item.content is not None:
+        path.write_bytes(_decoded(item.content))
+
+
+def _decoded(content: str) -> bytes:
     """Base64, as such or in a data URL, line breaks allowed. Raises FileProblem."""
-    if item.url is not None:
-        raise FileProblem("url", "files by url are not taken; send the content", "unsupported")
-    if item.content is None:
-        raise FileProblem("content", "is missing", "missing")
-    text = _SPACE.sub("", _DATA_URL.sub("", item.content))
+    text = _SPACE.sub("", _DATA_URL.sub("", content))
     if len(text) * 3 // 4 > FILE_BYTES_MAX + 2:
         raise FileProblem("content", f"is over {FILE_BYTES_MAX // MIB} MB", "too_large")
     try:
@@ -94,7 +103,10 @@ class DatasetUploads:
     `cleanup_existing` they are no longer part of the dataset, without it their files are.
     """
 
-    def __init__(self, store: ObjectStore, keys_of: Callable[[str], Keys], bucket: str, clock: Clock) -> None:
+    def __init__(
+        self, store: ObjectStore, keys_of: Callable[[str], Keys], bucket: str, clock: Clock, outbound: Outbound
+    ) -> None:
+        self._outbound = outbound
         self._store = store
         self._keys_of = keys_of
         self._bucket = bucket
@@ -103,9 +115,31 @@ class DatasetUploads:
     async def store(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
         """Raises InvalidRequest, StorageError. Returns the fields of the reply."""
         with tempfile.TemporaryDirectory(prefix="raylora-upload-") as folder:
-            upload = await asyncio.to_thread(check_upload, payload, Path(folder))
+            request = parse_payload(UploadPayload, payload)
+            fetched = await self._fetch(request, Path(folder))
+            upload = await asyncio.to_thread(check_upload, request, Path(folder), fetched)
             upload_id = new_upload_id(self._clock())
             return await self.commit(tenant, upload.request, upload_id, upload.files, upload.warnings)
+
+    async def _fetch(self, request: UploadPayload, folder: Path) -> dict[int, FileProblem | None]:
+        """Get the files that are named by URL, into `folder` under their numbers; what went wrong with each."""
+        places = asyncio.Semaphore(FETCHES_AT_ONCE)
+
+        async def fetch(index: int, url: str) -> FileProblem | None:
+            async with places:
+                try:
+                    await self._outbound.fetch(url, folder / str(index), bytes_max=FILE_BYTES_MAX)
+                except AddressRefused:
+                    return FileProblem("url", "must be an https URL that leads to a public address", "invalid_value")
+                except OutboundFailed as failed:
+                    too_large = failed.reason == TOO_LARGE
+                    reason = f"is over {FILE_BYTES_MAX // MIB} MB" if too_large else "could not be fetched"
+                    return FileProblem("url", reason, "too_large" if too_large else "unavailable")
+            return None
+
+        named = {index: item.url for index, item in enumerate(request.files) if item.url is not None}
+        outcomes = await asyncio.gather(*(fetch(index, url) for index, url in named.items()))
+        return dict(zip(named, outcomes, strict=True))
 
     async def commit(
         self,

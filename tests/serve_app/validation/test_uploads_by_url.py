@@ -1,0 +1,82 @@
+"""Files that an upload names by URL: fetched from public addresses, and checked like any others."""
+
+from base64 import b64decode
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.errors import InvalidRequest
+from serve_app.outbound import Outbound
+from serve_app.testing import BUCKET, keys_of, picture_base64, text_base64
+from serve_app.validation import uploads
+from serve_app.validation.uploads import DatasetUploads
+from storage.datasets import latest_manifest
+from storage.jobs import utc_now
+from storage.testing import InMemoryStore
+
+PICTURE = b64decode(picture_base64())
+
+
+async def public(host: str, port: int) -> list[str]:
+    return ["10.0.0.1" if host.startswith("inside") else "93.184.216.34"]
+
+
+async def arriving(data: bytes) -> AsyncIterator[bytes]:
+    """In pieces, as from a network."""
+    for start in range(0, len(data), 50):
+        yield data[start : start + 50]
+
+
+def answer(request: httpx.Request) -> httpx.Response:
+    if request.url.path == "/1.png":
+        return httpx.Response(200, content=arriving(PICTURE))
+    return httpx.Response(302, headers={"location": "http://169.254.169.254/"})
+
+
+async def stored(store: InMemoryStore, files: list[dict[str, Any]]) -> dict[str, Any]:
+    outbound = Outbound(any_address=False, timeout_s=5, resolve=public, transport=httpx.MockTransport(answer))
+    datasets = DatasetUploads(store, keys_of, BUCKET, utc_now, outbound)
+    return await datasets.store("matt", {"training_name": "cats", "files": files})
+
+
+async def test_a_picture_by_url_is_stored_beside_a_caption_in_the_request() -> None:
+    store = InMemoryStore()
+    files = [
+        {"filename": "1.png", "url": "https://example.com/1.png"},
+        {"filename": "1.txt", "content": text_base64("a cat")},
+    ]
+    reply = await stored(store, files)
+    assert (reply["total_images"], reply["total_captions"]) == (1, 1)
+    manifest = await latest_manifest(store, keys_of("matt"), "cats")
+    assert await store.get(manifest.files[0].key) == PICTURE
+
+
+async def test_what_cannot_be_fetched_is_named_with_everything_else() -> None:
+    store = InMemoryStore()
+    files = [
+        {"filename": "1.png", "url": "https://example.com/1.png"},
+        {"filename": "2.png", "url": "http://example.com/1.png"},
+        {"filename": "3.png", "url": "https://inside.example.com/1.png"},
+        {"filename": "4.png", "url": "https://example.com/redirect"},
+        {"filename": "5.png", "url": "https://example.com/1.png", "content": picture_base64()},
+        {"filename": "6.txt", "url": "https://example.com/1.png"},
+    ]
+    with pytest.raises(InvalidRequest) as caught:
+        await stored(store, files)
+    assert [(problem.path, problem.code) for problem in caught.value.problems] == [
+        ("files[1].url", "invalid_value"),
+        ("files[2].url", "invalid_value"),
+        ("files[3].url", "unavailable"),
+        ("files[4].content", "invalid_value"),
+        ("files[5].content", "invalid_value"),
+    ]
+    assert list(store.keys()) == []
+
+
+async def test_a_file_over_the_cap_is_left_off_while_it_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "FILE_BYTES_MAX", len(PICTURE) - 1)
+    with pytest.raises(InvalidRequest) as caught:
+        await stored(InMemoryStore(), [{"filename": "1.png", "url": "https://example.com/1.png"}])
+    assert [(problem.path, problem.code) for problem in caught.value.problems] == [("files[0].url", "too_large")]
