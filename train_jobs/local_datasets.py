@@ -21,7 +21,7 @@ async def upload_local_datasets(store: ObjectStore, keys: Keys, spec: TrainSpec,
 
     Raises ConfigInvalid for a folder that is not there, DatasetEmpty, StorageError.
     """
-    datasets = list(spec.datasets)
+    datasets = list(spec.all_datasets)
     for index, (name, files) in (await asyncio.to_thread(_local_folders, spec)).items():
         manifest = await write_dataset(
             store,
@@ -34,14 +34,18 @@ async def upload_local_datasets(store: ObjectStore, keys: Keys, spec: TrainSpec,
         )
         pinned = {"dataset": name, "upload_id": manifest.upload_id, "local_path": None}
         datasets[index] = datasets[index].model_copy(update=pinned)
-    return spec.model_copy(update={"datasets": tuple(datasets)})
+    trained = tuple(datasets[: len(spec.datasets)])
+    if spec.validation is None or spec.validation.dataset is None:
+        return spec.model_copy(update={"datasets": trained})
+    validation = spec.validation.model_copy(update={"dataset": datasets[-1]})
+    return spec.model_copy(update={"datasets": trained, "validation": validation})
 
 
 def _local_folders(spec: TrainSpec) -> dict[int, tuple[str, list[tuple[str, Path]]]]:
     """By the dataset's place in the spec: the name it is stored under, and its files."""
     found: dict[int, tuple[str, list[tuple[str, Path]]]] = {}
     problems: list[Problem] = []
-    for index, dataset in enumerate(spec.datasets):
+    for index, dataset in enumerate(spec.all_datasets):
         if dataset.local_path is None:
             continue
         folder = Path(dataset.local_path).resolve()

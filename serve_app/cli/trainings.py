@@ -32,14 +32,15 @@ def prepare_training(client: ApiClient, config: Path, *, on_upload: Callable[[st
     except (OSError, UnicodeDecodeError) as exc:
         raise ApiError("config_unreadable", f"{config} cannot be read as UTF-8 text.") from exc
     for dataset in _datasets(document):
-        named = dataset.get("folder_path") or dataset.get("dataset_path")
-        folder = _local_folder(str(named), config) if named else None
-        if folder is None:
-            continue
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(folder.parts[-2:])).strip("-.")[:100] or "dataset"
-        upload_folder(client, folder, name, on_upload=on_upload)
-        dataset["folder_path"] = name
-        dataset.pop("dataset_path", None)
+        if dataset.get("dataset_path") and not dataset.get("folder_path"):
+            dataset["folder_path"] = dataset.pop("dataset_path")
+        for key in ("folder_path", "mask_path"):
+            folder = _local_folder(str(dataset[key]), config) if dataset.get(key) else None
+            if folder is None:
+                continue
+            name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(folder.parts[-2:])).strip("-.")[:100] or "dataset"
+            upload_folder(client, folder, name, on_upload=on_upload)
+            dataset[key] = name
     return document
 
 
@@ -59,6 +60,9 @@ def _datasets(document: Any) -> Iterator[dict[str, Any]]:
     for process in processes if isinstance(processes, list) else []:
         datasets = process.get("datasets") if isinstance(process, dict) else None
         yield from (d for d in (datasets if isinstance(datasets, list) else []) if isinstance(d, dict))
+        validation = process.get("validation") if isinstance(process, dict) else None
+        if isinstance(validation, dict):
+            yield validation
 
 
 def _local_folder(named: str, config: Path) -> Path | None:

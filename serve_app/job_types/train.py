@@ -76,7 +76,11 @@ async def _with_datasets(services: Services, tenant: str, plan: TrainingPlan) ->
     """The spec with each dataset's newest upload pinned, so that a later upload does not change this training."""
     spec = TrainSpec.model_validate(plan.spec)
     keys = services.keys_of(tenant)
-    names = [dataset.dataset for dataset in spec.datasets if dataset.dataset is not None]
+    pretrained = spec.network.pretrained
+    if pretrained is not None and not keys.owns(pretrained):
+        raise InvalidRequest([Problem("network.pretrained", "is not a .safetensors file of yours", "not_found")])
+    used = [name for dataset in spec.all_datasets for name in (dataset.dataset, dataset.mask_dataset)]
+    names = list(dict.fromkeys(name for name in used if name is not None))
     manifests = await asyncio.gather(*(latest_manifest(services.store, keys, name) for name in names))
     for manifest in manifests:
         if not any((file.content_type or "").startswith(IMAGE_CONTENT) for file in manifest.files):

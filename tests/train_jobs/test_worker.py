@@ -13,14 +13,17 @@ import pytest
 import torch
 from PIL import Image
 from ray.exceptions import GetTimeoutError, RayActorError
+from safetensors.torch import load
 
 from diffusion.images import read_settings
 from diffusion.lora import read_lora
+from diffusion.testing import write_tiny_model
 from storage.datasets import write_dataset
 from storage.keys import Keys
 from storage.loop_thread import LoopThread
 from storage.settings import BreakerSettings, S3Settings
 from storage.testing import InMemoryStore
+from train_jobs.aitoolkit import parse_train_yaml
 from train_jobs.artifacts import Artifacts
 from train_jobs.board import StopReason
 from train_jobs.errors import ConfigInvalid, DatasetEmpty
@@ -308,12 +311,15 @@ async def test_local_folders_are_uploaded_and_pinned(
     store: InMemoryStore, spec: TrainSpec, write_pictures: Callable[..., Path]
 ) -> None:
     folder = write_pictures((8, 8), name="my cats")
-    local = spec_from_json(
-        TrainSpec, spec.model_dump() | {"datasets": [{"local_path": str(folder)}]}, paths_allowed=True
-    )
+    held = {"dataset": {"local_path": str(write_pictures((8, 8), name="held"))}}
+    change = {"datasets": [{"local_path": str(folder)}], "validation": held}
+    local = spec_from_json(TrainSpec, spec.model_dump() | change, paths_allowed=True)
     uploaded = await upload_local_datasets(store, KEYS, local, now=NOW)
     assert uploaded.is_remote_safe()
     assert uploaded.datasets[0].dataset == "my_cats"
+    assert uploaded.validation is not None
+    assert uploaded.validation.dataset is not None
+    assert uploaded.validation.dataset.dataset == "held"
     assert uploaded.datasets[0].upload_id is not None
     assert [key.rsplit("/")[-1] for key in list(store.keys()) if "my_cats" in key] == [
         "manifest.json",
@@ -334,3 +340,199 @@ async def test_a_local_folder_that_is_missing_or_empty_is_an_error(
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetEmpty):
         await upload_local_datasets(store, KEYS, local(tmp_path / "empty"), now=NOW)
+
+
+def test_the_result_comes_in_both_key_formats_with_loss_files_and_its_best_checkpoint_marked(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec, store: InMemoryStore, tmp_path: Path
+) -> None:
+    change = {
+        "validation": {"every_steps": 1, "share": 0.4, "patience": 1, "places": [0.5]},
+        "train": spec.train.model_dump() | {"steps": 30, "learning_rate": 1.0, "ema_decay": 0.5},
+        "sample": {},
+    }
+    output = train(spec_from_json(TrainSpec, spec.model_dump() | change))["output"]
+    assert output["steps"] < 30  # a rate of 1 makes it worse, which ends it
+    assert output["best_step"] == output["steps"] - 1 == output["loras"][0]["step"]
+    assert [c["step"] for c in output["checkpoints"] if c.get("is_best")] == [output["best_step"]]
+    assert len(output["validation_losses"]) == output["steps"]
+    [kohya] = output["exports"]
+    assert kohya["format"] == "kohya"
+    for name, entry in (("a", output["loras"][0]), ("b", kohya)):
+        (tmp_path / f"{name}.safetensors").write_bytes(_get(store, entry["key"]))
+    ours, theirs = (read_lora(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert theirs.source_format == "kohya"
+    assert ours.state.keys() == theirs.state.keys()
+    assert ours.alphas == theirs.alphas
+    assert json.loads(ours.metadata["raylora.config"])["model"] == "tiny"
+    assert theirs.metadata["ss_num_train_images"] == "3"
+    assert _get(store, output["loss_chart_key"]).startswith(b"\x89PNG")
+    assert b"loss/validation" in _get(store, output["tensorboard_key"])
+
+
+def test_a_training_can_begin_from_an_adapter_of_its_owner(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec, store: InMemoryStore
+) -> None:
+    quiet = spec.model_dump() | {"sample": {}}
+
+    def forget() -> None:
+        for old in _keys(store, f"/{JOB}/"):
+            asyncio.run(store.delete(old))
+
+    key = train(spec_from_json(TrainSpec, quiet))["output"]["loras"][0]["key"]
+    mine = key.replace(JOB, "train_000000000000")
+    asyncio.run(store.put(mine, _get(store, key)))
+    network = spec.network.model_dump()
+    longer = quiet["train"] | {"learning_rate": 1e-12}
+    forget()
+    again = train(spec_from_json(TrainSpec, quiet | {"network": network | {"pretrained": mine}, "train": longer}))
+    names = [c["keys"][0] for c in again["output"]["checkpoints"]]
+    begun, before = load(_get(store, names[-1])), load(_get(store, mine))
+    assert max(float((begun[name] - before[name]).abs().max()) for name in before) <= 1e-6
+    for wrong in ("other/tenant/a.safetensors", mine.replace("my_lora", "none")):
+        forget()
+        failure = train(spec_from_json(TrainSpec, quiet | {"network": network | {"pretrained": wrong}}))["failure"]
+        assert (failure["code"], failure["retryable"]) == ("config_invalid", False)
+    forget()
+    other_rank = quiet | {"network": network | {"pretrained": mine, "rank": 3}}
+    assert train(spec_from_json(TrainSpec, other_rank))["failure"]["code"] == "config_invalid"
+
+
+FLUX_CONFIG = """
+---
+job: extension
+config:
+  # this name will be the folder and filename name
+  name: "my_first_flux_lora_v1"
+  process:
+    - type: 'sd_trainer'
+      # root folder to save training sessions/samples/weights
+      training_folder: "output"
+      performance_log_every: 1000
+      device: cuda:0
+      trigger_word: "p3r5on"
+      network:
+        type: "lora"
+        linear: 16
+        linear_alpha: 16
+      save:
+        dtype: float16
+        save_every: 250
+        max_step_saves_to_keep: 4
+        push_to_hub: false
+      datasets:
+        - folder_path: "/path/to/images/cats"
+          caption_ext: "txt"
+          caption_dropout_rate: 0.05
+          shuffle_tokens: false
+          cache_latents_to_disk: true
+          resolution: [ 512, 768, 1024 ]
+      train:
+        batch_size: 1
+        steps: 2000
+        gradient_accumulation_steps: 1
+        train_unet: true
+        train_text_encoder: false
+        gradient_checkpointing: true
+        noise_scheduler: "flowmatch"
+        optimizer: "adamw8bit"
+        lr: 1e-4
+        skip_first_sample: true
+        ema_config:
+          use_ema: true
+          ema_decay: 0.99
+        dtype: bf16
+      model:
+        name_or_path: "black-forest-labs/FLUX.1-dev"
+        is_flux: true
+        quantize: true
+      sample:
+        sampler: "flowmatch"
+        sample_every: 250
+        width: 1024
+        height: 1024
+        prompts:
+          - "[trigger] holding a sign that says 'I LOVE PROMPTS!'"
+          - "a bear building a log cabin in the snow covered mountains"
+        neg: ""
+        seed: 42
+        walk_seed: true
+        guidance_scale: 4
+        sample_steps: 20
+meta:
+  name: "[name]"
+  version: '1.0'
+"""
+SDXL_CONFIG = """
+job: extension
+config:
+  name: my_style_xl
+  process:
+    - type: sd_trainer
+      training_folder: output
+      device: cuda:0
+      network: {type: lora, linear: 8, linear_alpha: 4, conv: 4, conv_alpha: 2, dropout: 0.1}
+      save: {dtype: bf16, save_every: 500, max_step_saves_to_keep: 2}
+      datasets:
+        - folder_path: /datasets/cats
+          caption_ext: txt
+          default_caption: a picture
+          shuffle_tokens: true
+          keep_tokens: 1
+          flip_x: true
+          cache_latents: true
+          resolution: [1024]
+        - folder_path: /datasets/cats
+          is_reg: true
+          num_repeats: 2
+          resolution: 1024
+      train:
+        batch_size: 2
+        steps: 3000
+        gradient_accumulation: 2
+        train_text_encoder: true
+        text_encoder_lr: 5e-5
+        gradient_checkpointing: true
+        noise_scheduler: ddpm
+        optimizer: adafactor
+        optimizer_params: {weight_decay: 0.01}
+        lr: 1e-4
+        lr_scheduler: cosine
+        min_snr_gamma: 5.0
+        noise_offset: 0.03
+        content_or_style: style
+        disable_sampling: true
+        dtype: bf16
+      model: {name_or_path: stabilityai/stable-diffusion-xl-base-1.0, is_xl: true}
+"""
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "hub_id", "parts"),
+    [
+        ("flux1", FLUX_CONFIG, "black-forest-labs/FLUX.1-dev", {"transformer"}),
+        ("sdxl", SDXL_CONFIG,
+         "stabilityai/stable-diffusion-xl-base-1.0", {"unet", "text_encoder", "text_encoder_2"}),
+    ],
+)  # fmt: skip
+def test_a_users_ai_toolkit_config_runs_with_only_the_model_pointed_elsewhere(
+    family: str, config: str, hub_id: str, parts: set[str], store: InMemoryStore, runner: LoopThread,
+    write_pictures: Callable[..., Path], tmp_path: Path,
+) -> None:  # fmt: skip
+    files = [(path.name, path, None) for path in sorted(write_pictures((64, 64), (64, 64)).iterdir())]
+    runner.run_blocking(write_dataset(store, KEYS, "cats", files, now=NOW))
+    folder = write_tiny_model(family, tmp_path / "tiny")
+    parsed = parse_train_yaml(config)
+    (tmp_path / "scratch").mkdir()
+    told = Told(stop_at=3)
+    settings = WorkerConfig(
+        process_id=JOB, tenant="default", spec=parsed.spec.model_dump(mode="json"), models={hub_id: str(folder)},
+        paths_allowed=False, s3=S3Settings(), breaker=BreakerSettings(), use_gpu=False,
+    )  # fmt: skip
+    result = Training(
+        settings, Artifacts(store, runner, KEYS, JOB, tmp_path / "scratch"), tmp_path / "scratch",
+        torch.device("cpu"), Alone(), told, agree=lambda value: value, report_to_train=lambda _: None,
+    ).run()  # fmt: skip
+    assert told.steps == [1, 2, 3]
+    assert [c["step"] for c in result["output"]["checkpoints"]] == [3]
+    key = next(k for k in result["output"]["checkpoints"][0]["keys"] if k.endswith("adapter.safetensors"))
+    assert {name.partition(".")[0] for name in load(_get(store, key))} == parts

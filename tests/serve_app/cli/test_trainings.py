@@ -137,3 +137,22 @@ def test_a_config_is_checked_without_a_server(tmp_path: Path, change: str, statu
     assert json.loads(result.stdout)["accepted"] == (status == 0)
     plain = CliRunner().invoke(app, ["train", str(file), "--check"]).stdout
     assert "honoured  config.process[0].train.steps" in plain
+
+
+def test_masks_and_validation_pictures_beside_the_configuration_are_uploaded_too(tmp_path: Path) -> None:
+    for name in ("images", "masks", "held"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        (tmp_path / "pets" / name / "a.png").write_bytes(b"png")
+    process = {
+        "datasets": [{"dataset_path": "pets/images", "mask_path": "pets/masks"}],
+        "validation": {"folder_path": "pets/held"},
+    }
+    file = tmp_path / "train.yaml"
+    file.write_text(yaml.safe_dump({"job": "extension", "config": {"name": "n", "process": [process]}}))
+    server = RecordingServer()
+    with client_of(server) as client:
+        body = trainings.prepare_training(client, file, on_upload=lambda _: None)
+    sent = body["config"]["process"][0]
+    assert sent["datasets"] == [{"folder_path": "pets-images", "mask_path": "pets-masks"}]
+    assert sent["validation"] == {"folder_path": "pets-held"}
+    assert {request["dataset_folder"] for request in server.inputs} == {"pets-images", "pets-masks", "pets-held"}

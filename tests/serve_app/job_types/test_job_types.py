@@ -406,6 +406,20 @@ async def test_download_says_why_there_is_nothing(server: LocalServer) -> None:
     assert (await refused(server, {"type": "download", "process_id": "x"}))["error"] == "Process not found"
 
 
+async def test_a_mask_set_or_an_adapter_that_is_not_there_is_named_before_anything_is_queued(
+    server: LocalServer,
+) -> None:
+    await done(server, upload_payload("cats"))
+    masked = train_config("cats")
+    masked["config"]["process"][0]["datasets"][0]["mask_path"] = "never-uploaded"
+    assert (await refused(server, {"type": "train", "config": masked}))["error_type"] == "dataset_not_found"
+    begun = train_config("cats")
+    begun["config"]["process"][0]["network"]["pretrained_lora_path"] = "elsewhere/a.safetensors"
+    output = await refused(server, {"type": "train", "config": begun})
+    assert output["validation_errors"][0]["path"] == "network.pretrained"
+    assert (await done(server, {"type": "processes"}))["processes"] == []
+
+
 async def test_a_checked_config_is_reported_key_by_key_and_starts_nothing(server: LocalServer) -> None:
     report = await done(server, {"type": "train", "config": train_config("cats", do_cfg=True), "check": True})
     verdicts = {key["path"]: key["verdict"] for key in report["keys"]}
