@@ -2,6 +2,7 @@
 
 The order in which random numbers are drawn is that of diffusers' ``StableDiffusionPipeline``,
 ``StableDiffusionImg2ImgPipeline`` and ``StableDiffusionInpaintPipeline``; a seed therefore means what it means there.
+Their SDXL, SD 3 and FLUX.1 siblings do the same, the last two with flow matching's own way of adding noise.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from torch import Tensor
 from diffusion.engine.request import GenerateRequest, size_of
 from diffusion.errors import SettingNotSupported
 from diffusion.families.base import Family
+
+FROM_IMAGE = frozenset({"sd1", "sdxl", "sd3", "flux1"})
+INPAINTING = frozenset({"sd1", "sdxl", "flux1"})
+"""The families whose stock pipelines these starts have been compared with."""
 
 
 class FromNoise:
@@ -41,11 +46,13 @@ class FromImage(FromNoise):
 
     def __init__(self, family: Family, request: GenerateRequest, schedule: Any, generator: torch.Generator) -> None:
         super().__init__(family, request, schedule, generator)
-        if not hasattr(schedule, "add_noise"):
+        if family.name not in FROM_IMAGE:
             raise SettingNotSupported("init_image", "this model cannot start from a picture")
         if not 0 < request.strength <= 1:
             raise SettingNotSupported("strength", "must be above 0 and at most 1")
-        done = request.steps - min(int(request.steps * request.strength), request.steps)
+        # The pipelines round differently: down to whole steps to do, or to whole steps done.
+        wanted = request.steps * request.strength
+        done = int(request.steps - wanted) if hasattr(schedule, "scale_noise") else request.steps - int(wanted)
         if done >= request.steps:
             raise SettingNotSupported("strength", f"leaves none of the {request.steps} steps to do")
         order = getattr(schedule, "order", 1)
@@ -68,12 +75,20 @@ class FromImage(FromNoise):
         return pixels
 
     def _noisy(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        noisy: Tensor = self._schedule.add_noise(latents, noise, timestep.reshape(1))
+        if hasattr(self._schedule, "scale_noise"):
+            noisy: Tensor = self._schedule.scale_noise(latents, timestep.reshape(1), noise)
+        else:
+            noisy = self._schedule.add_noise(latents, noise, timestep.reshape(1))
         return noisy
 
 
 class Inpainting(FromImage):
     """Outside the mask, the latents are the picture's own, noised anew after each step to that step's level."""
+
+    def __init__(self, family: Family, request: GenerateRequest, schedule: Any, generator: torch.Generator) -> None:
+        super().__init__(family, request, schedule, generator)
+        if family.name not in INPAINTING:
+            raise SettingNotSupported("mask", "this model cannot change a part of a picture")
 
     def first_latents(self) -> Tensor:
         self._image_latents = self._family.encode_images(self._pixels(), self._generator).to(self._family.dtype)
