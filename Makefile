@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DISK_NEEDED_MB := 6000
 
-.PHONY: setup demo up test test-unit check fmt bench clean
+.PHONY: setup demo up test test-unit check fmt bench outage clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -50,6 +50,9 @@ fmt: setup
 
 bench-%: setup
 	$(BIN)/python benchmarks/bench_$*.py $(BENCH_ARGS)
+
+outage: setup
+	$(BIN)/python benchmarks/outage.py $(BENCH_ARGS)
 
 bench: setup
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done

@@ -33,6 +33,8 @@ from storage.errors import StorageUnavailable
 logger = logging.getLogger(__name__)
 
 REPORTS_MAX = 1000
+# A breaker actor that has to be started first takes seconds.
+FORCE_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ class SharedGate:
         # Later than what it replaces, also where this node's clock is behind.
         setting = OperatorSetting(mode, max(self._wall_clock(), self._setting.set_at + 0.001))
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(FORCE_TIMEOUT_S):
                 self._apply(await self._remote.report([], setting))
         except (RemoteUnreachableError, TimeoutError) as error:
             raise StorageUnavailable("set_breaker", self._timeout_s) from error

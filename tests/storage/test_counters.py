@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+
+from storage import counters
+from storage.counters import METRICS, Tally
+from storage.ray_counters import RayCounters
+
+
+def test_counts_add_up_by_labels_and_gauges_keep_the_last_value() -> None:
+    tally = Tally()
+
+    tally.add(counters.RETRIES, operation="get", reason="timeout")
+    tally.add(counters.RETRIES, 2, operation="get", reason="timeout")
+    tally.add(counters.RETRIES, reason="throttled", operation="put")
+    tally.show(counters.BREAKER_STATE, 2)
+    tally.show(counters.BREAKER_STATE, 0)
+
+    assert tally.counts() == {
+        counters.RETRIES: {"get,timeout": 3, "put,throttled": 1},
+        counters.BREAKER_STATE: {"": 0},
+    }
+    assert tally.total(counters.RETRIES) == 4
+    assert tally.total(counters.ATTEMPTS) == 0
+
+
+def test_a_metric_or_a_label_that_nobody_declared_is_a_mistake() -> None:
+    tally = Tally()
+
+    with pytest.raises(KeyError):
+        tally.add("raylora_unknown_total")
+    with pytest.raises(KeyError):
+        tally.add(counters.RETRIES, operation="get")
+
+
+def test_every_metric_is_one_that_ray_accepts() -> None:
+    """Ray's metrics take values without a cluster; they go nowhere then."""
+    tally = RayCounters()
+
+    for name, metric in METRICS.items():
+        labels = dict.fromkeys(metric.labels, "x")
+        if metric.kind == "counter":
+            tally.add(name, 0, **labels)
+            tally.add(name, 3, **labels)
+        else:
+            tally.show(name, 3, **labels)
+
+    assert {name: sum(values.values()) for name, values in tally.counts().items()} == dict.fromkeys(METRICS, 3)
