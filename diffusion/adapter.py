@@ -174,6 +174,8 @@ def _settings(config: LoraConfig) -> dict[str, Any]:
         "lora_alpha": config.lora_alpha,
         "target_modules": targets if isinstance(targets, str) else sorted(targets or ()),
     }
+    if config.use_dora:
+        settings["use_dora"] = True
     if config.rank_pattern:
         settings |= {"rank_pattern": dict(config.rank_pattern), "alpha_pattern": dict(config.alpha_pattern)}
     return settings
@@ -189,16 +191,17 @@ def attach_lora(
     components: Sequence[str] | None = None,
     seed: int = 0,
     conv: ConvLora | None = None,
+    dora: bool = False,
     only_if_contains: Sequence[str] = (),
     ignore_if_contains: Sequence[str] = (),
 ) -> TrainableLora:
     """Wrap the target layers of ``components`` (default: only the denoiser's) with new, float32, trainable LoRA layers.
 
     A is normal with standard deviation 1/rank and B zero, as in the diffusers examples, so nothing changes until the
-    first optimizer step. ``conv`` adapts a UNet's convolutions too. Of the target layers those are taken whose name,
-    with its component in front, contains a part in ``only_if_contains`` (when given) and none in
-    ``ignore_if_contains``. ``seed`` alone decides A; the global random state is left as it was. The modules stay in
-    eval mode until ``TrainableLora.train()``. Raises SettingNotSupported.
+    first optimizer step. ``conv`` adapts a UNet's convolutions too; ``dora`` also trains magnitudes. Of the target
+    layers those are taken whose name, with its component in front, contains a part in ``only_if_contains`` (when given)
+    and none in ``ignore_if_contains``. ``seed`` alone decides A; the global random state is left as it was. The modules
+    stay in eval mode until ``TrainableLora.train()``. Raises SettingNotSupported.
     """
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise SettingNotSupported("network", "rank and alpha must be positive and dropout between 0 and 1")
@@ -217,6 +220,7 @@ def attach_lora(
             layers = _target_layers(family, name, targets, conv, only_if_contains, ignore_if_contains)
             configs[name] = LoraConfig(
                 r=rank, lora_alpha=alpha, lora_dropout=dropout, init_lora_weights="gaussian", target_modules=layers,
+                use_dora=dora,
                 **_conv_patterns(family, name, conv),
             )  # fmt: skip
             inject_adapter(known[name], TRAINING_ADAPTER, configs[name])

@@ -44,10 +44,12 @@ def has_kohya_names(family: Family) -> bool:
 def to_kohya(layers: Mapping[str, LoraLayer], family: Family) -> dict[str, Tensor]:
     """``layers`` by ``<component>.<module path>``. Raises SettingNotSupported for a family or kind without such names.
 
-    A DoRA's magnitude becomes ``dora_scale``.
+    DoRA is such a kind: stock diffusers does not read its magnitudes from these names.
     """
     if not has_kohya_names(family):
         raise SettingNotSupported("format", f"{family.name} has no kohya key names")
+    if any(layer.magnitude is not None for layer in layers.values()):
+        raise SettingNotSupported("format", "a DoRA has no kohya key names")
     named: dict[str, LoraLayer] = {}
     stacked: dict[str, dict[str, LoraLayer]] = {}
     for full_path, layer in layers.items():
@@ -67,14 +69,11 @@ def to_kohya(layers: Mapping[str, LoraLayer], family: Family) -> dict[str, Tenso
 
 
 def _module(name: str, layer: LoraLayer) -> dict[str, Tensor]:
-    tensors = {
+    return {
         f"{name}.lora_down.weight": layer.A,
         f"{name}.lora_up.weight": layer.B,
         f"{name}.alpha": torch.tensor(float(layer.alpha)),
     }
-    if layer.magnitude is not None:
-        tensors[f"{name}.dora_scale"] = layer.magnitude.reshape(-1, *[1] * (layer.A.ndim - 1))
-    return tensors
 
 
 def _sort_flux(
@@ -89,7 +88,7 @@ def _sort_flux(
         named[block + whole[part]] = layer
         return
     stack = next((name for name, parts in stacks.items() if part in parts), None)
-    if stack is None or layer.magnitude is not None:
+    if stack is None:
         raise SettingNotSupported("format", f"{path} has no kohya name")
     stacked.setdefault(block + stack, {})[part] = layer
 

@@ -125,7 +125,9 @@ def save_lora(
     """
     path = Path(path)
     _check_suffix(path)
-    _check_pairs(state_dict)
+    weights, magnitudes = _without_magnitudes(state_dict)
+    _check_pairs(weights)
+    _check_magnitudes(weights, magnitudes)
     tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in state_dict.items()}
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)

@@ -70,8 +70,10 @@ def _network(reader: ConfigReader, value: Any, path: str) -> None:
         return
     network = reader.section(value, path, keys.NETWORK)
     kind = network.get("type", "lora")
-    if kind not in ("lora", "locon"):
-        reader.problem(f"{path}.type", "only the network types lora and locon are supported", "unsupported")
+    if kind not in ("lora", "locon", "dora"):
+        reader.problem(f"{path}.type", "only the network types lora, locon and dora are supported", "unsupported")
+    if kind == "dora":
+        reader.put("network.type", "dora", f"{path}.type")
     rank_key = "rank" if "rank" in network else "linear"
     alpha_key = "linear_alpha" if "linear_alpha" in network else "alpha"
     reader.put("network.rank", network.get(rank_key, 4), f"{path}.{rank_key}")

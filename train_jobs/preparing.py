@@ -114,6 +114,7 @@ def _attach(spec: TrainSpec, family: Family) -> TrainableLora:
         rank=network.rank,
         alpha=network.alpha_effective,
         dropout=network.dropout,
+        dora=network.type == "dora",
         targets=network.targets,
         components=[denoiser, *(encoders if spec.train.train_text_encoder else ())],
         seed=spec.train.seed,
@@ -131,8 +132,11 @@ def begin_from(lora: TrainableLora, family: Family, path: Path) -> None:
     own = {name: tensor.clone() for name, tensor in lora.state_dict().items()}
     for component, layers in fit_layers(read_lora(path), family.lora_components).items():
         for name, layer in layers.items():
-            for end, tensor in (("lora_A", layer.A), ("lora_B", layer.B)):
-                key = f"{component}.{name}.{end}.weight"
+            parts = {"lora_A.weight": layer.A, "lora_B.weight": layer.B}
+            if layer.magnitude is not None:
+                parts["lora_magnitude_vector"] = layer.magnitude
+            for end, tensor in parts.items():
+                key = f"{component}.{name}.{end}"
                 if key not in own or own[key].shape != tensor.shape:
                     message = "this adapter's layers or rank differ from the network's"
                     raise ConfigInvalid([Problem("network.pretrained", message, "mismatch")])

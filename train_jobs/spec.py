@@ -84,14 +84,15 @@ class DatasetSpec(_Spec):
 
 
 class NetworkSpec(_Spec):
-    """The adapter: `alpha / rank` scales its output, as in kohya and peft. `alpha` defaults to `rank`.
+    """The adapter: `alpha / rank` scales its output, as in kohya and peft. `alpha` defaults to `rank`. `dora` learns
+    the length of each output's weights too (Liu et al. 2024).
 
     `targets`: only the attention's layers, or every linear layer of the denoiser's transformer blocks; of these the
     layers whose name holds a part in `only_if_contains` (when there is one) and none in `ignore_if_contains`.
     `conv_rank` adapts the convolutions of a UNet too. `pretrained` is the key of an adapter to begin from.
     """
 
-    type: Literal["lora"] = "lora"
+    type: Literal["lora", "dora"] = "lora"
     rank: int = Field(default=16, ge=1, le=1024)
     alpha: float | None = Field(default=None, gt=0.0, le=4096.0)
     targets: Literal["attention", "all"] = "all"

@@ -8,9 +8,10 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from diffusion.adapter import ConvLora, attach_lora
+from diffusion.engine import Engine, GenerateRequest, LoraRef
 from diffusion.errors import SettingNotSupported
 from diffusion.families import Family, load_family
 from diffusion.kohya import to_kohya
@@ -21,7 +22,12 @@ from diffusion.testing import write_tiny_model
 def write_adapter(family: Family, path: Path, **options: Any) -> None:
     lora = attach_lora(family, **({"rank": 2, "alpha": 1.0, "targets": "all"} | options))
     generator = torch.Generator().manual_seed(5)
-    state = {k: 0.3 * torch.randn(t.shape, generator=generator) for k, t in lora.state_dict().items()}
+    state = {
+        # A magnitude near the layer's own, so that the model still answers in numbers.
+        k: t * (1 + 0.1 * torch.randn(t.shape, generator=generator)) if t.ndim == 1
+        else 0.3 * torch.randn(t.shape, generator=generator)
+        for k, t in lora.state_dict().items()
+    }  # fmt: skip
     save_lora(path, state, metadata=lora.metadata(title="a"))
     lora.detach()
 
@@ -104,3 +110,25 @@ def test_only_the_layers_that_pass_the_filters_are_adapted(tmp_path: Path) -> No
     lora.detach()
     with pytest.raises(SettingNotSupported, match="no layer"):
         attach_lora(family, rank=2, alpha=2, only_if_contains=["nowhere"])
+
+
+def test_a_dora_gives_the_same_picture_here_as_in_the_stock_pipeline(tmp_path: Path) -> None:
+    folder = write_tiny_model("flux1", tmp_path)
+    family = load_family(folder, device="cpu", dtype=torch.float32)
+    path = tmp_path / "a.safetensors"
+    write_adapter(family, path, dora=True)
+    assert any("magnitude" in key for key in load_file(path))
+    with pytest.raises(SettingNotSupported, match="DoRA"):
+        to_kohya(read_lora(path).layers(), family)
+    request = GenerateRequest(
+        prompt="a ring", width=32, height=32, steps=2, guidance_scale=3.0, seed=1, loras=(LoraRef(path),)
+    )
+    ours = Engine(family).render([request])[0].pixels_CHW
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(str(path))
+    theirs = pipe(
+        "a ring", width=32, height=32, num_inference_steps=2, guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(1), output_type="pt",
+    ).images[0]  # fmt: skip
+    assert float((ours - theirs).abs().max()) <= 2e-5

@@ -56,10 +56,12 @@ def make(model_folder: Path, family: Family, write_pictures: Write) -> Make:
 
     def build(
         train: OptimizeSpec, *, peers: Any = None, patience: int | None = None, dropout: float = 0.0,
-        components: list[str] | None = None,
+        components: list[str] | None = None, dora: bool = False,
     ) -> TrainingLoop:  # fmt: skip
         loaded = load_family(model_folder, device="cpu", dtype=torch.float32)
-        lora = attach_lora(loaded, rank=2, alpha=2, seed=1, targets="all", dropout=dropout, components=components)
+        lora = attach_lora(
+            loaded, rank=2, alpha=2, seed=1, targets="all", dropout=dropout, components=components, dora=dora
+        )
         watched = ValidationSpec(every_steps=2, patience=patience, places=(0.25, 0.75))
         return TrainingLoop(
             loaded, dict(lora.named_parameters()), cache, train, peers=peers,
@@ -79,7 +81,7 @@ CASES: list[dict[str, Any]] = [
     {"optimizer": "adamw", "ema": 0.9, "dropout": 0.3},
     {"optimizer": "adafactor"},
     {"optimizer": "prodigy", "ema": 0.5},
-    {"optimizer": "lion"},
+    {"optimizer": "lion", "dora": True},
     {"optimizer": "adam", "components": ["unet", "text_encoder"]},
 ]
 
@@ -91,7 +93,7 @@ def test_every_optimizer_continues_exactly_where_it_stopped(make: Make, tmp_path
         learning_rate=rate, optimizer=OptimizerSpec(type=case["optimizer"]), ema_decay=case.get("ema"),
         noise_offset=0.05,
     )  # fmt: skip
-    options = {key: case[key] for key in ("dropout", "components") if key in case}
+    options = {key: case[key] for key in ("dropout", "components", "dora") if key in case}
     unbroken = make(spec, **options)
     unbroken.run()
     first = make(spec, **options)
