@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from serve_app.errors import IdempotencyKeyReused
 
+SWEEP_INTERVAL = timedelta(seconds=1)
 ReplyStatus = Literal["IN_QUEUE", "COMPLETED", "FAILED"]
 
 
@@ -89,6 +90,7 @@ class ReplyTable:
         self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
         self._seen: OrderedDict[tuple[str, str], _Seen] = OrderedDict()
         self._bytes = 0
+        self._swept_at = clock()
 
     def open(self, tenant: str, runpod_id: str, *, kept_s: float, fingerprint: Fingerprint | None) -> str:
         """Note a job that begins now. Returns `runpod_id`, or the id of the same request that came before.
@@ -150,9 +152,10 @@ class ReplyTable:
 
     def get(self, tenant: str, runpod_id: str) -> Reply | None:
         """How the job stands, or None where it is unknown here: expired, another tenant's, or held by a record."""
-        self._sweep(self._clock())
+        now = self._clock()
+        self._sweep(now)
         entry = self._entries.get((tenant, runpod_id))
-        return None if entry is None else entry.reply
+        return None if entry is None or entry.expires_at <= now else entry.reply
 
     def drain(self, tenant: str, runpod_id: str) -> bool:
         """Whether the final output is still to be streamed; True once."""
@@ -184,6 +187,10 @@ class ReplyTable:
             entry.settled.set()
 
     def _sweep(self, now: datetime) -> None:
+        """Forget what has expired. Looks at everything, so not at every call: that would cost each one milliseconds."""
+        if now < self._swept_at + SWEEP_INTERVAL:
+            return
+        self._swept_at = now
         for key in [key for key, entry in self._entries.items() if entry.expires_at <= now]:
             self._drop(key)
         for mark in [mark for mark, seen in self._seen.items() if seen.expires_at <= now]:

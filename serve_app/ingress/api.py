@@ -69,10 +69,8 @@ def create_app(
         exception_handlers={HTTPException: _routing_error, RequestValidationError: _parameter_error},
         redirect_slashes=False,
     )
-    app.include_router(runpod_router(jobs, services.limits))
-    app.include_router(native_router(services))
-    app.include_router(reference_router(app))
 
+    # Routes are tried in this order: what is asked most comes first.
     @app.get("/livez", tags=["server"])
     async def livez() -> dict[str, Any]:
         """This process answers. Touches nothing else."""
@@ -85,6 +83,9 @@ def create_app(
         ready = all(check["ok"] for check in checks.values())
         return JSONResponse({"ready": ready, "checks": checks}, status_code=200 if ready else 503)
 
+    app.include_router(runpod_router(jobs, services.limits))
+    app.include_router(native_router(services))
+    app.include_router(reference_router(app))
     app.openapi = document(app)  # type: ignore[method-assign]
     return app
 
