@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffusion.adapter import attach_lora
+from diffusion.errors import SettingNotSupported
+from diffusion.families import Family, load_family
+from diffusion.testing import write_tiny_model
+from train_jobs.errors import ModelNotAvailable
+from train_jobs.preparing import load_model
+from train_jobs.spec import TrainSpec, spec_from_json
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model("flux1", tmp_path_factory.mktemp("flux1"))
+
+
+def _spec(**fields: Any) -> TrainSpec:
+    plain = {"name": "a", "model": "m", "datasets": [{"dataset": "cats"}], "network": {"rank": 2}}
+    return spec_from_json(TrainSpec, plain | fields)
+
+
+def _gradients(family: Family, parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, *family.latent_shape(32, 32), generator=generator)
+    with torch.no_grad():
+        text = family.encode_prompts(["a"])
+    for index, parameter in enumerate(parameters.values()):
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)) * 0.1
+        parameter.grad = None
+    family.predict(latents, torch.tensor([400.0]), text).square().mean().backward()
+    return {name: p.grad for name, p in parameters.items() if p.grad is not None}
+
+
+def test_a_model_of_another_family_than_the_config_says_is_refused(flux: Path) -> None:
+    with pytest.raises(ModelNotAvailable, match="flux1"):
+        load_model(_spec(family="sdxl"), {"m": str(flux)}, CPU, paths_allowed=False)
+    family, _ = load_model(_spec(family="flux1"), {"m": str(flux)}, CPU, paths_allowed=False)
+    assert family.name == "flux1"
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("z_image", {"train": {"train_text_encoder": True}}),
+        ("z_image", {"network": {"conv_rank": 4}}),
+        ("z_image", {"network": {"only_if_contains": ["nowhere"]}}),
+    ],
+)
+def test_what_a_family_cannot_do_is_refused_by_name(name: str, change: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_tiny_model(name, tmp_path)
+    with pytest.raises(SettingNotSupported):
+        load_model(_spec(**change), {"m": str(folder)}, CPU, paths_allowed=False)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inside torch
+def test_checkpointed_and_compiled_denoisers_have_the_same_gradients(flux: Path) -> None:
+    models = {"m": str(flux)}
+    family, lora = load_model(_spec(), models, CPU, paths_allowed=False)
+    plain = _gradients(family, dict(lora.named_parameters()))
+    checkpointing: Any = family.denoiser
+    checkpointing.enable_gradient_checkpointing()
+    assert checkpointing.is_gradient_checkpointing
+    again = _gradients(family, dict(lora.named_parameters()))
+    # Compiled blocks, run eagerly: what is compared is that the blocks are the adapted ones.
+    torch.compiler.set_stance("force_eager")
+    try:
+        compiled, compiled_lora = load_model(_spec(train={"compile": True}), models, CPU, paths_allowed=False)
+        blocks = list(compiled.denoiser.get_submodule("transformer_blocks"))
+        assert all(block._compiled_call_impl is not None for block in blocks)
+        third = _gradients(compiled, dict(compiled_lora.named_parameters()))
+    finally:
+        torch.compiler.set_stance("default")
+    assert plain.keys() == again.keys() == third.keys()
+    for other in (again, third):
+        assert max(float((plain[name] - other[name]).abs().max()) for name in plain) <= 1e-6
+
+
+def test_half_precision_loads_as_such_where_there_is_a_gpu(flux: Path) -> None:
+    assert load_family(flux, device="cpu", dtype=torch.bfloat16).dtype == torch.bfloat16
+    family, lora = load_model(_spec(train={"dtype": "bf16"}), {"m": str(flux)}, CPU, paths_allowed=False)
+    assert family.dtype == torch.float32
+    assert all(parameter.dtype == torch.float32 for parameter in lora.parameters())
+
+
+def test_a_bf16_model_trains_its_adapter_in_full_precision(flux: Path) -> None:
+    family = load_family(flux, device="cpu", dtype=torch.bfloat16)
+    lora = attach_lora(family, rank=2, alpha=2, targets="all")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gradients = _gradients(family, dict(lora.named_parameters()))
+    assert gradients
+    assert all(
+        gradient.dtype == torch.float32 and bool(torch.isfinite(gradient).all()) for gradient in gradients.values()
+    )
