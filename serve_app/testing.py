@@ -135,12 +135,13 @@ class ScriptedInference:
     """`Inference` whose pictures are their prompts' hashes, stored in `store`.
 
     `errors` are raised one per generation, first come first served; `gate`, where set, holds every generation after
-    its first step. `begun` and `stopped` list process ids.
+    its first step, and so does a prompt that has the word `holds`. `begun` and `stopped` list process ids.
     """
 
     store: ObjectStore
     errors: list[BaseException] = field(default_factory=list)
     gate: asyncio.Event | None = None
+    holds: str | None = None
     begun: list[str] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
     healthy: bool = True
@@ -151,6 +152,8 @@ class ScriptedInference:
             yield {"progress": {"step": 1, "total_steps": 2, "stage": "denoising"}}
             if self.gate is not None:
                 await self.gate.wait()
+            if self.holds is not None and self.holds in GenerationRequest.model_validate(work.request).spec.prompts[0]:
+                await asyncio.Event().wait()
             if self.errors:
                 raise self.errors.pop(0)
             yield {"output": {"images": [await self._picture(work)]}}

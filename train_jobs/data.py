@@ -76,12 +76,14 @@ class Use:
 def read_folder(folder: Path, spec: DatasetSpec, masks: Path | None = None) -> list[Picture]:
     """Every picture below `folder`, decoded once to be sure of it, in name order.
 
-    `masks` is a folder with a mask of the same name, whatever its suffix, for some or all of them.
+    `masks` is a folder with a mask of the same name, whatever its suffix, for some or all of them; any other picture
+    `x` has the mask `x_mask` beside it, where there is one.
     Raises DatasetEmpty; ImageUnreadable with the names of all the pictures that cannot be decoded.
     """
     pictures: list[Picture] = []
     broken: list[str] = []
     mask_of = {m.relative_to(masks).with_suffix("").as_posix(): m for m in picture_files(masks)} if masks else {}
+    beside = masks_beside(folder)
     for path in picture_files(folder):
         name = path.relative_to(folder).as_posix()
         try:
@@ -93,7 +95,7 @@ def read_folder(folder: Path, spec: DatasetSpec, masks: Path | None = None) -> l
             continue
         text = read_text(path, spec)
         caption = with_trigger(text, spec.trigger_word)
-        mask = mask_of.get(path.relative_to(folder).with_suffix("").as_posix())
+        mask = mask_of.get(path.relative_to(folder).with_suffix("").as_posix(), beside.get(path.with_suffix("")))
         pictures.append(Picture(path, name, width_px, height_px, caption, text, mask))
     if broken:
         raise ImageUnreadable(broken)
@@ -103,19 +105,32 @@ def read_folder(folder: Path, spec: DatasetSpec, masks: Path | None = None) -> l
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """Files with a picture's suffix, hidden ones and masks left out, in name order. A missing folder has none.
+    """Files with a picture's suffix, hidden ones and masks beside pictures left out, in name order.
 
-    A mask is `x_mask.png` beside a picture `x`.
+    A missing folder has none.
     """
-    found = sorted(
+    masks = set(masks_beside(folder).values())
+    return [path for path in _image_files(folder) if path not in masks]
+
+
+def masks_beside(folder: Path) -> dict[Path, Path]:
+    """The masks that lie beside their pictures: `x_mask.png` for the picture `x.jpg`, whose path without a suffix leads
+    to it.
+    """
+    found = _image_files(folder)
+    pictures = {path.with_suffix("") for path in found}
+    masks = {_unmasked(path): path for path in found if path.stem.endswith("_mask")}
+    return {picture: mask for picture, mask in masks.items() if picture in pictures}
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in IMAGE_SUFFIXES
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
-    pictures = {path.with_suffix("") for path in found}
-    return [path for path in found if not (path.stem.endswith("_mask") and _unmasked(path) in pictures)]
 
 
 def _unmasked(path: Path) -> Path:
@@ -221,7 +236,7 @@ def load_pixels(use: Use) -> NDArray[np.float32]:
 def load_mask(use: Use) -> NDArray[np.float32] | None:
     """`[height, width]` in 0..1, how much each pixel counts; None where all count alike. Raises ImageUnreadable."""
     spec, picture = use.dataset, use.picture
-    if spec is None or not spec.has_masks or (picture.mask_path is None and not spec.alpha_mask):
+    if spec is None or (picture.mask_path is None and not spec.alpha_mask):
         return None
     try:
         with Image.open(picture.mask_path or picture.path) as image:

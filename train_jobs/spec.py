@@ -74,10 +74,6 @@ class DatasetSpec(_Spec):
         return self
 
     @property
-    def has_masks(self) -> bool:
-        return self.alpha_mask or self.mask_dataset is not None
-
-    @property
     def label(self) -> str:
         """How messages name this dataset: never a whole path."""
         return self.dataset if self.dataset is not None else PurePosixPath(self.local_path or "").name

@@ -141,8 +141,6 @@ def notes_on(files: Sequence[CheckedFile]) -> list[str]:
     notes += [f"Caption '{name}.txt' belongs to no image" for name in sorted(captions - images)]
     lone = sorted(name for name in images if name.endswith(MASK_SUFFIX))
     notes += [f"'{name}' belongs to no image and counts as one" for name in lone]
-    if any(file.kind == "mask" for file in files):
-        notes.append("Masks are stored with the dataset; trainings do not apply them")
     return notes
 
 

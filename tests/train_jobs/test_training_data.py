@@ -18,6 +18,7 @@ from train_jobs.data import (
     Picture,
     Use,
     bucket_size,
+    load_mask,
     load_pixels,
     picture_files,
     plan_uses,
@@ -200,3 +201,16 @@ def test_a_mask_beside_its_picture_is_not_trained_on(tmp_path: Path) -> None:
     for name in ("a.jpg", "a_mask.png", "lone_mask.png", "_mask.png"):
         (tmp_path / name).touch()
     assert [path.name for path in picture_files(tmp_path)] == ["_mask.png", "a.jpg", "lone_mask.png"]
+
+
+def test_a_mask_beside_its_picture_weighs_its_loss(tmp_path: Path) -> None:
+    for name, colour in (("a.png", "red"), ("a_mask.png", "black"), ("b.png", "red")):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / name)
+    spec = DatasetSpec(dataset="cats", resolutions_px=(64,), mask_min_value=0.25)
+    pictures = read_folder(tmp_path, spec)
+    assert [picture.mask_path for picture in pictures] == [tmp_path / "a_mask.png", None]
+    masked, plain = plan_uses(pictures, spec, size_multiple=8)
+    mask = load_mask(masked)
+    assert mask is not None
+    assert (mask == 0.25).all()
+    assert load_mask(plain) is None
