@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+_HASH = re.compile(r'"?[0-9a-f]{32}(-[0-9]+)?"?')
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,11 @@ class Digest:
         composite = f"{_md5(joined)}-{len(self.part_md5s)}"
         whole = self.part_md5s if len(self.part_md5s) == 1 else ()
         return etag.strip('"') in {composite, *whole}
+
+
+def is_hash(etag: str) -> bool:
+    """Whether an ETag is made of the object's bytes, as far as its look tells; some servers send an empty one."""
+    return _HASH.fullmatch(etag) is not None
 
 
 def digest_bytes(data: bytes) -> Digest:

@@ -12,7 +12,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 
 from storage.counters import REQUESTS, Counters
-from storage.digests import Digest
+from storage.digests import Digest, is_hash
 from storage.errors import IntegrityError, ObjectNotFound
 from storage.objects import ObjectInfo
 from storage.resilience import Attempt, TransientFaultError
@@ -117,7 +117,7 @@ class S3Calls:
             return False
         if original["ContentLength"] != copied["ContentLength"]:
             return False
-        if original["ETag"] == copied["ETag"]:
+        if original["ETag"] == copied["ETag"] and is_hash(original["ETag"]):
             return True
         return await self._sha256_of(operation, source) == await self._sha256_of(operation, target)
 

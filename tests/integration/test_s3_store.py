@@ -373,3 +373,29 @@ async def test_files_in_flight_share_one_bound_of_bytes(
 
     assert max(held) == PART_BYTES
     assert [read(tmp_path / str(number)) for number in range(4)] == [content] * 4
+
+
+async def test_a_large_objects_first_look_does_not_wait_for_its_hash(embedded_s3: EmbeddedS3, key: str) -> None:
+    """The embedded server sends no ETag of what it would have to read in whole; one of what was just sent, it does."""
+    async with S3Store(embedded_s3.settings()) as store:
+        await store.put(key, b"12345678")
+        answer = await store._calls.head("head", key)
+
+    assert answer["ETag"].strip('"') == ""
+
+
+async def test_a_copy_of_other_bytes_is_noticed_where_etags_say_nothing(
+    store: S3Store, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.put(key, b"12345678")
+    send = store._calls.send
+
+    async def copy_other_bytes(operation: str, name: str | None, method: str, parameters: dict[str, object]) -> object:
+        if method == "copy_object":
+            return await send(operation, name, "put_object", {"Key": parameters["Key"], "Body": b"87654321"})
+        return await send(operation, name, method, parameters)
+
+    monkeypatch.setattr(store._calls, "send", copy_other_bytes)
+
+    with pytest.raises(IntegrityError):
+        await store.copy(key, key + ".copy")
