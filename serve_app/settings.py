@@ -149,6 +149,8 @@ class Settings(BaseSettings):
     models_loaded_max: int = Field(default=2, ge=1)
     required_mb: int = Field(default=8192, ge=0)
     compile_models: bool = False
+    # One iteration of the engine that lasts longer is a device that hangs: the replica is replaced.
+    engine_stuck_after_s: float = Field(default=600.0, gt=0)
     # Adapters in a replica's memory, and on its disk.
     adapter_memory_bytes_max: int = Field(default=2 * 1024 * MIB, ge=0)
     lora_cache_bytes_max: int = Field(default=20 * 1024 * MIB, gt=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -60,6 +61,7 @@ class Engine:
         compiled: str | None = None,
         memory: MeasureMemory | None = None,
         turns: AbstractContextManager[None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.family = family
         self._memory = memory or (lambda: device_memory(family.device))
@@ -70,6 +72,8 @@ class Engine:
         self._denoiser = Denoiser(family, self._slots, self._limits, fixed_shapes=compiled is not None)
         if compiled is not None:
             _compile(family, compiled)
+        self._clock = clock
+        self._iteration_began: float | None = None
         self._order = FairOrder()
         self._changed = threading.Condition()
         self._driving = False
@@ -154,8 +158,17 @@ class Engine:
             group = self._order.next()
             if group is not None:
                 with self._turns:
-                    self._iterate(group)
+                    self._iteration_began = self._clock()
+                    try:
+                        self._iterate(group)
+                    finally:
+                        self._iteration_began = None
         return group is not None
+
+    def iteration_s(self) -> float:
+        """How long the iteration under way has lasted; 0 between two. Much longer than any before: the device hangs."""
+        began = self._iteration_began
+        return 0.0 if began is None else self._clock() - began
 
     def clear_loras(self) -> None:
         """Free every adapter and every slot; layers are of their own class again. Waits for the pictures under way."""

@@ -28,5 +28,10 @@ class Inference:
             async for event in events:
                 yield event
 
+    async def check_health(self) -> None:
+        """Asked by Serve, which replaces the replica where this raises."""
+        if not (await self._service.health()).ok:
+            raise RuntimeError("an iteration of the engine does not end")
+
     async def health(self) -> InferenceHealth:
         return await self._service.health()

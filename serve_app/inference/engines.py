@@ -69,6 +69,12 @@ class EngineShelf:
         with self._lock:
             return tuple(alias for alias, shelved in self._shelf.items() if shelved.engine is not None)
 
+    def longest_iteration_s(self) -> float:
+        """Of the engines' iterations under way."""
+        with self._lock:
+            engines = [shelved.engine for shelved in self._shelf.values()]
+        return max((engine.iteration_s() for engine in engines if engine is not None), default=0.0)
+
     @contextmanager
     def using(self, alias: str) -> Iterator[Engine]:
         """Loads on first use. Raises KeyError for an unknown alias, DiffusionError for a folder that cannot be run,

@@ -50,4 +50,5 @@ def build_service(settings: Settings) -> InferenceService:
         loras=LoraCache(store, folder, bytes_max=settings.lora_cache_bytes_max),
         device=device_facts(settings.device),
         threads=settings.generations_per_replica,
+        stuck_after_s=settings.engine_stuck_after_s,
     )

@@ -40,12 +40,14 @@ class InferenceService:
         loras: LoraCache,
         device: Callable[[], DeviceFacts],
         threads: int = 16,
+        stuck_after_s: float = 600.0,
     ) -> None:
         self._store = store
         self._keys_of = keys_of
         self._shelf = shelf
         self._loras = loras
         self._device = device
+        self._stuck_after_s = stuck_after_s
         self._threads = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="engine")
 
     async def load(self, model: str) -> None:
@@ -72,9 +74,10 @@ class InferenceService:
         yield {"output": {"images": await self._stored(work, request, images)}}
 
     async def health(self) -> InferenceHealth:
+        """Not ok while one iteration of an engine lasts for `stuck_after_s`: its device hangs."""
         facts = await asyncio.to_thread(self._device)
         return InferenceHealth(
-            ok=True,
+            ok=self._shelf.longest_iteration_s() < self._stuck_after_s,
             device=facts.device,
             gpu_name=facts.gpu_name,
             models_loaded=self._shelf.loaded,

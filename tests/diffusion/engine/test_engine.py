@@ -314,3 +314,17 @@ def test_a_request_without_a_size_gets_the_models_own(family: StableDiffusion1) 
     (picture,) = Engine(family).generate([dataclasses.replace(PLAIN, width=None, height=None, steps=1)])
     assert picture.image.size == (native, native)
     assert (picture.settings["width"], picture.settings["height"]) == (native, native)
+
+
+def test_the_time_of_an_iteration_is_told_while_it_lasts(family: StableDiffusion1) -> None:
+    now = {"s": 100.0}
+    engine = Engine(family, clock=lambda: now["s"])
+    told: list[float] = []
+
+    def slow(*_: Any) -> None:
+        now["s"] += 700.0
+        told.append(engine.iteration_s())
+
+    family.unet.register_forward_pre_hook(slow)
+    engine.render([dataclasses.replace(PLAIN, steps=2)])
+    assert (told, engine.iteration_s()) == ([700.0, 700.0], 0.0)

@@ -47,17 +47,18 @@ def lora_paths(write_lora: WriteLora) -> list[Path]:
 def draw(rng: random.Random, loras: list[Path]) -> GenerateRequest:
     width, height = rng.choice(SIZES)
     chosen = rng.sample(loras, rng.choice((0, 1, 1, 1, 2, 3)))
+    # The multistep solvers divide by differences of noise levels; a model of random weights makes them explode.
+    scheduler = rng.choice((None, "ddim", "euler", "euler_a", "ddpm", "heun", "pndm"))
     return GenerateRequest(
         prompt=rng.choice(("a red ring", "two blue dots", "x " * 90)),
         negative_prompt=rng.choice(("", "grey")),
         width=width,
         height=height,
-        steps=rng.randint(1, 6),
+        steps=rng.randint(4 if scheduler == "pndm" else 1, 6),
         guidance_scale=rng.choice((1.0, 3.0, 7.5)),
         seed=rng.randrange(2**32),
         loras=tuple(LoraRef(path, round(rng.uniform(-0.6, 0.6), 2)) for path in chosen),
-        # The multistep solvers divide by differences of noise levels; a model of random weights makes them explode.
-        scheduler=rng.choice((None, "ddim", "euler", "euler_a", "ddpm", "heun", "pndm")),
+        scheduler=scheduler,
     )
 
 
@@ -108,6 +109,8 @@ def test_every_picture_of_a_random_mix_is_its_solo_picture(
         alone = engine.render([requests[index]])[0].pixels_CHW
         assert float((made - alone).abs().max()) < TOLERANCE, requests[index]
         kept.append((index, made))
+    if not kept:  # all of them were stopped
+        return
     index, made = rng.choice(kept)
     stock.scheduler = type(stock.scheduler).from_config(stock.scheduler.config)
     assert float((made - stock_pixels(stock, requests[index])).abs().max()) < TOLERANCE, requests[index]

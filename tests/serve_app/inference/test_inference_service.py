@@ -38,9 +38,13 @@ class ScriptedEngine:
         self.error: Exception | None = None
         self.ended_by_request = False
         self.closed = False
+        self.iteration_lasts_s = 0.0
 
     def close(self) -> None:
         self.closed = True
+
+    def iteration_s(self) -> float:
+        return self.iteration_lasts_s
 
     def generate(
         self,
@@ -261,3 +265,10 @@ async def test_generations_of_one_replica_are_in_the_engine_at_the_same_time(rep
     finished = await asyncio.gather(*calls)
     assert all(events[-1]["output"] for events in finished)
     assert replica.loaded == ["/models/tiny"]
+
+
+async def test_an_engine_whose_iteration_does_not_end_makes_the_replica_unhealthy(replica: Replica) -> None:
+    await replica.service.load("tiny")
+    assert (await replica.service.health()).ok
+    replica.engine.iteration_lasts_s = 601.0
+    assert not (await replica.service.health()).ok
