@@ -63,6 +63,10 @@ class StreamsTx:
     def add_webhook(self, webhook: Webhook) -> None:
         self._connection.execute(sa.insert(webhooks).values(webhook.model_dump()))
 
+    def has_due_webhook(self, now: datetime) -> bool:
+        due = sa.select(webhooks.c.id).where(webhooks.c.due_at <= now).limit(1)
+        return self._connection.execute(due).first() is not None
+
     def due_webhooks(self, now: datetime, limit: int) -> list[Webhook]:
         """Those that waited longest first, no two readers the same where the database locks rows."""
         query = sa.select(webhooks).where(webhooks.c.due_at <= now).order_by(webhooks.c.due_at).limit(limit)
