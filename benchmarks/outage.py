@@ -60,7 +60,8 @@ PHASES: tuple[tuple[str, str | Fault, float], ...] = (
 
 @dataclass
 class Phase:
-    """What happened while a fault lasted. Times in seconds; `attempts` are what the server, or its port, felt."""
+    """What happened while a fault lasted. Times in seconds; `attempts` are what the server, or its port, felt, and
+    `hits` those of them that failed."""
 
     name: str
     lasted_s: float = 0.0
@@ -68,6 +69,7 @@ class Phase:
     ok: int = 0
     rejected: int = 0
     attempts: int = 0
+    hits: int = 0
     failed_after_s: list[float] = field(default_factory=list)
     longest_s: float = 0.0
     recovered_after_s: float | None = None
@@ -204,10 +206,11 @@ async def _phase(
     options: argparse.Namespace,
 ) -> Phase:  # fmt: skip
     phase = load.phase = Phase(name)
-    attempts, started = tally.total(ATTEMPTS), time.monotonic()
+    attempts, hits, started = tally.total(ATTEMPTS), failures(tally), time.monotonic()
     await asyncio.to_thread(proxy.tell, fault, share)
     await asyncio.sleep(lasts_s)
     phase.attempts = int(tally.total(ATTEMPTS) - attempts)
+    phase.hits = int(failures(tally) - hits)
     phase.lasted_s = time.monotonic() - started
     await asyncio.to_thread(proxy.tell, None)
     healed = time.monotonic()
@@ -218,6 +221,12 @@ async def _phase(
         await asyncio.sleep(0.02)
     phase.recovered_after_s = load.last_success - healed
     return phase
+
+
+def failures(tally: Tally) -> float:
+    """Attempts that failed, whatever the operation."""
+    counts = tally.counts().get(ATTEMPTS, {})
+    return sum(value for labels, value in counts.items() if labels.endswith(",failure"))
 
 
 async def _is_there(store: S3Store, key: str, sha256: str) -> bool:
@@ -236,7 +245,7 @@ def verdict(result: dict[str, Any], options: argparse.Namespace) -> dict[str, bo
         phase = phases[name]
         # Attempts that were under way when it opened, one each worker, and the probes.
         bound = 5 + options.workers + phase["lasted_s"] / options.recovery_s + 1
-        bounds[f"hits on the server bounded: {name}"] = phase["attempts"] <= bound
+        bounds[f"hits on the server bounded: {name}"] = phase["hits"] <= bound
     recovery_max_s = options.recovery_s + options.attempt_s + LATE_S
     return {
         "no acknowledged object lost": result["lost"] == 0 and result["wrong_bytes"] == 0,
@@ -261,6 +270,7 @@ def show(result: dict[str, Any], verdicts: dict[str, bool]) -> None:
         "ok",
         "rejected",
         "attempts",
+        "hits",
         "fails after p50",
         "max",
         "longest",
@@ -273,7 +283,7 @@ def show(result: dict[str, Any], verdicts: dict[str, bool]) -> None:
             (
                 phase["name"],
                 f"{phase['lasted_s']:.0f} s",
-                *(str(phase[name]) for name in ("operations", "ok", "rejected", "attempts")),
+                *(str(phase[name]) for name in ("operations", "ok", "rejected", "attempts", "hits")),
                 f"{statistics.median(failed):.2f} s" if failed else "-",
                 f"{max(failed):.2f} s" if failed else "-",
                 f"{phase['longest_s']:.2f} s",
