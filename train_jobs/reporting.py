@@ -74,7 +74,10 @@ class BoardReporter:
 
     def progress(self, progress: Progress) -> None:
         kept = {k: v for k, v in self._latest.items() if k in KEPT_IN_REPORTS}
-        self._latest = {"stage": "training", **asdict(progress), **kept}
+        numbers = asdict(progress)
+        if progress.validation_loss is None:
+            del numbers["validation_loss"]
+        self._latest = {"stage": "training", **numbers, **kept}
 
     def close(self) -> None:
         """Send the last report and end the thread."""

@@ -19,7 +19,7 @@ OLDER_STATUS = {
     JobState.TIMED_OUT: "failed",
     JobState.CANCELLED: "cancelled",
 }
-METRICS = ("loss", "smoothed_loss", "steps_per_s", "stage", "resumed_from_step")
+METRICS = ("loss", "smoothed_loss", "steps_per_s", "stage", "resumed_from_step", "validation_loss")
 
 
 def process_status(record: JobRecord) -> str:

@@ -101,4 +101,7 @@ async def _completed(services: Presenting, record: JobRecord) -> dict[str, Any]:
     facts = {name: output.get(name) for name in TRAINING_FACTS}
     loras = [await redirect_item(services.store, item, expires_s=expires_s) for item in output.get("loras", [])]
     samples = [await redirect_item(services.store, item, expires_s=expires_s) for item in output.get("samples", [])]
-    return {"message": "Training completed", **facts, "loras": loras, "samples": samples}
+    more = {"best_step": output["best_step"]} if output.get("best_step") is not None else {}
+    if output.get("exports"):
+        more["exports"] = [await redirect_item(services.store, e, expires_s=expires_s) for e in output["exports"]]
+    return {"message": "Training completed", **facts, "loras": loras, "samples": samples, **more}

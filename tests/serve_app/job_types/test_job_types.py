@@ -432,3 +432,24 @@ async def test_a_checked_config_is_reported_key_by_key_and_starts_nothing(server
     elsewhere = await done(server, {"type": "train", "config": train_config("cats", "other"), "check": True})
     assert not elsewhere["accepted"]
     assert (await done(server, {"type": "processes"}))["processes"] == []
+
+
+async def test_a_completed_training_tells_its_best_step_and_its_other_key_format(server: LocalServer) -> None:
+    await done(server, upload_payload("cats"))
+    async with server.client() as http:
+        body = {"input": {"type": "train", "config": train_config(), "wait": True}}
+        job_id = (await http.post("/v2/ep/run", json=body)).json()["id"]
+        [record] = await server.jobs.claim(JobKind.TRAINING, OWNER)
+        await server.jobs.start(record.id, OWNER)
+        await server.jobs.heartbeat(record.id, OWNER, progress={"step": 3, "total_steps": 10, "validation_loss": 0.25})
+        running = (await http.get(f"/v2/ep/status/{job_id}")).json()["output"]
+        assert running["metrics"]["validation_loss"] == 0.25
+        key = server.services.keys_of("matt").lora_file(record.id, "my_lora_kohya.safetensors")
+        await server.store.put(key, b"weights")
+        export = {"id": record.id, "key": key, "filename": "my_lora_kohya.safetensors", "format": "kohya"}
+        await server.jobs.complete(record.id, OWNER, {"loras": [], "exports": [export], "best_step": 7})
+        output = (await http.get(f"/v2/ep/status/{job_id}")).json()["output"]
+    assert output["best_step"] == 7
+    assert [(item["type"], item["format"], item["s3_key"]) for item in output["exports"]] == [
+        ("redirect", "kohya", key)
+    ]
