@@ -24,6 +24,8 @@ from storage.jobs_config import JobsConfig
 from storage.settings import BreakerSettings, RecordsSettings, S3Settings, SweepSettings
 
 CONFIG_FILE_VARIABLE = "RAYLORA_CONFIG"
+TENANT_PATTERN = r"^[a-zA-Z0-9_-]{1,64}$"
+TENANT_KEY_LENGTH_MIN = 16
 TINY_MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny" / "model"
 MIB = 1024 * 1024
 WEBHOOK_KEY_MARK = "whsec_"
@@ -129,7 +131,9 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = None
     # Origins whose pages may call this server from a browser: `https://studio.example.com`. Never all of them.
     cors_origins: tuple[Origin, ...] = ()
-    default_tenant: str = Field(default="default", pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    default_tenant: str = Field(default="default", pattern=TENANT_PATTERN)
+    # Further tenants by name, each with its key: their jobs, files and adapters are apart from all others'.
+    tenant_keys: dict[Annotated[str, Field(pattern=TENANT_PATTERN)], SecretStr] = Field(default_factory=dict)
 
     models: dict[str, str] = Field(default_factory=lambda: {"tiny": str(TINY_MODEL)}, min_length=1)
     default_model: str = "tiny"
@@ -189,10 +193,24 @@ class Settings(BaseSettings):
         return (init_settings, env_settings, *_file_source(settings_cls))
 
     @model_validator(mode="after")
+    def _each_tenant_has_a_key_of_its_own(self) -> Settings:
+        given = [key.get_secret_value() for key in self.keys_by_tenant().values()]
+        if self.default_tenant in self.tenant_keys or len(set(given)) < len(given):
+            raise ValueError("tenant_keys must name other tenants than default_tenant, each with a key of its own")
+        if any(len(key) < TENANT_KEY_LENGTH_MIN for key in self.tenant_keys.values()):
+            raise ValueError(f"a key in tenant_keys must have at least {TENANT_KEY_LENGTH_MIN} characters")
+        return self
+
+    @model_validator(mode="after")
     def _default_model_is_listed(self) -> Settings:
         if self.default_model not in self.models:
             raise ValueError(f"default_model {self.default_model!r} is not one of models: {sorted(self.models)}")
         return self
+
+    def keys_by_tenant(self) -> dict[str, SecretStr]:
+        """Who may call: `api_key`, where it is known, speaks for `default_tenant`."""
+        first = {} if self.api_key is None else {self.default_tenant: self.api_key}
+        return {**first, **self.tenant_keys}
 
     def uses_embedded_s3(self) -> bool:
         """True where no S3 server is named, so that the stack starts its own on ``s3_port``."""

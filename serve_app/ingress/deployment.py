@@ -56,7 +56,7 @@ class Ingress:
         )
         self._app = create_app(
             services,
-            KeyRing({settings.default_tenant: settings.api_key}),
+            KeyRing(settings.keys_by_tenant()),
             cors_origins=settings.cors_origins,
             disk=disk_of(settings.home),
         )

@@ -106,3 +106,26 @@ def test_the_stacks_own_server_is_handed_over_whole() -> None:
 def test_records_are_below_home_unless_a_database_is_named(tmp_path: Path) -> None:
     assert complete(home=tmp_path).jobs_config().records.url == f"sqlite:///{tmp_path}/records.db"
     assert complete(records_url="postgresql://db/x").records().url == "postgresql://db/x"
+
+
+def test_further_tenants_have_keys_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYLORA_TENANT_KEYS", '{"alice": "key-of-alice-0123"}')
+    settings = Settings(api_key=SecretStr("key"))
+    keys = {tenant: key.get_secret_value() for tenant, key in settings.keys_by_tenant().items()}
+    assert keys == {"default": "key", "alice": "key-of-alice-0123"}
+    assert "key-of-alice" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"default": "key-of-default-01"},
+        {"a": "0123456789abcdef", "b": "0123456789abcdef"},
+        {"a": "the-key-of-the-first"},
+        {"a": "short"},
+        {"../a": "0123456789abcdef"},
+    ],
+)
+def test_a_tenant_without_a_name_or_key_of_its_own_is_refused(keys: dict[str, str]) -> None:
+    with pytest.raises(ValidationError):
+        Settings(api_key=SecretStr("the-key-of-the-first"), tenant_keys=keys)  # type: ignore[arg-type]
