@@ -6,6 +6,7 @@ is scaled to cover it and cropped around the centre. Captions follow `toolkit/da
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 from collections.abc import Iterator, Sequence
@@ -102,6 +103,15 @@ def read_folder(folder: Path, spec: DatasetSpec, masks: Path | None = None) -> l
     if not pictures:
         raise DatasetEmpty(spec.label)
     return pictures
+
+
+def same_pictures(pictures: Sequence[Picture]) -> list[tuple[str, ...]]:
+    """Names of pictures whose files are equal byte by byte, group by group in name order."""
+    by_digest: dict[str, list[str]] = {}
+    for picture in pictures:
+        with picture.path.open("rb") as file:
+            by_digest.setdefault(hashlib.file_digest(file, "sha256").hexdigest(), []).append(picture.name)
+    return [tuple(names) for names in by_digest.values() if len(names) > 1]
 
 
 def picture_files(folder: Path) -> list[Path]:

@@ -17,8 +17,8 @@ from diffusion.lora import fit_layers, read_lora
 from train_jobs.artifacts import Artifacts, pinned_uploads
 from train_jobs.cache import TrainingCache, build_cache
 from train_jobs.checkpoint import Checkpoint, read_checkpoint
-from train_jobs.data import Picture, Use, choose_held_out, plan_uses, read_folder
-from train_jobs.errors import ConfigInvalid, ModelNotAvailable, Problem
+from train_jobs.data import Picture, Use, choose_held_out, plan_uses, read_folder, same_pictures
+from train_jobs.errors import NAMES_SHOWN_MAX, ConfigInvalid, ModelNotAvailable, Problem
 from train_jobs.models import resolve_model
 from train_jobs.previews import Previews
 from train_jobs.spec import DatasetSpec, TrainSpec
@@ -36,6 +36,7 @@ class Prepared:
     uploads: dict[str, str]
     previews: Previews
     validation: Validation | None
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,15 @@ def read_pictures(spec: TrainSpec, artifacts: Artifacts, pins: Mapping[str, str]
             uploads[dataset.mask_dataset] = manifest.upload_id
         found.append((dataset, read_folder(folder, dataset, masks)))
     return Pictures(tuple(found), uploads)
+
+
+def warnings_of(pictures: Pictures) -> list[str]:
+    """Pictures that are in a dataset more than once: usually a mistake, and trained on as often as they are there."""
+    return [
+        f"In dataset '{dataset.label}' these pictures are the same: {', '.join(names[:NAMES_SHOWN_MAX])}."
+        for dataset, found in pictures.datasets
+        for names in same_pictures(found)
+    ]
 
 
 def plan_all_uses(spec: TrainSpec, pictures: Pictures, *, size_multiple: int) -> list[Use]:
@@ -199,7 +209,7 @@ class Preparation:
             return None
         watched = spec.validation
         validation = None if watched is None else Validation(watched, cache, batch_size=spec.train.batch_size)
-        return Prepared(family, lora, cache, checkpoint, pictures.uploads, previews, validation)
+        return Prepared(family, lora, cache, checkpoint, pictures.uploads, previews, validation, warnings_of(pictures))
 
     def _pretrained(self, name: str) -> Path:
         """A file on this machine only where a config of this machine's command line may name one."""

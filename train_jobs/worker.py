@@ -144,6 +144,7 @@ class Training:
             return self._stopped(0)
         if prepared is None:
             raise RuntimeError("a worker stopped while rank 0 did not")
+        self._results.warnings += prepared.warnings
         return self._train(prepared)
 
     def _prepare(self) -> Prepared | None:

@@ -369,6 +369,18 @@ def test_the_result_comes_in_both_key_formats_with_loss_files_and_its_best_check
     assert b"loss/validation" in _get(store, output["tensorboard_key"])
 
 
+def test_pictures_that_are_there_twice_are_named(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec, runner: LoopThread, store: InMemoryStore, tmp_path: Path
+) -> None:
+    for name, colour in (("a", "red"), ("b", "blue"), ("c", "red")):
+        Image.new("RGB", (16, 16), colour).save(tmp_path / f"{name}.png")
+    files = [(path.name, path, None) for path in sorted(tmp_path.glob("*.png"))]
+    runner.run_blocking(write_dataset(store, KEYS, "twice", files, now=NOW))
+    change = {"datasets": [{"dataset": "twice", "resolutions_px": [16], "bucket_step_px": 8}], "sample": {}}
+    output = train(spec_from_json(TrainSpec, spec.model_dump() | change))["output"]
+    assert output["warnings"] == ["In dataset 'twice' these pictures are the same: a.png, c.png."]
+
+
 def test_a_training_can_begin_from_an_adapter_of_its_owner(
     train: Callable[..., dict[str, Any]], spec: TrainSpec, store: InMemoryStore
 ) -> None:
