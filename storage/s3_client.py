@@ -37,6 +37,8 @@ ALLOWED_CALLS = frozenset(
 USER_AGENT = "raylora-storage"
 # Health and presigning never queue behind transfers, so they need connections of their own.
 SPARE_CONNECTIONS = 8
+# Longer than any attempt may take.
+NO_READ_TIMEOUT_S = 7 * 24 * 3600.0
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
@@ -46,34 +48,39 @@ class S3Clients:
     def __init__(self, settings: S3Settings) -> None:
         self._settings = settings
         self._stack = AsyncExitStack()
-        self._opened: dict[str | None, Any] = {}
+        self._opened: dict[tuple[str | None, float], Any] = {}
         self._opening = asyncio.Lock()
 
     async def internal(self) -> Any:
-        return await self._client(self._settings.endpoint_url)
+        return await self._client(self._settings.endpoint_url, self._settings.read_timeout_s)
+
+    async def patient(self) -> Any:
+        return await self._client(self._settings.endpoint_url, NO_READ_TIMEOUT_S)
 
     async def public(self) -> Any:
-        return await self._client(self._settings.public_endpoint_url or self._settings.endpoint_url)
+        settings = self._settings
+        return await self._client(settings.public_endpoint_url or settings.endpoint_url, settings.read_timeout_s)
 
     async def aclose(self) -> None:
         self._opened.clear()
         await self._stack.aclose()
 
-    async def _client(self, endpoint_url: str | None) -> Any:
-        if endpoint_url in self._opened:
-            return self._opened[endpoint_url]
+    async def _client(self, endpoint_url: str | None, read_timeout_s: float) -> Any:
+        kind = (endpoint_url, read_timeout_s)
+        if kind in self._opened:
+            return self._opened[kind]
         async with self._opening:
-            if endpoint_url not in self._opened:
-                self._opened[endpoint_url] = await self._open(endpoint_url)
-            return self._opened[endpoint_url]
+            if kind not in self._opened:
+                self._opened[kind] = await self._open(endpoint_url, read_timeout_s)
+            return self._opened[kind]
 
-    async def _open(self, endpoint_url: str | None) -> Any:
+    async def _open(self, endpoint_url: str | None, read_timeout_s: float) -> Any:
         settings = self._settings
         context = get_session().create_client(
             "s3",
             endpoint_url=endpoint_url,
             region_name=settings.region,
-            config=_client_config(settings, endpoint_url),
+            config=_client_config(settings, endpoint_url, read_timeout_s),
             **_credentials(settings),
         )
         client = await self._stack.enter_async_context(context)
@@ -102,7 +109,7 @@ def _signing(endpoint_url: str | None) -> dict[str, bool]:
     return {"payload_signing_enabled": url.scheme != "https" and url.hostname not in LOOPBACK}
 
 
-def _client_config(settings: S3Settings, endpoint_url: str | None) -> AioConfig:
+def _client_config(settings: S3Settings, endpoint_url: str | None, read_timeout_s: float) -> AioConfig:
     aws = settings.backend == "aws"
     checksums = "when_supported" if aws else "when_required"
     return AioConfig(
@@ -114,7 +121,7 @@ def _client_config(settings: S3Settings, endpoint_url: str | None) -> AioConfig:
         # One request for one attempt: `Resilience` owns the retries.
         retries={"mode": "standard", "total_max_attempts": 1},
         connect_timeout=settings.connect_timeout_s,
-        read_timeout=settings.read_timeout_s,
+        read_timeout=read_timeout_s,
         max_pool_connections=settings.max_concurrency + SPARE_CONNECTIONS,
         http_session_cls=_OneRequestSession,
         # A proxy in the environment must not come between us and a server beside us.

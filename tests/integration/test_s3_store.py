@@ -399,3 +399,16 @@ async def test_a_copy_of_other_bytes_is_noticed_where_etags_say_nothing(
 
     with pytest.raises(IntegrityError):
         await store.copy(key, key + ".copy")
+
+
+async def test_the_server_may_take_its_time_to_put_a_large_object_together(
+    embedded_s3: EmbeddedS3, proxy: FaultProxy, key: str, large_file: Path, content: bytes
+) -> None:
+    bounds = {"read_timeout_s": 0.5, "part_size_bytes": PART_BYTES, "multipart_threshold_bytes": PART_BYTES}
+    settings = embedded_s3.settings().model_copy(update={"endpoint_url": proxy.url, **bounds})
+    proxy.slow_s = 1.0
+    proxy.script("POST", Fault.NONE, Fault.SLOW)
+    async with S3Store(settings, sleep=no_wait) as store:
+        await store.upload_file(large_file, key)
+        assert proxy.forwarded["POST"] == 2
+        assert await store.get(key) == content
