@@ -28,7 +28,8 @@ class S3Settings(BaseModel):
     secret_access_key: SecretStr | None = None
     backend: Literal["rclone", "moto", "aws"] = "rclone"
 
-    connect_timeout_s: float = Field(default=2.0, gt=0)
+    # A connection to a server nearby takes no time, but this process may have to wait for a busy machine.
+    connect_timeout_s: float = Field(default=5.0, gt=0)
     read_timeout_s: float = Field(default=10.0, gt=0)
     attempt_timeout_s: float = Field(default=30.0, gt=0)
     deadline_s: float = Field(default=120.0, gt=0)

