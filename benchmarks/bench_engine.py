@@ -26,6 +26,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from engine_models import SIZES, Size, build_pipeline, write_adapters
 from engine_traffic import Served, Workload, by_adapter, draw_workload, engine_traffic, peft_names, stock_one_by_one
 
@@ -52,7 +53,10 @@ class Row:
 class Bench:
     """One size of model: the stock pipeline, the engine on the same weights, and adapters on disk."""
 
-    def __init__(self, name: str, size: Size, options: argparse.Namespace, folder: Path) -> None:
+    def __init__(
+        self, name: str, size: Size, options: argparse.Namespace, folder: Path, on_row: Callable[[Row], None]
+    ) -> None:
+        self._on_row = on_row
         self.name, self.size, self.rounds = name, size, options.rounds
         self.steps = options.steps or size.steps
         self.requests = options.requests or size.requests
@@ -62,7 +66,6 @@ class Bench:
         self.stock = build_pipeline(size).to(options.device, dtype)
         self.stock.set_progress_bar_config(disable=True)
         self.paths = write_adapters(self.family, folder, options.adapters, (4, 8, 16, 16, 32))
-        self.rows: list[Row] = []
 
     def request(self, seed: int, adapter: int | None) -> GenerateRequest:
         loras = () if adapter is None else (LoraRef(self.paths[adapter % len(self.paths)]),)
@@ -87,7 +90,7 @@ class Bench:
         self, name: str, ours: float, peer: float, unit: str, ratio: float, spread: float | None, target: str
     ) -> None:
         row = Row(self.name, name, ours, peer, unit, ratio, spread, target)
-        self.rows.append(row)
+        self._on_row(row)
         shown = "" if spread is None else f" +-{spread / 2:.2f}"
         print(f"{row.size:5} {row.name:58} {row.ours:9.3f} {row.peer:9.3f} {row.unit:11} {row.ratio:8.2f}{shown:7} "
               f"{row.target}", flush=True)  # fmt: skip
@@ -249,28 +252,33 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     # The peers warn at every adapter they load.
     diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
     machine = machine_facts(options)
     print(json.dumps(machine))
     print(f"{'size':5} {'measured':58} {'ours':>9} {'peer':>9} {'unit':11} {'ratio':>8} {'target':>13}")
     rows: list[Row] = []
+    path = options.out / f"engine-{machine['name']}.json"
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    def keep(row: Row) -> None:
+        """Written after every row, so that a run that is ended early leaves what it has measured."""
+        rows.append(row)
+        command = " ".join(["bench_engine.py", *arguments])
+        path.write_text(json.dumps({"command": command, **machine, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
+
     for name in options.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(name, SIZES[name], options, Path(folder))
+            bench = Bench(name, SIZES[name], options, Path(folder), keep)
             diversity(bench)
             single_request(bench)
             activation(bench)
             first_after_change(bench)
-            mixed_traffic(bench)
             if name == "tiny":
                 compiled_graphs(bench, options.graph_requests)
-            rows += bench.rows
-        command = " ".join(["bench_engine.py", *arguments])
-        result = {"command": command, **machine, "rows": [asdict(row) for row in rows]}
-        options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / f"engine-{machine['name']}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"written to {path}")
+            mixed_traffic(bench)
+    print(f"written to {path}")
 
 
 def machine_facts(options: argparse.Namespace) -> dict[str, Any]:

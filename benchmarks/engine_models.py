@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -76,16 +75,16 @@ def build_pipeline(size: Size, *, seed: int = 0) -> StableDiffusionPipeline:
 
 def write_adapters(family: Family, folder: Path, count: int, ranks: tuple[int, ...]) -> list[Path]:
     """``count`` LoRAs on the attention layers, their ranks taken in turn."""
+    made: dict[int, tuple[dict[str, torch.Tensor], dict[str, str]]] = {}
+    for rank in set(ranks[:count]):
+        lora = attach_lora(family, rank=rank, alpha=rank)
+        made[rank] = (dict(lora.state_dict()), lora.metadata(title=f"rank{rank}"))
+        lora.detach()
     paths = []
     for i in range(count):
-        rank = ranks[i % len(ranks)]
-        lora = attach_lora(family, rank=rank, alpha=rank, seed=i)
+        layers, metadata = made[ranks[i % len(ranks)]]
         generator = torch.Generator().manual_seed(i)
-        state: dict[str, Any] = {
-            key: 0.02 * torch.randn(value.shape, generator=generator) for key, value in lora.state_dict().items()
-        }
-        path = folder / f"adapter{i:03d}.safetensors"
-        save_lora(path, state, metadata=lora.metadata(title=path.stem), dtype=family.dtype)
-        lora.detach()
-        paths.append(path)
+        state = {key: 0.02 * torch.randn(value.shape, generator=generator) for key, value in layers.items()}
+        paths.append(folder / f"adapter{i:03d}.safetensors")
+        save_lora(paths[-1], state, metadata=metadata, dtype=family.dtype)
     return paths
