@@ -22,8 +22,9 @@ from storage.settings import MIB
 Answer = Mapping[str, Any]
 
 SHA256_METADATA = "sha256"
-# They move bytes within the server, for minutes where there are many; only the attempt's own timeout is for them.
-ANSWERED_LATE = frozenset({"complete_multipart_upload", "copy_object"})
+# They move bytes within the server, for minutes where there are many, or wait there for the parts before them, as
+# rclone's do; only the attempt's own timeout is for them. A part sent twice can spoil the whole upload.
+ANSWERED_LATE = frozenset({"complete_multipart_upload", "copy_object", "upload_part"})
 
 
 class Clients(Protocol):
