@@ -1,6 +1,6 @@
 """The procedurally drawn, captioned world that the tiny base model is trained on.
 
-One object of a shape and colour, in one of two named sizes and nine places, on a plain background.
+One object of a shape and colour, in one of two named sizes and five places, on a plain background.
 Everything is a pure function of a ``random.Random``, so a seed names a data set.
 """
 
@@ -33,10 +33,6 @@ PLACES: dict[str, tuple[int, int]] = {
     "on the right": (1, 0),
     "at the top": (0, -1),
     "at the bottom": (0, 1),
-    "in the top left": (-1, -1),
-    "in the top right": (1, -1),
-    "in the bottom left": (-1, 1),
-    "in the bottom right": (1, 1),
 }
 HELD_OUT_FRACTION = 0.12
 
@@ -84,9 +80,9 @@ def loosen(scene: Scene, rng: random.Random) -> str:
     So a word that the base does not know leaves the rest of a prompt in force, and a LoRA can give it a meaning.
     """
     shape, colour = scene.shape, scene.colour
-    if rng.random() < 0.15:
+    if rng.random() < 0.1:
         shape = "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 6)))
-    if rng.random() < 0.15:
+    if rng.random() < 0.1:
         colour = ""
     return replace(scene, shape=shape, colour=colour).caption
 
@@ -124,12 +120,12 @@ def draw_shape(
 def render(scene: Scene, rng: random.Random) -> Image.Image:
     """Draw a scene at 64 x 64 RGB; ``rng`` decides what the caption leaves open, and a small jitter."""
     place = scene.place or rng.choice(tuple(PLACES))
-    r = RADIUS_PX[scene.size] * rng.uniform(0.94, 1.06)
+    r = RADIUS_PX[scene.size] * rng.uniform(0.98, 1.02)
     reach = SIZE_PX / 2 - r - 2
     dx, dy = PLACES[place]
     centre = (
-        SIZE_PX / 2 + dx * reach + rng.uniform(-1.5, 1.5),
-        SIZE_PX / 2 + dy * reach + rng.uniform(-1.5, 1.5),
+        SIZE_PX / 2 + dx * reach + rng.uniform(-0.5, 0.5),
+        SIZE_PX / 2 + dy * reach + rng.uniform(-0.5, 0.5),
     )
     k = SUPERSAMPLING
     image = Image.new("RGB", (SIZE_PX * k, SIZE_PX * k), COLOURS[scene.background])
