@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 
 from world import COLOURS, SHAPES, SIZE_PX, Scene, draw_shape, random_scene
 
+HERE = Path(__file__).resolve().parent
 Pixels = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
@@ -141,7 +142,7 @@ def generate(model: Path, scenes: list[Scene], steps: int, guidance: float) -> l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=Path(__file__).resolve().parent / "model")
+    parser.add_argument("--model", type=Path, default=HERE / "model")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=3.0)

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-TINY = Path(__file__).resolve().parents[2] / "assets" / "tiny"
-sys.path.insert(0, str(TINY))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "assets" / "tiny"))
 
-from check import describe, generate, held_out_scenes, score
+from check import HERE, describe, generate, held_out_scenes, score
 
 from world import held_out_combinations, random_scene, render
 
@@ -46,7 +45,7 @@ def test_training_never_shows_a_held_out_combination(seed: int) -> None:
 
 def test_the_shipped_model_draws_held_out_prompts() -> None:
     scenes = held_out_scenes(24, seed=4)
-    shares = score(scenes, generate(TINY / "model", scenes, steps=15, guidance=4.0))
+    shares = score(scenes, generate(HERE / "model", scenes, steps=15, guidance=4.0))
     # Under what the card says of 200 prompts: with 24 one picture is four percent.
     assert shares["background_colour"] >= 0.9
     assert shares["object_colour"] >= 0.8
