@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE.parent.parent / "assets" / "tiny"))
 from world import COLOURS, SIZE_PX, SUPERSAMPLING, random_scene, render  # noqa: E402
 
 BACKGROUNDS = ("red", "yellow", "green", "blue", "white", "black", "orange")
-ORDINARY_SCENES = 28
+ORDINARY_SCENES = 10
 
 
 def draw_zib(background: str, dx_px: float, dy_px: float) -> Image.Image:

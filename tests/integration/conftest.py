@@ -55,7 +55,8 @@ def ray_cluster() -> Iterator[str]:
 def running() -> Iterator[Running]:
     """A whole instance, as `raylora up` starts it; all tests that need one share it."""
     with temporary_home() as home:
-        yield home.start()
+        # The receivers of webhooks are on this machine.
+        yield home.start({"RAYLORA_WEBHOOKS__ANY_ADDRESS": "true"})
 
 
 @pytest.fixture(scope="session")

@@ -340,7 +340,7 @@ async def test_an_open_breaker_fails_the_job_and_not_the_server(server: LocalSer
     async with server.client() as http:
         reply = await post(http, "runsync", json={"input": upload_payload("cats")})
     assert reply["status"] == "FAILED"
-    assert reply["output"]["error_type"] == "storage_unavailable"
+    assert reply["output"]["error_type"] == "dataset_not_stored"
 
 
 async def test_run_answers_while_its_job_type_is_still_at_work(world: JobsWorld) -> None:

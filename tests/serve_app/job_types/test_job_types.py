@@ -303,7 +303,7 @@ async def test_an_upload_that_fails_midway_leaves_the_dataset_as_it_was(server: 
     keys = server.services.keys_of("matt")
     first = (await done(server, upload_payload("cats")))["upload_id"]
     server.store.fail("put", StorageFailed("put", 4, "connection"))
-    assert (await refused(server, upload_payload("cats")))["error_type"] == "storage_failed"
+    assert (await refused(server, upload_payload("cats")))["error_type"] == "dataset_not_stored"
     assert (await latest_manifest(server.store, keys, "cats")).upload_id == first
 
 
@@ -448,7 +448,7 @@ async def test_a_completed_training_tells_its_best_step_and_its_other_key_format
         await server.store.put(key, b"weights")
         export = {"id": record.id, "key": key, "filename": "my_lora_kohya.safetensors", "format": "kohya"}
         await server.jobs.complete(record.id, OWNER, {"loras": [], "exports": [export], "best_step": 7})
-        output = (await http.get(f"/v2/ep/status/{job_id}")).json()["output"]
+        output = (await http.get(f"/v2/ep/status-sync/{job_id}?wait=5000")).json()["output"]
     assert output["best_step"] == 7
     assert [(item["type"], item["format"], item["s3_key"]) for item in output["exports"]] == [
         ("redirect", "kohya", key)

@@ -172,7 +172,7 @@ async def test_a_token_of_nobody_or_of_another_tenant_is_not_found(server: Local
 async def test_a_store_that_fails_while_finalizing_leaves_the_upload_to_finalize_again(server: LocalServer) -> None:
     token = await uploaded(server, {"1.png": PICTURE})
     server.store.fail("put", StorageFailed("put", 4, "connection"))
-    assert (await not_finalized(server, token))["error_type"] == "storage_failed"
+    assert (await not_finalized(server, token))["error_type"] == "dataset_not_stored"
     assert (await finalized(server, token))["uploaded_count"] == 1
 
 
