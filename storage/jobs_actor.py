@@ -8,7 +8,8 @@ from datetime import datetime
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from storage.actor import NAMESPACE, StorageClient
 from storage.async_jobs import Until
@@ -86,6 +87,13 @@ async def _serve(config: JobsConfig, launcher: TrainingLauncher, store: ObjectSt
     return _Serving(JobsService(config, launcher, store or StorageClient(config.s3, config.breaker)))
 
 
+def _may_come_up(error: BaseException) -> bool:
+    """Whether asking again can help: an actor that was gone or going, and not one that failed to construct itself."""
+    if isinstance(error, RayActorError) and error.actor_init_failed:
+        return False
+    return isinstance(error, ActorDiedError | ActorUnavailableError)
+
+
 def ensure_jobs_actor(
     config: JobsConfig, launcher: TrainingLauncher, *, store: ObjectStore | None = None, namespace: str = NAMESPACE
 ) -> JobsClient:
@@ -109,9 +117,21 @@ def ensure_jobs_actor(
         # The database is a file of the head node; restarted anywhere else, the actor would find an empty one.
         options["resources"] = {HEAD_NODE: 0.001}
     actor_class = ray.remote(concurrency_groups={"long_polls": LONG_POLLS_MAX})(JobsActor)
-    actor = actor_class.options(**options).remote(config, launcher, store)
-    try:
+    # The name of an actor that was killed for good may still lead to it for a moment; asked again, Ray makes a new one.
+    starting = Retrying(
+        stop=stop_after_delay(START_TIMEOUT_S),
+        wait=wait_random_exponential(multiplier=0.1, max=2.0),
+        retry=retry_if_exception(_may_come_up),
+        reraise=True,
+    )
+
+    def running_config() -> JobsConfig:
+        actor = actor_class.options(**options).remote(config, launcher, store)
         running: JobsConfig = ray.get(actor.config.remote(), timeout=START_TIMEOUT_S)
+        return running
+
+    try:
+        running = starting(running_config)
     except (RayActorError, GetTimeoutError) as error:
         raise JobsUnavailable("start") from error
     if running != config:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.exceptions import ActorDiedError
 
 from storage.actor import StorageClient
 from storage.blocking_jobs import BlockingJobs
@@ -223,3 +224,14 @@ async def test_a_lost_database_comes_back_from_object_storage(setting: Setting, 
     client = setting.start()
     assert await client.get(record.id) == done
     assert (await client.health()).restored
+
+
+def test_an_actor_that_cannot_open_its_records_is_said_at_once(tmp_path: Path):
+    setting = Setting(tmp_path)
+    (tmp_path / "a-file").touch()
+    records = RecordsSettings(url=f"sqlite:///{tmp_path / 'a-file' / 'jobs.sqlite'}")
+    setting.config = setting.config.model_copy(update={"records": records})
+    with pytest.raises(JobsUnavailable) as raised:
+        setting.start(InMemoryStore())
+    assert isinstance(raised.value.__cause__, ActorDiedError)
+    assert raised.value.__cause__.actor_init_failed
