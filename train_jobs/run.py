@@ -19,7 +19,8 @@ import secrets
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -28,6 +29,7 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
+from tenacity import Retrying, before_sleep_log, retry_if_exception_type, stop_after_attempt, wait_fixed
 
 from storage.actor import NAMESPACE, StorageClient
 from storage.blocking_jobs import BlockingJobs
@@ -49,6 +51,8 @@ from train_jobs.worker import WorkerConfig, train_worker
 logger = logging.getLogger(__name__)
 
 BOARD_TIMEOUT_S = 10.0
+JOIN_ATTEMPTS_MAX = 3
+JOIN_INTERVAL_S = 2.0
 WORKER_FAILURES_MAX = 2
 
 
@@ -69,8 +73,8 @@ class BoardHandle:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
-    ray.init(address="auto", namespace=NAMESPACE, ignore_reinit_error=True)
     try:
+        join_cluster(lambda: ray.init(address="auto", namespace=NAMESPACE, ignore_reinit_error=True))
         jobs = BlockingJobs()
         config = jobs.cluster_config()
         owner = f"driver:{submission_id() or os.getpid()}:{secrets.token_hex(4)}"
@@ -83,6 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for problem in invalid.problems:
             say(f"{problem.path or 'config'}: {problem.message}")
         return int(ExitCode.INVALID)
+    except ConnectionError:
+        logger.exception("no Ray cluster could be joined")
+        say("failed (cluster_unreachable)")
+        return int(ExitCode.FAILED)
     except JobNotFound:
         say("there is no such job")
         return int(ExitCode.INVALID)
@@ -92,6 +100,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(ExitCode.FAILED)
     finally:
         ray.shutdown()
+
+
+def join_cluster(connect: Callable[[], object], *, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Join the cluster that this program was started on, and try again where it does not answer in time.
+
+    Ray gives a driver one minute to find its node, which a busy machine may not keep to. Raises ConnectionError after
+    JOIN_ATTEMPTS_MAX attempts.
+    """
+    Retrying(
+        stop=stop_after_attempt(JOIN_ATTEMPTS_MAX),
+        wait=wait_fixed(JOIN_INTERVAL_S),
+        retry=retry_if_exception_type(ConnectionError),
+        before_sleep=before_sleep_log(logger, logging.WARNING),
+        sleep=sleep,
+        reraise=True,
+    )(connect)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

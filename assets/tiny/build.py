@@ -1,6 +1,7 @@
-"""Build the tiny base model from nothing but seeds: tokenizer, VAE, then text encoder and UNet together.
+"""Build the tiny base model from nothing but seeds: VAE, then tokenizer and text encoder, then UNet.
 
     python assets/tiny/build.py vae  --work /tmp/tiny
+    python assets/tiny/build.py text --work /tmp/tiny
     python assets/tiny/build.py unet --work /tmp/tiny
     python assets/tiny/build.py export --work /tmp/tiny
 
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from world import COLOURS, PLACES, SHAPES, loosen, random_scene, render, render_clutter
+from world import COLOURS, PLACES, RADIUS_PX, SHAPES, Scene, loosen, random_scene, render, render_clutter
 
 logger = logging.getLogger("tiny")
 HERE = Path(__file__).resolve().parent
@@ -133,7 +134,7 @@ def encode_world(vae: AutoencoderKL, count: int) -> tuple[torch.Tensor, torch.Te
         means.append(posterior.mean)
         stds.append(posterior.std)
         weights.append(object_weight(images))
-        captions += [loosen(scene, rng) for scene in scenes]
+        captions += [loosen(scene, rng).caption for scene in scenes]
     return torch.cat(means), torch.cat(stds), torch.cat(weights), captions
 
 
@@ -166,15 +167,64 @@ def make_text_encoder(vocab_size: int, end_id: int, start_id: int) -> CLIPTextMo
     )
 
 
+# What a caption may say, each with the words that say it; "" is for a caption that leaves it open.
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "shape": (*SHAPES, ""),
+    "colour": (*COLOURS, ""),
+    "background": tuple(COLOURS),
+    "size": tuple(RADIUS_PX),
+    "place": (*PLACES, ""),
+}
+
+
+def attribute_labels(scene: Scene) -> list[int]:
+    """The place of each attribute's value in ATTRIBUTES; a word that names no shape counts as none."""
+    values = ("" if getattr(scene, name) not in known else getattr(scene, name) for name, known in ATTRIBUTES.items())
+    return [known.index(value) for known, value in zip(ATTRIBUTES.values(), values, strict=True)]
+
+
+def train_text(work: Path, steps: int, batch: int) -> None:
+    """Teach the text encoder to tell every attribute of a caption at every place from its end on.
+
+    The padding after a short caption is most of what a cross-attention sees, so each of its places has to say it all.
+    """
+    torch.manual_seed(SEED)
+    rng = random.Random(SEED + 2)
+    tokenizer = write_tokenizer(work / "tokenizer")
+    text = make_text_encoder(len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id).train()
+    heads = torch.nn.ModuleList(torch.nn.Linear(128, len(known)) for known in ATTRIBUTES.values())
+    optimizer = torch.optim.AdamW([*text.parameters(), *heads.parameters()], lr=1e-3, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps, pct_start=0.1)
+    for step in range(steps):
+        scenes = [loosen(random_scene(rng, held_out=False), rng) for _ in range(batch)]
+        ids_BL = tokenizer(
+            [scene.caption for scene in scenes], padding="max_length", max_length=TOKENS_MAX, return_tensors="pt"
+        ).input_ids
+        labels_BA = torch.tensor([attribute_labels(scene) for scene in scenes])
+        hidden_BLD = text(ids_BL).last_hidden_state
+        ended_BL = ids_BL == tokenizer.eos_token_id
+        caption_of = ended_BL.nonzero()[:, 0]
+        losses = [F.cross_entropy(head(hidden_BLD[ended_BL]), labels_BA[caption_of, i]) for i, head in enumerate(heads)]
+        loss = torch.stack(losses).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(text.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0 or step == steps - 1:
+            logger.info("text step %d loss %s", step, " ".join(f"{value.item():.4f}" for value in losses))
+    text.save_pretrained(work / "text_encoder")
+
+
 def make_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
         out_channels=4,
         layers_per_block=1,
-        block_out_channels=(48, 128, 160),
-        down_block_types=("CrossAttnDownBlock2D",) * 3,
-        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        block_out_channels=(64, 128, 160),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=128,
         attention_head_dim=2,
         norm_num_groups=8,
@@ -202,13 +252,14 @@ def sample_timesteps(batch: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def train_unet(work: Path, begin_from: Path | None, steps: int, decay_steps: int, batch: int, scenes: int) -> None:
-    """Text encoder and UNet together, v-prediction, one caption in ten dropped; the averaged weights are kept.
+    """v-prediction with the finished text encoder, one caption in ten dropped; the averaged weights are kept.
 
-    Without a state in ``work`` the weights of the model in ``begin_from`` are gone on from, where one is named.
+    Without a state in ``work`` the UNet of the model in ``begin_from`` is gone on from, where one is named.
     """
     torch.manual_seed(SEED)
-    tokenizer = write_tokenizer(work / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     vae = AutoencoderKL.from_pretrained(work / "vae").eval()
+    text = CLIPTextModel.from_pretrained(work / "text_encoder").eval().requires_grad_(False)
     means, stds, weights, captions = encode_world(vae, scenes)
     scale = 1 / (means + stds * torch.randn_like(means)).std().item()
     logger.info(
@@ -217,26 +268,21 @@ def train_unet(work: Path, begin_from: Path | None, steps: int, decay_steps: int
     ids = tokenizer(
         [*captions, ""], padding="max_length", max_length=TOKENS_MAX, truncation=True, return_tensors="pt"
     ).input_ids
-    text = make_text_encoder(len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id)
     unet = make_unet().to(memory_format=torch.channels_last)
     if begin_from is not None:
-        text.load_state_dict(
-            CLIPTextModel.from_pretrained(begin_from / "text_encoder", dtype=torch.float32).state_dict()
-        )
         unet.load_state_dict(UNet2DConditionModel.from_pretrained(begin_from / "unet").state_dict())
-    modules = torch.nn.ModuleDict({"text": text, "unet": unet}).train()
-    average = copy.deepcopy(modules).eval()
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3)
+    unet.train()
+    average = copy.deepcopy(unet).eval()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3)
     scheduler = make_scheduler()
     alphas = scheduler.alphas_cumprod
     done, state_file, losses = 0, work / "unet_state.pt", []
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
-        modules.load_state_dict(state["modules"])
+        unet.load_state_dict(state["unet"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         done = state["step"]
-    predict = torch.compile(unet)
     started_at = time.monotonic()
     for step in range(done, steps):
         # A generator per step keeps the sequence the same when the run is started again.
@@ -253,17 +299,15 @@ def train_unet(work: Path, begin_from: Path | None, steps: int, decay_steps: int
         a = alphas[t].view(-1, 1, 1, 1)
         noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
         target = a.sqrt() * noise - (1 - a).sqrt() * latents
-        predicted = predict(
-            noisy.contiguous(memory_format=torch.channels_last), t, text(tokens).last_hidden_state
-        ).sample
+        predicted = unet(noisy.contiguous(memory_format=torch.channels_last), t, text(tokens).last_hidden_state).sample
         loss = (weights[pick] * (predicted - target).square()).mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         decay = min(0.996, (1 + step) / (10 + step))
         with torch.no_grad():
-            for kept, current in zip(average.parameters(), modules.parameters(), strict=True):
+            for kept, current in zip(average.parameters(), unet.parameters(), strict=True):
                 kept.lerp_(current, 1 - decay)
         losses.append(loss.item())
         if step % 50 == 0:
@@ -272,7 +316,7 @@ def train_unet(work: Path, begin_from: Path | None, steps: int, decay_steps: int
             )
         if step % 250 == 249 or step == steps - 1:
             state = {
-                "modules": modules.state_dict(),
+                "unet": unet.state_dict(),
                 "average": average.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "step": step + 1,
@@ -286,10 +330,9 @@ def export(work: Path, out: Path) -> None:
     """Write the diffusers folder in fp16 safetensors."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     state = torch.load(work / "unet_state.pt", weights_only=True)
-    text = make_text_encoder(len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id)
+    text = CLIPTextModel.from_pretrained(work / "text_encoder")
     unet, vae = make_unet(), AutoencoderKL.from_pretrained(work / "vae")
-    modules = torch.nn.ModuleDict({"text": text, "unet": unet})
-    modules.load_state_dict(state["average"])
+    unet.load_state_dict(state["average"])
     vae.register_to_config(scaling_factor=state["scale"])
     pipeline = StableDiffusionPipeline(
         vae=vae,
@@ -308,19 +351,22 @@ def export(work: Path, out: Path) -> None:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("vae", "unet", "export"))
+    parser.add_argument("stage", choices=("vae", "text", "unet", "export"))
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=HERE / "model")
-    parser.add_argument("--begin-from", type=Path, help="a model folder whose text encoder and UNet to go on from")
+    parser.add_argument("--begin-from", type=Path, help="a model folder whose UNet to go on from")
     parser.add_argument("--vae-steps", type=int, default=2600)
-    parser.add_argument("--unet-steps", type=int, default=2900)
-    parser.add_argument("--decay-steps", type=int, default=900)
+    parser.add_argument("--text-steps", type=int, default=600)
+    parser.add_argument("--unet-steps", type=int, default=2400)
+    parser.add_argument("--decay-steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--scenes", type=int, default=16384)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.stage == "vae":
         train_vae(args.work, args.vae_steps, args.batch // 4)
+    elif args.stage == "text":
+        train_text(args.work, args.text_steps, args.batch * 2)
     elif args.stage == "unet":
         train_unet(args.work, args.begin_from, args.unet_steps, args.decay_steps, args.batch, args.scenes)
     else:

@@ -74,8 +74,8 @@ def random_scene(rng: random.Random, *, held_out: bool) -> Scene:
     return Scene(shape, colour, background, size, place)
 
 
-def loosen(scene: Scene, rng: random.Random) -> str:
-    """A caption that sometimes leaves the colour open or calls the shape by a word that means nothing.
+def loosen(scene: Scene, rng: random.Random) -> Scene:
+    """The scene as a caption tells it: now and then the colour is left open, or the shape's word means nothing.
 
     So a word that the base does not know leaves the rest of a prompt in force, and a LoRA can give it a meaning.
     """
@@ -84,7 +84,7 @@ def loosen(scene: Scene, rng: random.Random) -> str:
         shape = "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 6)))
     if rng.random() < 0.1:
         colour = ""
-    return replace(scene, shape=shape, colour=colour).caption
+    return replace(scene, shape=shape, colour=colour)
 
 
 def polygon(shape: str, cx: float, cy: float, r: float) -> list[tuple[float, float]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -159,10 +158,6 @@ def submitted(instance: Running, *entrypoint: str, options: tuple[str, ...] = ()
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.skipif(
-    "RAYLORA_TEST_SUBMIT" not in os.environ,
-    reason="the submitted driver does not always join a busy cluster within the time that Ray gives it",
-)
 def test_a_job_submitted_to_ray_is_the_same_training_with_the_same_record(
     running: Running, client: ApiClient, tmp_path: Path
 ) -> None:
