@@ -333,7 +333,8 @@ def export(work: Path, out: Path) -> None:
     text = CLIPTextModel.from_pretrained(work / "text_encoder")
     unet, vae = make_unet(), AutoencoderKL.from_pretrained(work / "vae")
     unet.load_state_dict(state["average"])
-    vae.register_to_config(scaling_factor=state["scale"])
+    # Without the folder it was read from, which is nobody else's.
+    vae.register_to_config(scaling_factor=state["scale"], _name_or_path="")
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text,
@@ -357,8 +358,8 @@ def main() -> None:
     parser.add_argument("--begin-from", type=Path, help="a model folder whose UNet to go on from")
     parser.add_argument("--vae-steps", type=int, default=2600)
     parser.add_argument("--text-steps", type=int, default=600)
-    parser.add_argument("--unet-steps", type=int, default=2400)
-    parser.add_argument("--decay-steps", type=int, default=800)
+    parser.add_argument("--unet-steps", type=int, default=2000)
+    parser.add_argument("--decay-steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--scenes", type=int, default=16384)
     args = parser.parse_args()

@@ -49,4 +49,4 @@ def test_the_shipped_model_draws_held_out_prompts() -> None:
     # Under what the card says of 200 prompts: with 24 one picture is four percent.
     assert shares["background_colour"] >= 0.9
     assert shares["object_colour"] >= 0.8
-    assert shares["shape"] >= 0.25
+    assert shares["shape"] >= 0.7
