@@ -176,9 +176,15 @@ class Settings(BaseSettings):
     # More than a batch holds, so that the downloads and uploads of some overlap the denoising of others.
     generations_per_replica: int = Field(default=16, ge=1)
     pictures_per_batch: int = Field(default=8, ge=1)
+    # One: the VAE's activations, not the denoiser's, are the peak of memory.
+    pictures_per_decode: int = Field(default=1, ge=1)
+    # True: always in tiles, which differ a little where they meet. Otherwise only what does not fit whole.
+    vae_tiling: bool = False
     # Models kept loaded in one replica, and what must be free beside a model's weights before it is loaded on a GPU.
     models_loaded_max: int = Field(default=2, ge=1)
     required_mb: int = Field(default=8192, ge=0)
+    # True: a model that does not fit whole is still loaded, and its parts take turns on the GPU.
+    cpu_offload: bool = False
     compile_models: bool = False
     # One iteration of the engine that lasts longer is a device that hangs: the replica is replaced.
     engine_stuck_after_s: float = Field(default=600.0, gt=0)

@@ -30,10 +30,10 @@ from storage.job_state import JobKind, JobState
 from storage.jobs_testing import JobsWorld
 from train_jobs.spec import GenerateSpec
 
-pytestmark = pytest.mark.usefixtures("serving")
+pytestmark = [pytest.mark.usefixtures("serving"), pytest.mark.timeout(600)]
 
 APPLICATION = "replicas"
-PATIENCE_S = 120.0
+PATIENCE_S = 240.0
 
 
 @pytest.fixture(scope="module")
