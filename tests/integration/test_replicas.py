@@ -20,8 +20,9 @@ with warnings.catch_warnings():
     from ray import serve
 
 from serve_app.app import inference_deployment
+from serve_app.collaborators import DispatchLoad
 from serve_app.dispatch.dispatcher import GenerationDispatcher
-from serve_app.handles import HandleInference
+from serve_app.handles import HandleInference, worker_counts
 from serve_app.inference.plan import GenerationRequest, GenerationWork, ResolvedLora
 from serve_app.settings import AutoscalingSettings, Settings
 from storage.async_jobs import AsyncJobs
@@ -70,8 +71,10 @@ def deploy(settings: Settings) -> HandleInference:
 
 
 def running_replicas() -> int:
-    deployment = serve.status().applications[APPLICATION].deployments["Inference"]
-    return sum(count for state, count in deployment.replica_states.items() if state.name == "RUNNING")
+    application = serve.status().applications.get(APPLICATION)
+    states = application.deployments["Inference"].replica_states if application is not None else {}
+    named = {str(state): count for state, count in states.items()}
+    return worker_counts(named, DispatchLoad(running=0, slots=1)).ready
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -149,13 +152,13 @@ async def test_a_queue_starts_replicas_from_none_and_they_end_when_it_is_empty(
 async def test_generations_go_where_their_adapter_is_and_elsewhere_where_that_replica_is_busy_and_a_stop_waits_for_them(
     world: JobsWorld, tmp_path: Path
 ) -> None:
-    scene = Scene(world, tmp_path, Settings(inference_replicas=2))
+    scene = Scene(world, tmp_path, Settings(inference_replicas=2, drain_s=PATIENCE_S))
     scene.let_end("at once")
     async with scene.dispatching():
-        first = await scene.replica_of(await scene.submit("at once", "x"))
+        first = await scene.replica_of(await scene.submit("at once", "x", "y"))
         for _ in range(5):
-            assert await scene.replica_of(await scene.submit("at once", "x")) == first
-        held = [await scene.submit("b", "x") for _ in range(3)]
+            assert await scene.replica_of(await scene.submit("at once", "x", "y")) == first
+        held = [await scene.submit("b", "x", "y") for _ in range(5)]
         for job_id in held:
             await scene.state_is(job_id, JobState.RUNNING)
         await asyncio.to_thread(serve.delete, APPLICATION, False)
