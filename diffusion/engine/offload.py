@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.hooks import ModelHook, add_hook_to_module  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from diffusion.families.base import Family
