@@ -72,7 +72,9 @@ def deploy(settings: Settings) -> HandleInference:
 
 def running_replicas() -> int:
     application = serve.status().applications.get(APPLICATION)
-    states = application.deployments["Inference"].replica_states if application is not None else {}
+    # Serve names no deployment of an application that it is deleting.
+    deployment = None if application is None else application.deployments.get("Inference")
+    states = {} if deployment is None else deployment.replica_states
     named = {str(state): count for state, count in states.items()}
     return worker_counts(named, DispatchLoad(running=0, slots=1)).ready
 
@@ -89,7 +91,7 @@ class Scene:
         self.folder = folder
         slots = settings.replicas_max() * settings.generations_per_replica
         self.dispatcher = GenerationDispatcher(
-            self.jobs, deploy(settings), owner="d", slots=slots, heartbeat_s=0.2, drain_s=PATIENCE_S
+            self.jobs, deploy(settings), owner="d", slots=slots, heartbeat_s=0.2, drain_s=1.0
         )
 
     async def submit(self, name: str, *adapters: str) -> str:
