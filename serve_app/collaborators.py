@@ -101,7 +101,7 @@ class Dispatch(Protocol):
 
 @dataclass(frozen=True)
 class InferenceHealth:
-    """`device`: cpu or cuda; `gpu_name` None without one. Memory in bytes."""
+    """`device`: cpu or cuda, or none where no replica was asked; `gpu_name` None without one. Memory in bytes."""
 
     ok: bool
     device: str
@@ -115,7 +115,8 @@ class Inference(Protocol):
     """A replica that makes pictures."""
 
     def generate(self, work: GenerationWork) -> AsyncGenerator[dict[str, Any], None]:
-        """Yields `{"progress": {...}}` while at work and `{"output": {...}}` at the end.
+        """Yields `{"progress": {...}}` while at work and `{"output": {...}}` at the end; across Ray, first of all an
+        empty event when a replica has taken it.
 
         Raises errors of `diffusion`, `storage` and `serve_app`. Closing the iterator, or cancelling its consumer,
         stops the work at the next denoising step.

@@ -135,18 +135,24 @@ class ScriptedInference:
     """`Inference` whose pictures are their prompts' hashes, stored in `store`.
 
     `errors` are raised one per generation, first come first served; `gate`, where set, holds every generation after
-    its first step, and so does a prompt that has the word `holds`. `begun` and `stopped` list process ids.
+    its first step, and so does a prompt that has the word `holds`. Until `free`, where set, no replica takes any.
+    `asked`, `begun` and `stopped` list process ids.
     """
 
     store: ObjectStore
     errors: list[BaseException] = field(default_factory=list)
     gate: asyncio.Event | None = None
+    free: asyncio.Event | None = None
     holds: str | None = None
+    asked: list[str] = field(default_factory=list)
     begun: list[str] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
     healthy: bool = True
 
     async def generate(self, work: GenerationWork) -> AsyncGenerator[dict[str, Any], None]:
+        self.asked.append(work.process_id)
+        if self.free is not None:
+            await self.free.wait()
         self.begun.append(work.process_id)
         try:
             yield {"progress": {"step": 1, "total_steps": 2, "stage": "denoising"}}

@@ -321,6 +321,17 @@ class Jobs(JobStreams, KeptReplies):
 
         return self._change("fail", job_id, step)
 
+    def hand_back(self, job_id: str, owner: str) -> JobRecord:
+        """Queue the job again without counting an attempt, because its owner is told to stop. One that was asked to
+        cancel, or is out of time, ends instead."""
+        now = self._clock()
+
+        def step(record: JobRecord) -> JobRecord:
+            job_steps.check_owner(record, owner)
+            return job_steps.hand_back(record, now, by=owner)
+
+        return self._change("hand_back", job_id, step)
+
     def cancelled(self, job_id: str, owner: str, output: dict[str, Any] | None = None) -> JobRecord:
         """`output` names what was kept, such as the last checkpoint."""
         return self._settle(job_id, owner, JobState.CANCELLED, output=output)
