@@ -27,6 +27,7 @@ DTYPES = {
     "float32": "fp32",
     "float": "fp32",
 }
+NETWORK_TYPES = ("lora", "locon", "dora", "lokr", "loha")
 PRODIGY_RATE_MIN = 0.1
 SAVE_DTYPES = DTYPES | {"fp16": "fp16", "float16": "fp16", "half": "fp16"}
 
@@ -68,17 +69,27 @@ def _network(reader: ConfigReader, value: Any, path: str) -> None:
     if value is None:
         reader.problem(path, "is missing: only LoRA training is supported", "missing")
         return
-    network = reader.section(value, path, keys.NETWORK)
-    kind = network.get("type", "lora")
-    if kind not in ("lora", "locon", "dora"):
-        reader.problem(f"{path}.type", "only the network types lora, locon and dora are supported", "unsupported")
-    if kind == "dora":
-        reader.put("network.type", "dora", f"{path}.type")
+    kind = value.get("type", "lora") if isinstance(value, dict) else "lora"
+    network = reader.section(value, path, keys.LOKR_NETWORK if kind == "lokr" else keys.NETWORK)
+    if kind not in NETWORK_TYPES:
+        reader.problem(
+            f"{path}.type", f"only the network types {', '.join(NETWORK_TYPES)} are supported", "unsupported"
+        )
+    elif kind not in ("lora", "locon"):
+        reader.put("network.type", kind, f"{path}.type")
     rank_key = "rank" if "rank" in network else "linear"
     alpha_key = "linear_alpha" if "linear_alpha" in network else "alpha"
     reader.put("network.rank", network.get(rank_key, 4), f"{path}.{rank_key}")
     reader.put("network.alpha", network.get(alpha_key, 1.0), f"{path}.{alpha_key}")
-    names = {"conv": "conv_rank", "dropout": "dropout"}
+    names = {
+        "conv": "conv_rank",
+        "dropout": "dropout",
+        "lokr_full_rank": "lokr_full_rank",
+        "lokr_factor": "lokr_factor",
+    }
+    if kind in ("lokr", "loha") and network.get("dropout"):
+        del names["dropout"]
+        reader.warn(f"{path}.dropout", f"has no effect on {kind}")
     copy_keys(reader, network, path, {key: f"network.{target}" for key, target in names.items()})
     if "conv" in network:
         reader.put("network.conv_alpha", network.get("conv_alpha", network["conv"]), f"{path}.conv_alpha")

@@ -106,6 +106,13 @@ NETWORK = Section(
     },
 )
 
+LOKR_NETWORK = Section(
+    honoured=NETWORK.honoured | {"lokr_full_rank", "lokr_factor"},
+    ignored={key: reason for key, reason in NETWORK.ignored.items() if key not in ("lokr_full_rank", "lokr_factor")}
+    | {"old_lokr_format": "the file is stored under diffusers' and kohya's key names"},
+    refused=NETWORK.refused,
+)
+
 TRAIN = Section(
     honoured=_keys(
         "steps lr unet_lr optimizer optimizer_params lr_scheduler lr_scheduler_params batch_size dtype min_snr_gamma"

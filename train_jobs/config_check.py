@@ -16,6 +16,7 @@ from train_jobs.spec import TrainSpec
 from train_jobs.strict_yaml import read_mapping
 
 Verdict = Literal["honoured", "ignored", "unknown", "refused", "invalid"]
+LOKR_ONLY = {"lokr_factor", "lokr_full_rank"}
 REFUSED_CODES = frozenset({"unsupported", "not_allowed", "conflict"})
 
 
@@ -89,7 +90,9 @@ def describe_run(spec: TrainSpec) -> dict[str, Any]:
     return {
         "name": spec.name,
         "model": spec.model,
-        "network": network.model_dump(mode="json", exclude_none=True),
+        "network": network.model_dump(
+            mode="json", exclude_none=True, exclude=set() if network.type == "lokr" else LOKR_ONLY
+        ),
         "datasets": [
             dataset.model_dump(mode="json", exclude_defaults=True, exclude={"local_path"}) | {"name": dataset.label}
             for dataset in spec.datasets

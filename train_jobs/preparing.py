@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffusion.adapter import ConvLora, TrainableLora, attach_lora
 from diffusion.errors import SettingNotSupported
 from diffusion.families import Family, load_family
-from diffusion.lora import fit_layers, read_lora
+from diffusion.kohya import to_kohya_factors
+from diffusion.lora import fit_layers, read_factors, read_lora
+from diffusion.lycoris_layers import Lycoris
 from train_jobs.artifacts import Artifacts, pinned_uploads
 from train_jobs.cache import TrainingCache, build_cache
 from train_jobs.checkpoint import Checkpoint, read_checkpoint
@@ -21,7 +25,7 @@ from train_jobs.data import Picture, Use, choose_held_out, plan_uses, read_folde
 from train_jobs.errors import NAMES_SHOWN_MAX, ConfigInvalid, ModelNotAvailable, Problem
 from train_jobs.models import resolve_model
 from train_jobs.previews import Previews
-from train_jobs.spec import DatasetSpec, TrainSpec
+from train_jobs.spec import DatasetSpec, NetworkSpec, TrainSpec
 from train_jobs.validation import Validation
 
 
@@ -116,15 +120,18 @@ def _attach(spec: TrainSpec, family: Family) -> TrainableLora:
     denoiser, *encoders = family.lora_components
     if spec.train.train_text_encoder and not encoders:
         raise SettingNotSupported("train_text_encoder", f"the text encoder of {family.name} cannot be trained here")
-    conv = None
+    lycoris, conv = _lycoris(network), None
     if network.conv_rank is not None:
         conv = ConvLora(network.conv_rank, network.conv_alpha or float(network.conv_rank))
+    if lycoris is not None and lycoris.full_rank:
+        conv = ConvLora(network.rank, network.alpha_effective) if family.conv_target_modules(denoiser) else None
     return attach_lora(
         family,
         rank=network.rank,
         alpha=network.alpha_effective,
         dropout=network.dropout,
         dora=network.type == "dora",
+        lycoris=lycoris,
         targets=network.targets,
         components=[denoiser, *(encoders if spec.train.train_text_encoder else ())],
         seed=spec.train.seed,
@@ -134,12 +141,21 @@ def _attach(spec: TrainSpec, family: Family) -> TrainableLora:
     )
 
 
+def _lycoris(network: NetworkSpec) -> Lycoris | None:
+    if network.type == "lokr":
+        return Lycoris("lokr", network.lokr_factor, network.lokr_full_rank)
+    return Lycoris("loha") if network.type == "loha" else None
+
+
 def begin_from(lora: TrainableLora, family: Family, path: Path) -> None:
     """Take the weights of an adapter file. It may have fewer layers, but not another rank.
 
     Raises LoraInvalid, LoraMismatch, ConfigInvalid.
     """
     own = {name: tensor.clone() for name, tensor in lora.state_dict().items()}
+    if lora.lycoris is not None:
+        lora.load_state_dict(own | _own_factors(own, read_factors(path), family))
+        return
     for component, layers in fit_layers(read_lora(path), family.lora_components).items():
         for name, layer in layers.items():
             parts = {"lora_A.weight": layer.A, "lora_B.weight": layer.B}
@@ -148,10 +164,24 @@ def begin_from(lora: TrainableLora, family: Family, path: Path) -> None:
             for end, tensor in parts.items():
                 key = f"{component}.{name}.{end}"
                 if key not in own or own[key].shape != tensor.shape:
-                    message = "this adapter's layers or rank differ from the network's"
-                    raise ConfigInvalid([Problem("network.pretrained", message, "mismatch")])
+                    raise _not_this_network()
                 own[key] = tensor.to(own[key].dtype)
     lora.load_state_dict(own)
+
+
+def _own_factors(own: Mapping[str, Tensor], found: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """A LoKr's or LoHa's factors under the network's own names, whether the file has these or kohya's."""
+    names = {name: name for name in own}
+    with suppress(SettingNotSupported):
+        names |= {next(iter(to_kohya_factors({name: t}, family))): name for name, t in own.items()}
+    if any(key not in names or own[names[key]].shape != tensor.shape for key, tensor in found.items()):
+        raise _not_this_network()
+    return {names[key]: tensor.to(own[names[key]].dtype) for key, tensor in found.items()}
+
+
+def _not_this_network() -> ConfigInvalid:
+    message = "this adapter's layers or rank differ from the network's"
+    return ConfigInvalid([Problem("network.pretrained", message, "mismatch")])
 
 
 class Preparation:

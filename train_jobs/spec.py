@@ -86,9 +86,13 @@ class NetworkSpec(_Spec):
     `targets`: only the attention's layers, or every linear layer of the denoiser's transformer blocks; of these the
     layers whose name holds a part in `only_if_contains` (when there is one) and none in `ignore_if_contains`.
     `conv_rank` adapts the convolutions of a UNet too. `pretrained` is the key of an adapter to begin from.
+
+    `lokr` and `loha` (Yeh et al. 2023) take no dropout. `lokr_factor` is the side of LoKr's smaller matrix, -1 for
+    about the square root of the layer's; with `lokr_full_rank` the larger one is whole, a UNet's convolutions are
+    adapted too, and rank and alpha have no say.
     """
 
-    type: Literal["lora", "dora"] = "lora"
+    type: Literal["lora", "dora", "lokr", "loha"] = "lora"
     rank: int = Field(default=16, ge=1, le=1024)
     alpha: float | None = Field(default=None, gt=0.0, le=4096.0)
     targets: Literal["attention", "all"] = "all"
@@ -100,6 +104,21 @@ class NetworkSpec(_Spec):
         default=(), max_length=64
     )
     pretrained: str | None = Field(default=None, max_length=1024, pattern=r"\.safetensors$")
+    lokr_factor: Annotated[int, Field(ge=-1, le=65_536)] = -1
+    lokr_full_rank: bool = True
+
+    @model_validator(mode="after")
+    def _has_no_dropout_in_vain(self) -> "NetworkSpec":
+        if self.type in ("lokr", "loha") and self.dropout > 0:
+            raise ValueError(f"{self.type} has no dropout")
+        return self
+
+    @field_validator("lokr_factor")
+    @classmethod
+    def _is_a_side(cls, lokr_factor: int) -> int:
+        if lokr_factor == 0:
+            raise ValueError("must be -1 or at least 1")
+        return lokr_factor
 
     @property
     def alpha_effective(self) -> float:

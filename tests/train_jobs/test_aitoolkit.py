@@ -155,7 +155,7 @@ def test_a_value_taken_differently_is_a_warning() -> None:
 def test_all_problems_come_at_once_with_their_paths() -> None:
     document = _with("train", "steps", -3)
     document["config"]["process"][0]["train"]["lr"] = "fast"
-    document["config"]["process"][0]["network"]["type"] = "lokr"
+    document["config"]["process"][0]["network"]["type"] = "lorm"
     document["config"]["process"][0]["datasets"][0]["folder_path"] = "/data/.."
     document["config"]["process"][0]["datasets"][0]["resolution"] = [512, "big"]
     document["config"]["process"][0]["slider"] = {"targets": []} | {"resolutions": [[512, 512]]}
@@ -437,3 +437,27 @@ def test_any_value_in_a_generate_file_is_read_or_refused_and_nothing_else(data: 
     process[where][data.draw(st.sampled_from(sorted(table.known)))] = value
     with contextlib.suppress(ConfigInvalid):
         parse_generate_yaml(document)
+
+
+def test_lokr_is_read_as_ai_toolkit_means_it() -> None:
+    keys = {"type": "lokr", "linear": 8, "linear_alpha": 4, "dropout": 0.1, "old_lokr_format": True}
+    document = _document()
+    document["config"]["process"][0]["network"] = dict(keys)
+    parsed = parse_train_yaml(document)
+    network = parsed.spec.network
+    assert (network.type, network.lokr_full_rank, network.lokr_factor) == ("lokr", True, -1)
+    assert "config.process[0].network.dropout" in {warning.path for warning in parsed.warnings}
+    assert network.dropout == 0
+    assert "config.process[0].network.old_lokr_format" in {item.path for item in parsed.ignored}
+    document["config"]["process"][0]["network"] |= {"lokr_full_rank": False, "lokr_factor": 8}
+    network = parse_train_yaml(document).spec.network
+    assert (network.lokr_full_rank, network.lokr_factor, network.rank, network.alpha) == (False, 8, 8, 4)
+    document["config"]["process"][0]["network"]["lokr_factor"] = 0
+    assert _problems(document) == {"config.process[0].network.lokr_factor": "invalid_value"}
+
+
+def test_what_only_lokr_knows_is_ignored_for_other_networks() -> None:
+    document = _document()
+    document["config"]["process"][0]["network"] |= {"lokr_full_rank": True, "lokr_factor": 8}
+    ignored = {item.path for item in parse_train_yaml(document).ignored}
+    assert {"config.process[0].network.lokr_full_rank", "config.process[0].network.lokr_factor"} <= ignored

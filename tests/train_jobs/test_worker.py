@@ -409,6 +409,51 @@ def test_a_training_can_begin_from_an_adapter_of_its_owner(
     assert train(spec_from_json(TrainSpec, other_rank))["failure"]["code"] == "config_invalid"
 
 
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"type": "lokr", "lokr_full_rank": False, "lokr_factor": 4, "rank": 2, "alpha": 1.0, "conv_rank": 2},
+        {"type": "lokr"},
+        {"type": "loha", "rank": 2},
+    ],
+    ids=["lokr", "lokr-full", "loha"],
+)
+def test_lokr_and_loha_are_stored_under_both_names_and_can_be_begun_from(
+    network: dict[str, Any], train: Callable[..., dict[str, Any]], spec: TrainSpec, store: InMemoryStore
+) -> None:
+    quiet = spec.model_dump() | {"network": network}
+
+    def forget() -> None:
+        for old in _keys(store, f"/{JOB}/"):
+            asyncio.run(store.delete(old))
+
+    output = train(spec_from_json(TrainSpec, quiet))["output"]
+    assert len(output["samples"]) == 6
+    [lora], [export] = output["loras"], output["exports"]
+    ours, theirs = load(_get(store, lora["key"])), load(_get(store, export["key"]))
+    part = "hada_w1_a" if network["type"] == "loha" else "lokr_w1"
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert {f"unet.{layer}.{part}", f"unet.{layer}.alpha"} <= ours.keys()
+    assert {f"lora_unet_{layer.replace('.', '_')}.{part}"} <= theirs.keys()
+    assert len(theirs) == len(ours)
+    assert ("unet.mid_block.resnets.0.conv1.alpha" in ours) == ("conv_rank" in network or network == {"type": "lokr"})
+    kept = {name: _get(store, item["key"]) for name, item in (("a", lora), ("b", export))}
+    slow = quiet["train"] | {"learning_rate": 1e-12}
+    for name, data in kept.items():
+        mine = KEYS.lora_file("train_000000000000", f"{name}.safetensors")
+        asyncio.run(store.put(mine, data))
+        forget()
+        again = spec_from_json(
+            TrainSpec, quiet | {"network": network | {"pretrained": mine}, "train": slow, "sample": {}}
+        )
+        checkpoint = train(again)["output"]["checkpoints"][-1]
+        begun = load(_get(store, checkpoint["keys"][0]))
+        assert max(float((begun[key] - ours[key]).abs().max()) for key in begun) <= 1e-6
+    forget()
+    other = {"type": "lokr", "lokr_full_rank": False, "rank": 1, "pretrained": mine}
+    assert train(spec_from_json(TrainSpec, quiet | {"network": other}))["failure"]["code"] == "config_invalid"
+
+
 FLUX_CONFIG = """
 ---
 job: extension
