@@ -42,6 +42,8 @@ def inject_adapter(
     with warnings.catch_warnings():
         # peft wonders at a second adapter on one module; here that is the normal case.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        # Of rounded layers, which would need it to merge; nothing here merges.
+        warnings.filterwarnings("ignore", message=".*instantiated without `get_apply_tensor_subclass`")
         # Without low_cpu_mem_usage peft would first draw random weights, from the generator that training uses.
         options = {"state_dict": state, "low_cpu_mem_usage": True} if state is not None else {}
         inject_adapter_in_model(config, component, adapter_name=adapter_name, **options)

@@ -12,6 +12,7 @@ from typing import Any
 from train_jobs import aitoolkit_keys as keys
 from train_jobs.aitoolkit_datasets import dataset_name, read_datasets
 from train_jobs.aitoolkit_generate import parse_generate_yaml
+from train_jobs.aitoolkit_quantization import read_quantization
 from train_jobs.aitoolkit_samples import read_sample
 from train_jobs.config_reader import ConfigReader, Ignored, ParsedConfig, copy_keys, read_architecture
 from train_jobs.spec import TrainSpec, check_model_name
@@ -281,6 +282,7 @@ def _model(reader: ConfigReader, value: Any, path: str, *, local: bool) -> str |
     flags = [reader.flag(model[key], f"{path}.{key}") for key in ("compile", "block_compile") if key in model]
     if flags:
         reader.put("train.compile", any(flags), f"{path}.compile")
+    read_quantization(reader, model, path)
     name = model.get("name_or_path")
     at = f"{path}.name_or_path"
     if not isinstance(name, str) or not name:

@@ -93,6 +93,7 @@ def describe_run(spec: TrainSpec) -> dict[str, Any]:
         "network": network.model_dump(
             mode="json", exclude_none=True, exclude=set() if network.type == "lokr" else LOKR_ONLY
         ),
+        **({"quantize": spec.quantize.model_dump(mode="json", exclude_none=True)} if spec.quantize.is_on else {}),
         "datasets": [
             dataset.model_dump(mode="json", exclude_defaults=True, exclude={"local_path"}) | {"name": dataset.label}
             for dataset in spec.datasets

@@ -18,6 +18,7 @@ from diffusion.families import Family, load_family
 from diffusion.kohya import to_kohya_factors
 from diffusion.lora import fit_layers, read_factors, read_lora
 from diffusion.lycoris_layers import Lycoris
+from diffusion.quantized import Quantization, check_quantization
 from train_jobs.artifacts import Artifacts, pinned_uploads
 from train_jobs.cache import TrainingCache, build_cache
 from train_jobs.checkpoint import Checkpoint, read_checkpoint
@@ -102,8 +103,13 @@ def load_model(
     """
     train = spec.train
     is_half = train.dtype == "bf16" and device.type != "cpu"
+    wanted = spec.quantize
+    quantization = Quantization(wanted.denoiser, wanted.text_encoders, wanted.exclude) if wanted.is_on else None
+    if quantization is not None:
+        check_quantization()
     folder = resolve_model(spec.model, models, paths_allowed=paths_allowed)
-    family = load_family(folder, device=device, dtype=torch.bfloat16 if is_half else torch.float32)
+    dtype = torch.bfloat16 if is_half else torch.float32
+    family = load_family(folder, device=device, dtype=dtype, quantization=quantization)
     if spec.family is not None and spec.family != family.name:
         raise ModelNotAvailable(spec.model, f"it is of the kind {family.name}, and the config says {spec.family}")
     lora = _attach(spec, family)

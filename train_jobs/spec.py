@@ -276,6 +276,19 @@ def check_model_name(model: str, *, paths_allowed: bool) -> str | None:
     return "must be a model's name here or a Hugging Face id such as org/name; paths and URLs are not accepted"
 
 
+class QuantizeSpec(_Spec):
+    """Frozen weights in one byte each, see `diffusion.quantized`; None leaves them. `exclude` are patterns of layer
+    names (`*` and `?`) that stay as they are. The adapter is always trained in full precision."""
+
+    denoiser: Literal["float8", "int8", "int4"] | None = None
+    text_encoders: Literal["float8", "int8", "int4"] | None = None
+    exclude: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field(default=(), max_length=64)
+
+    @property
+    def is_on(self) -> bool:
+        return self.denoiser is not None or self.text_encoders is not None
+
+
 class TrainSpec(_Spec):
     """A whole LoRA training. `model` is an alias the server knows or a Hugging Face id `org/name`.
 
@@ -286,6 +299,7 @@ class TrainSpec(_Spec):
     model: str = Field(min_length=1, max_length=4096)
     datasets: tuple[DatasetSpec, ...] = Field(min_length=1, max_length=32)
     network: NetworkSpec = NetworkSpec()
+    quantize: QuantizeSpec = QuantizeSpec()
     train: OptimizeSpec = OptimizeSpec()
     save: SaveSpec = SaveSpec()
     sample: SampleSpec = SampleSpec()
@@ -293,6 +307,12 @@ class TrainSpec(_Spec):
     family: str | None = Field(default=None, pattern=r"^[a-z0-9_]{1,40}$")
     trigger_word: str | None = Field(default=None, max_length=100)
     subject_id: str | None = Field(default=None, pattern=DATASET_PATTERN)
+
+    @model_validator(mode="after")
+    def _can_be_quantized(self) -> "TrainSpec":
+        if self.quantize.is_on and self.network.type == "dora":
+            raise ValueError("a quantised model cannot carry a DoRA, which needs its weights' lengths")
+        return self
 
     def is_remote_safe(self) -> bool:
         """Whether it names nothing on the server's own disk, as every spec that came over HTTP must."""

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -409,6 +410,26 @@ def test_a_training_can_begin_from_an_adapter_of_its_owner(
     assert train(spec_from_json(TrainSpec, other_rank))["failure"]["code"] == "config_invalid"
 
 
+def test_a_quantised_base_without_torchao_is_refused_with_what_to_install(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusion.quantized.find_spec", lambda name: None)
+    failure = train(spec_from_json(TrainSpec, spec.model_dump() | {"quantize": {"denoiser": "int8"}}))["failure"]
+    assert (failure["code"], failure["retryable"]) == ("config_invalid", False)
+    assert "raylora[quantized]" in failure["message"]
+
+
+def test_a_training_on_a_quantised_base_makes_its_previews_and_an_adapter(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec, store: InMemoryStore
+) -> None:
+    pytest.importorskip("torchao", reason="quantised base models need raylora[quantized]")
+    asked = {"quantize": {"denoiser": "float8", "text_encoders": "int8"}}
+    output = train(spec_from_json(TrainSpec, spec.model_dump() | asked))["output"]
+    assert len(output["samples"]) == 6
+    state = load(_get(store, output["loras"][0]["key"]))
+    assert any(float(tensor.abs().max()) > 0 for name, tensor in state.items() if "lora_B" in name)
+
+
 @pytest.mark.parametrize(
     "network",
     [
@@ -578,6 +599,8 @@ def test_a_users_ai_toolkit_config_runs_with_only_the_model_pointed_elsewhere(
     files = [(path.name, path, None) for path in sorted(write_pictures((64, 64), (64, 64)).iterdir())]
     runner.run_blocking(write_dataset(store, KEYS, "cats", files, now=NOW))
     folder = write_tiny_model(family, tmp_path / "tiny")
+    if find_spec("torchao") is None:
+        config = config.replace("quantize: true", "quantize: false")
     parsed = parse_train_yaml(config)
     (tmp_path / "scratch").mkdir()
     told = Told(stop_at=3)
