@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import (
@@ -26,7 +26,7 @@ from diffusion.families.base import Family, LoraTargets
 from diffusion.lora import ADAPTER_METADATA_KEY
 from diffusion.lycoris_layers import Lycoris, alphas, check_ranks, settle_scales
 
-AnyConfig = LoraConfig | LoKrConfig | LoHaConfig
+AnyConfig: TypeAlias = LoraConfig | LoKrConfig | LoHaConfig
 TRAINING_ADAPTER = "trainee"  # peft keeps adapters in ModuleDicts, where "training" is taken
 
 

@@ -60,6 +60,7 @@ def _train_process(reader: ConfigReader, name: str, process: dict[str, Any], pat
     updates_per = _train(reader, process, path, family)
     _save(reader, process.get("save"), f"{path}.save", updates_per)
     _validation(reader, process.get("validation"), f"{path}.validation", updates_per, local=local)
+    _captioning(reader, process.get("captioning"), f"{path}.captioning", local=local)
     read_datasets(reader, process.get("datasets"), f"{path}.datasets", trigger, local=local)
     train = process.get("train")
     disabled = isinstance(train, dict) and train.get("disable_sampling") is True
@@ -209,6 +210,19 @@ def _validation(reader: ConfigReader, value: Any, path: str, updates_per: int, *
     folder = validation.get("folder_path", validation.get("dataset_path"))
     if folder is not None:
         reader.put("validation.dataset", {"local_path" if local else "dataset": _named_folder(folder, local)}, path)
+
+
+def _captioning(reader: ConfigReader, value: Any, path: str, *, local: bool) -> None:
+    """A key of our own: a model that writes the captions that are missing."""
+    if value is None:
+        return
+    captioning = reader.section(value, path, keys.CAPTIONING)
+    model = captioning.get("model")
+    reason = check_model_name(model, paths_allowed=local) if isinstance(model, str) else "is missing"
+    if reason is not None:
+        reader.problem(f"{path}.model", reason)
+    reader.origin["captioning.model"] = f"{path}.model"
+    copy_keys(reader, captioning, path, {key: f"captioning.{key}" for key in sorted(captioning)})
 
 
 def _named_folder(folder: Any, local: bool) -> Any:

@@ -49,7 +49,9 @@ CONFIG = Section(
 )
 
 PROCESS = Section(
-    honoured=_keys("type trigger_word network save datasets train model sample subject_id training_seed validation"),
+    honoured=_keys(
+        "type trigger_word network save datasets train model sample subject_id training_seed validation captioning"
+    ),
     ignored=_because(ELSEWHERE, "training_folder output_folder sqlite_db_path")
     | _because(LOGS, "performance_log_every logging log_dir torch_profiler name")
     | _because(MEMORY, "device dtype"),
@@ -199,6 +201,8 @@ EMA = Section(
 )
 
 NETWORK_KWARGS = Section(honoured=_keys("only_if_contains ignore_if_contains"))
+
+CAPTIONING = Section(honoured=_keys("model prompt prefix suffix max_new_tokens overwrite"))
 
 QUANTIZE_KWARGS = Section(honoured=_keys("exclude"))
 

@@ -98,6 +98,7 @@ def describe_run(spec: TrainSpec) -> dict[str, Any]:
             dataset.model_dump(mode="json", exclude_defaults=True, exclude={"local_path"}) | {"name": dataset.label}
             for dataset in spec.datasets
         ],
+        **({"captioning": _captioning(spec)} if spec.captioning is not None else {}),
         "steps": train.steps,
         "pictures_per_step": train.batch_size * train.gradient_accumulation,
         "pictures_total": train.steps * train.batch_size * train.gradient_accumulation,
@@ -109,6 +110,10 @@ def describe_run(spec: TrainSpec) -> dict[str, Any]:
         "checkpoints_kept": min(spec.save.keep, -(-train.steps // spec.save.every_steps)),
         "preview_pictures": len(previews) * len(spec.sample.previews),
     }
+
+
+def _captioning(spec: TrainSpec) -> dict[str, Any]:
+    return spec.captioning.model_dump(mode="json", exclude_none=True) if spec.captioning is not None else {}
 
 
 def _has_preview(spec: TrainSpec, step: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from diffusion.lora import fit_layers, read_factors, read_lora
 from diffusion.lycoris_layers import Lycoris
 from diffusion.quantized import Quantization, check_quantization
 from train_jobs.artifacts import Artifacts, pinned_uploads
-from train_jobs.cache import TrainingCache, build_cache
+from train_jobs.cache import Encodings, TrainingCache, build_cache
 from train_jobs.checkpoint import Checkpoint, read_checkpoint
 from train_jobs.data import Picture, Use, choose_held_out, plan_uses, read_folder, same_pictures
 from train_jobs.errors import NAMES_SHOWN_MAX, ConfigInvalid, ModelNotAvailable, Problem
+from train_jobs.kept import Kept, digest_of_files, name_of
 from train_jobs.models import resolve_model
 from train_jobs.previews import Previews
 from train_jobs.spec import DatasetSpec, NetworkSpec, TrainSpec
@@ -201,6 +202,7 @@ class Preparation:
         models: Mapping[str, str],
         *,
         scratch: Path,
+        kept: Kept,
         paths_allowed: bool,
         stage: Callable[..., None],
         should_stop: Callable[[], bool],
@@ -211,6 +213,7 @@ class Preparation:
         self._device = device
         self._models = models
         self._scratch = scratch
+        self._kept = kept
         self._paths_allowed = paths_allowed
         self._stage = stage
         self._should_stop = should_stop
@@ -223,6 +226,10 @@ class Preparation:
         steps = self._artifacts.checkpoint_steps()
         checkpoint_folder = self._artifacts.fetch_checkpoint(steps[-1]) if steps else None
         pictures = read_pictures(spec, self._artifacts, pinned_uploads(facts_of(checkpoint_folder)))
+        captioned = self._captioned(pictures)
+        if captioned is None:
+            return None
+        pictures = captioned
         self._stage("model")
         family, lora = load_model(spec, self._models, self._device, paths_allowed=self._paths_allowed)
         previews = Previews(
@@ -240,12 +247,46 @@ class Preparation:
             uses,
             on_progress=lambda done, total: self._stage("caching", done=done, of=total),
             should_stop=self._should_stop if self._stops_while_caching else None,
+            encodings=self._encodings(family),
         )
+        self._kept.prune()
         if cache is None or self._should_stop():
             return None
         watched = spec.validation
         validation = None if watched is None else Validation(watched, cache, batch_size=spec.train.batch_size)
         return Prepared(family, lora, cache, checkpoint, pictures.uploads, previews, validation, warnings_of(pictures))
+
+    def _captioned(self, pictures: Pictures) -> Pictures | None:
+        """With the captions that were asked for; None when asked to stop."""
+        captioning = self._spec.captioning
+        if captioning is None:
+            return pictures
+        # Imported here because transformers' model classes are slow to import, and few trainings need these.
+        from train_jobs.captioner import caption_all
+
+        captioned = caption_all(
+            captioning,
+            pictures.datasets,
+            kept=self._kept,
+            models=self._models,
+            device=self._device,
+            paths_allowed=self._paths_allowed,
+            on_progress=lambda done, total: self._stage("captioning", done=done, of=total),
+            should_stop=self._should_stop if self._stops_while_caching else None,
+        )
+        return None if captioned is None else replace(pictures, datasets=captioned)
+
+    def _encodings(self, family: Family) -> Encodings:
+        """Of texts only where their encoders carry no adapter, which would have a part in them."""
+        spec = self._spec
+        folder = resolve_model(spec.model, self._models, paths_allowed=self._paths_allowed)
+        model = [family.name, str(family.dtype), family.device.type]
+        latents_by = name_of(*model, digest_of_files(folder, ["vae/*"]))
+        if spec.train.train_text_encoder:
+            return Encodings(self._kept, latents_by, None)
+        rounded = spec.quantize.model_dump(mode="json", include={"text_encoders", "exclude"})
+        texts = digest_of_files(folder, ["text_encoder*/*", "tokenizer*/*", "model_index.json"])
+        return Encodings(self._kept, latents_by, name_of(*model, rounded, texts))
 
     def _pretrained(self, name: str) -> Path:
         """A file on this machine only where a config of this machine's command line may name one."""

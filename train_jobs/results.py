@@ -79,7 +79,14 @@ class Results:
 
     def _metadata(self, lora: TrainableLora, step: int, pictures: int) -> dict[str, str]:
         spec, train = self._spec, self._spec.train
-        own = spec.model_dump(mode="json", exclude={"datasets": {"__all__": {"local_path"}}, "validation": True})
+        own = spec.model_dump(
+            mode="json",
+            exclude={
+                "datasets": {"__all__": {"local_path"}},
+                "validation": True,
+                "captioning": {"model"},
+            },
+        )
         return lora.metadata(
             title=spec.name,
             steps=step,

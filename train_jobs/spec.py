@@ -276,6 +276,20 @@ def check_model_name(model: str, *, paths_allowed: bool) -> str | None:
     return "must be a model's name here or a Hugging Face id such as org/name; paths and URLs are not accepted"
 
 
+class CaptioningSpec(_Spec):
+    """Captions for pictures without a text of their own, with `overwrite` for all, by an image-to-text model, which is
+    named as a base model is. `prompt` is what it is asked (models of the BLIP kind go on from it). `prefix` and
+    `suffix` are put around what it says as they are written.
+    """
+
+    model: str = Field(min_length=1, max_length=4096)
+    prompt: Prompt | None = None
+    prefix: str = Field(default="", max_length=500)
+    suffix: str = Field(default="", max_length=500)
+    max_new_tokens: int = Field(default=75, ge=1, le=1024)
+    overwrite: bool = False
+
+
 class QuantizeSpec(_Spec):
     """Frozen weights in one byte each, see `diffusion.quantized`; None leaves them. `exclude` are patterns of layer
     names (`*` and `?`) that stay as they are. The adapter is always trained in full precision."""
@@ -304,6 +318,7 @@ class TrainSpec(_Spec):
     save: SaveSpec = SaveSpec()
     sample: SampleSpec = SampleSpec()
     validation: ValidationSpec | None = None
+    captioning: CaptioningSpec | None = None
     family: str | None = Field(default=None, pattern=r"^[a-z0-9_]{1,40}$")
     trigger_word: str | None = Field(default=None, max_length=100)
     subject_id: str | None = Field(default=None, pattern=DATASET_PATTERN)
@@ -316,7 +331,8 @@ class TrainSpec(_Spec):
 
     def is_remote_safe(self) -> bool:
         """Whether it names nothing on the server's own disk, as every spec that came over HTTP must."""
-        return check_model_name(self.model, paths_allowed=False) is None and all(
+        named = [self.model, *([self.captioning.model] if self.captioning is not None else [])]
+        return all(check_model_name(model, paths_allowed=False) is None for model in named) and all(
             d.local_path is None for d in self.all_datasets
         )
 
@@ -383,8 +399,9 @@ def spec_from_json(kind: type[S], value: Mapping[str, Any], *, paths_allowed: bo
     except ValidationError as invalid:
         raise ConfigInvalid(problems_of(invalid)) from None
     if isinstance(spec, TrainSpec) and not paths_allowed:
-        reason = check_model_name(spec.model, paths_allowed=False)
-        problems = [] if reason is None else [Problem("model", reason, "invalid_value")]
+        models = {"model": spec.model} | ({"captioning.model": spec.captioning.model} if spec.captioning else {})
+        reasons = {path: check_model_name(model, paths_allowed=False) for path, model in models.items()}
+        problems = [Problem(path, reason, "invalid_value") for path, reason in reasons.items() if reason is not None]
         problems += [
             Problem(f"datasets[{i}].local_path", "is not accepted here; upload a dataset first", "not_allowed")
             for i, d in enumerate(spec.all_datasets)

@@ -410,6 +410,29 @@ def test_a_training_can_begin_from_an_adapter_of_its_owner(
     assert train(spec_from_json(TrainSpec, other_rank))["failure"]["code"] == "config_invalid"
 
 
+def test_a_second_training_finds_what_the_first_one_encoded(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec, store: InMemoryStore
+) -> None:
+    quiet = spec_from_json(TrainSpec, spec.model_dump() | {"sample": {}, "captioning": {"model": "none"}})
+    first = train(quiet)["output"]
+    kept = _keys(store, "/kept/")
+    assert {key.split("/")[3] for key in kept} == {"latents", "texts"}
+    for old in _keys(store, f"/{JOB}/"):
+        asyncio.run(store.delete(old))
+    again = train(quiet)["output"]
+    assert _keys(store, "/kept/") == kept
+    assert again["final_loss"] == first["final_loss"]
+
+
+def test_a_training_whose_captioning_model_is_missing_fails_by_name(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec
+) -> None:
+    asked = {"captioning": {"model": "none", "overwrite": True}}
+    failure = train(spec_from_json(TrainSpec, spec.model_dump() | asked))["failure"]
+    assert (failure["code"], failure["retryable"]) == ("model_not_available", False)
+    assert "'none'" in failure["message"]
+
+
 def test_a_quantised_base_without_torchao_is_refused_with_what_to_install(
     train: Callable[..., dict[str, Any]], spec: TrainSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
