@@ -337,7 +337,7 @@ GENERATE = Section(
 
 GENERATE_MODEL = Section(
     honoured=(MODEL.honoured - QUANTIZATION) | {"lora_path"},
-    ignored=MODEL.ignored | dict.fromkeys(QUANTIZATION, MEMORY),
+    ignored={**MODEL.ignored, **dict.fromkeys(QUANTIZATION, MEMORY)},
     refused={key: value for key, value in MODEL.refused.items() if key != "lora_path"},
 )
 

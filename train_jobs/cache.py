@@ -169,9 +169,10 @@ def _cached(use: Use, mean_CHW: Tensor, std_CHW: Tensor, text_row: int) -> Cache
 def _tensors(data: bytes) -> dict[str, Tensor]:
     """None of them where the bytes hold something else, which is then made again."""
     try:
-        return load(data)
+        tensors: dict[str, Tensor] = load(data)
     except (SafetensorError, ValueError):
         return {}
+    return tensors
 
 
 def mask_weight(mask_HW: NDArray[np.float32] | None, latent_size: tuple[int, int]) -> Tensor | None:
