@@ -219,6 +219,12 @@ class Keys:
             raise InvalidKey(sha256, "a sha256 must be 64 lower-case hex digits")
         return f"{self.images_prefix(process_id)}{_number(index, 4)}_{sha256}.{_extension(ext)}"
 
+    def kept(self, kind: str, sha256: str) -> str:
+        """A result kept for later runs, by the hash of what it was made from."""
+        if not _SHA256.fullmatch(sha256):
+            raise InvalidKey(sha256, "a sha256 must be 64 lower-case hex digits")
+        return f"{self.tenant_prefix}kept/{check_name(kind, 'a kind')}/{sha256}"
+
     def process_records_prefix(self) -> str:
         """The mirror of the job records, of all tenants."""
         return f"{self._prefix}/processes/"

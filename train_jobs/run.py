@@ -54,6 +54,7 @@ BOARD_TIMEOUT_S = 10.0
 JOIN_ATTEMPTS_MAX = 3
 JOIN_INTERVAL_S = 2.0
 WORKER_FAILURES_MAX = 2
+KEPT_FOLDER = ".cache/raylora/kept"
 
 
 class BoardHandle:
@@ -135,6 +136,10 @@ def _record_of_config(jobs: BlockingJobs, config: JobsConfig, args: argparse.Nam
         spec = spec_from_json(TrainSpec, spec.model_dump() | {"name": args.name}, paths_allowed=True)
     if spec.model not in config.models and Path(spec.model).is_dir():
         spec = spec.model_copy(update={"model": str(Path(spec.model).resolve())})
+    captioning = spec.captioning
+    if captioning is not None and captioning.model not in config.models and Path(captioning.model).is_dir():
+        named = captioning.model_copy(update={"model": str(Path(captioning.model).resolve())})
+        spec = spec.model_copy(update={"captioning": named})
     keys = Keys(config.s3.prefix, args.tenant)
     store = StorageClient(config.s3, config.breaker)
     spec = asyncio.run(upload_local_datasets(store, keys, spec, now=datetime.now(UTC)))
@@ -185,6 +190,7 @@ def _run(jobs: BlockingJobs, config: JobsConfig, record: JobRecord, owner: str) 
         s3=config.s3,
         breaker=config.breaker,
         use_gpu=bool(scaling.use_gpu),
+        kept_folder=str(Path.home() / KEPT_FOLDER),
     )
 
     with tempfile.TemporaryDirectory(prefix="raylora-run-", ignore_cleanup_errors=True) as scratch:
