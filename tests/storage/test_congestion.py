@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -93,7 +94,7 @@ class SharedServer:
         finally:
             self._open.pop(answer, None)
 
-    async def work(self, calls: asyncio.Future[object], *, tick_s: float = BEAT_S) -> None:
+    async def work(self, calls: asyncio.Future[Any], *, tick_s: float = BEAT_S) -> None:
         """Until `calls` has ended."""
         while not calls.done():
             await settle()
