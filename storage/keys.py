@@ -3,7 +3,7 @@
     <prefix>/<tenant>/datasets/<folder>/<upload_id>/<filename>
     <prefix>/<tenant>/staging/<upload_id>/<filename>
     <prefix>/<tenant>/loras/<lora_id>/{<filename>,manifest.json}
-    <prefix>/<tenant>/processes/<process_id>/{lora,checkpoints/<step>,samples,images,logs}/...
+    <prefix>/<tenant>/processes/<process_id>/{lora,checkpoints/<step>,samples,images,logs,ray-train}/...
     <prefix>/processes/<process_id>.json                     mirror of a job record, all tenants
     <prefix>/probes/<token>                                  written and removed to try a server out
 
@@ -209,6 +209,10 @@ class Keys:
 
     def training_log(self, process_id: str, name: str) -> str:
         return f"{self.process_prefix(process_id)}logs/{check_filename(name)}"
+
+    def ray_train_prefix(self, process_id: str) -> str:
+        """Ray Train's own files, of use to nobody once its run has ended."""
+        return f"{self.process_prefix(process_id)}ray-train/"
 
     def images_prefix(self, process_id: str) -> str:
         return f"{self.process_prefix(process_id)}images/"

@@ -11,6 +11,7 @@ from typing import Any
 class SweepKind(StrEnum):
     RESULTS = "results"
     SAMPLES = "samples"
+    RAY_TRAIN = "ray_train"
     STAGING = "staging"
     UNFINISHED = "unfinished"
     PROBES = "probes"

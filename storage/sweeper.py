@@ -3,6 +3,7 @@
     what                                     goes when
     a finished process's objects             its end is older than `results_ttl_s`
     its samples                              its end is older than `samples_ttl_s`
+    files of Ray Train that its driver left  its end is older than `unfinished_ttl_s`
     a presigned upload that became no data   its newest file is older than `staging_ttl_s`
     a data set's files without a manifest    the newest is older than `unfinished_ttl_s`, and no manifest names them
     probes of the capability test            likewise
@@ -156,10 +157,10 @@ class Sweeper:
         return [info for info in group.objects if info.key not in named]
 
     async def _sweep_process(self, tour: _Tour, group: _Group) -> None:
-        settings = self._settings
-        if settings.results_ttl_s is None and settings.samples_ttl_s is None:
-            return
         place = group.place
+        expiring = self._expiring(group)
+        if not expiring:
+            return
         try:
             record = await self._jobs.get(place.name, tenant=place.tenant)
         except JobNotFound:
@@ -167,18 +168,28 @@ class Sweeper:
         if not record.state.is_terminal or record.finished_at is None:
             return
         age = tour.now - record.finished_at
-        samples = Keys(self._prefix, place.tenant).samples_prefix(place.name)
-        for kind, ttl_s, doomed in (
-            (SweepKind.RESULTS, settings.results_ttl_s, group.objects),
-            (SweepKind.SAMPLES, settings.samples_ttl_s, [o for o in group.objects if o.key.startswith(samples)]),
-        ):
-            if ttl_s is None or age < timedelta(seconds=ttl_s) or not doomed:
-                continue
-            if place.name in await self._named_by_live_jobs(place.tenant):
-                tour.kept_live += 1
-            else:
-                await self._remove(tour, kind, place.name, doomed, age)
+        due = [(kind, doomed) for kind, ttl_s, doomed in expiring if age >= timedelta(seconds=ttl_s)]
+        if due and place.name in await self._named_by_live_jobs(place.tenant):
+            tour.kept_live += 1
             return
+        for kind, doomed in due:
+            await self._remove(tour, kind, place.name, doomed, age)
+            if kind is SweepKind.RESULTS:
+                return
+
+    def _expiring(self, group: _Group) -> list[tuple[SweepKind, float, list[ObjectInfo]]]:
+        """What of a process has a TTL: all of it first, then its parts."""
+        settings, name, keys = self._settings, group.place.name, Keys(self._prefix, group.place.tenant)
+        kinds = (
+            (SweepKind.RESULTS, settings.results_ttl_s, keys.process_prefix(name)),
+            (SweepKind.SAMPLES, settings.samples_ttl_s, keys.samples_prefix(name)),
+            (SweepKind.RAY_TRAIN, settings.unfinished_ttl_s, keys.ray_train_prefix(name)),
+        )
+        return [
+            (kind, ttl_s, doomed)
+            for kind, ttl_s, prefix in kinds
+            if ttl_s is not None and (doomed := [info for info in group.objects if info.key.startswith(prefix)])
+        ]
 
     async def _named_by_live_jobs(self, tenant: str) -> set[str]:
         """Live jobs and every job that their requests speak of, such as the trainings of their LoRAs."""

@@ -56,6 +56,7 @@ BUILDERS: list[Callable[[Keys, str], str]] = [
     lambda keys, part: keys.training_log(part, "a.log"),
     lambda keys, part: keys.training_log("p", part),
     lambda keys, part: keys.images_prefix(part) + "x",
+    lambda keys, part: keys.ray_train_prefix(part) + "x",
     lambda keys, part: keys.image(part, 0, SHA, "png"),
     lambda keys, part: keys.image("p", 0, part, "png"),
     lambda keys, part: keys.image("p", 0, SHA, part),

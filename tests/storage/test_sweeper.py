@@ -103,6 +103,17 @@ async def test_samples_may_go_before_the_rest(world: World) -> None:
     assert world.store.keys() == [KEYS.lora_file(process_id, "a.safetensors")]
 
 
+async def test_files_of_ray_train_that_a_killed_driver_left_go_and_nothing_else_of_it(world: World) -> None:
+    process_id = await world.finished()
+    kept = list(world.store.keys())
+    await world.store.put(f"{KEYS.ray_train_prefix(process_id)}run/.marker", b"")
+    world.clock.advance(DAY_S)
+
+    assert kinds(await world.sweep()) == [SweepKind.RAY_TRAIN]
+
+    assert world.store.keys() == kept
+
+
 @pytest.mark.parametrize("state", [s for s in JobState if not s.is_terminal])
 async def test_nothing_of_a_live_job_is_touched(world: World, state: JobState) -> None:
     make = {
