@@ -3,7 +3,7 @@
     <prefix>/<tenant>/datasets/<folder>/<upload_id>/<filename>
     <prefix>/<tenant>/staging/<upload_id>/<filename>
     <prefix>/<tenant>/loras/<lora_id>/{<filename>,manifest.json}
-    <prefix>/<tenant>/processes/<process_id>/{lora,checkpoints/<step>,samples,images,logs}/...
+    <prefix>/<tenant>/processes/<process_id>/{lora,checkpoints/<step>,samples,images,logs,inputs}/...
     <prefix>/processes/<process_id>.json                     mirror of a job record, all tenants
     <prefix>/probes/<token>                                  written and removed to try a server out
 
@@ -218,6 +218,16 @@ class Keys:
         if not _SHA256.fullmatch(sha256):
             raise InvalidKey(sha256, "a sha256 must be 64 lower-case hex digits")
         return f"{self.images_prefix(process_id)}{_number(index, 4)}_{sha256}.{_extension(ext)}"
+
+    def inputs_prefix(self, process_id: str) -> str:
+        """Pictures that a generation starts from."""
+        return f"{self.process_prefix(process_id)}inputs/"
+
+    def input_picture(self, process_id: str, role: str, sha256: str, ext: str) -> str:
+        """`role`: what the request calls it, such as `mask`."""
+        if not _SHA256.fullmatch(sha256):
+            raise InvalidKey(sha256, "a sha256 must be 64 lower-case hex digits")
+        return f"{self.inputs_prefix(process_id)}{check_name(role, 'a role')}_{sha256}.{_extension(ext)}"
 
     def process_records_prefix(self) -> str:
         """The mirror of the job records, of all tenants."""

@@ -151,6 +151,17 @@ async def test_a_process_without_a_record_and_other_layouts_are_left_alone(world
     assert len(world.store.keys()) == 5
 
 
+async def test_pictures_to_start_from_go_where_no_record_was_made(world: World) -> None:
+    made = world.jobs.create(JobKind.GENERATION).id
+    for process_id in ("gen_0123456789ab", made):
+        await world.store.put(KEYS.input_picture(process_id, "mask", "0" * 64, "png"), b"1")
+    assert (await world.sweep()).swept == ()
+    world.clock.advance(DAY_S)
+    assert kinds(await world.sweep()) == [SweepKind.UNFINISHED]
+    [left] = world.store.keys()
+    assert made in left
+
+
 async def test_an_unused_upload_goes_a_day_after_its_newest_file(world: World) -> None:
     await world.store.put(KEYS.staging_file("u1", "a.zip"), b"1")
     world.clock.advance(DAY_S - 1)
