@@ -233,7 +233,7 @@ def local_server(jobs: Jobs, clock: Clock, limits: RequestLimits | None = None, 
         "limits": limits or RequestLimits(),
     }
     services = Services(**{**fields, **replaced})
-    ring = KeyRing({TENANT: SecretStr(KEY), OTHER_TENANT: SecretStr(OTHER_KEY)})
+    ring = KeyRing({TENANT: SecretStr(KEY), OTHER_TENANT: SecretStr(OTHER_KEY)}, manager=TENANT)
     return LocalServer(async_jobs, store, dispatch, inference, services, create_app(services, ring))
 
 

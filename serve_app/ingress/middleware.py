@@ -110,7 +110,7 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            principal = self._keys.principal(Headers(scope=scope).get("authorization"))
+            principal = await self._keys.principal(Headers(scope=scope).get("authorization"))
             scope["state"] = {**scope.get("state", {}), "principal": principal}
         await self._app(scope, receive, send)
 
