@@ -24,6 +24,7 @@ from serve_app.dispatch.replies import Fingerprint, Reply
 from serve_app.errors import ServiceUnavailable
 from serve_app.inference.plan import GenerationWork
 from serve_app.ingress.errors import unwrapped
+from serve_app.validation.generations import named_pictures
 from storage.imported_loras import ImportedLora
 
 CALL_TIMEOUT_S = 15.0
@@ -66,8 +67,10 @@ class HandleValidation:
         )
         return report
 
-    async def generation(self, payload: dict[str, Any]) -> GenerationPlan:
-        plan: GenerationPlan = await answer(VALIDATION, self._handle.generation.remote(payload), VALIDATION_TIMEOUT_S)
+    async def generation(self, tenant: str, process_id: str, payload: dict[str, Any]) -> GenerationPlan:
+        response = self._handle.generation.remote(tenant, process_id, payload)
+        timeout_s = UPLOAD_TIMEOUT_S if named_pictures(payload) else VALIDATION_TIMEOUT_S
+        plan: GenerationPlan = await answer(VALIDATION, response, timeout_s)
         return plan
 
     async def training_spec(self, spec: dict[str, Any]) -> TrainingPlan:

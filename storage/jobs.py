@@ -17,6 +17,7 @@ from storage.errors import (
     LeaseLost,
     RecordConflict,
 )
+from storage.issued_keys import IssuedKeys
 from storage.job_cursor import cursor_after, read_cursor
 from storage.job_record import (
     DEFAULT_LEASE_S,
@@ -78,7 +79,7 @@ def new_job_id(kind: JobKind) -> str:
     return f"{kind.id_prefix}{secrets.token_hex(6)}"
 
 
-class Jobs(JobStreams, KeptReplies):
+class Jobs(JobStreams, KeptReplies, IssuedKeys):
     """Every method is one transaction: it happens as a whole or not at all, and is safe to call from many threads.
 
     All methods raise RecordsError when the database fails. Methods that take an `owner` raise LeaseLost when that

@@ -14,6 +14,7 @@ class SweepKind(StrEnum):
     RAY_TRAIN = "ray_train"
     STAGING = "staging"
     UNFINISHED = "unfinished"
+    KEPT = "kept"
     PROBES = "probes"
     MULTIPART = "multipart"
     TEMPORARY = "temporary"

@@ -193,7 +193,8 @@ class Engine:
         """The request with its picture's size, or the model's own, where it names none."""
         width = height = self.family.native_size_px
         if request.init_image is not None:
-            width, height = size_near(request.init_image, self.family.size_multiple)
+            multiple = self.family.size_multiple
+            width, height = size_near(request.init_image, multiple, request.width, request.height)
         return replace(
             request,
             width=width if request.width is None else request.width,

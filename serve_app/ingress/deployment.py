@@ -60,7 +60,7 @@ class Ingress:
         )
         self._app = create_app(
             services,
-            KeyRing(settings.keys_by_tenant()),
+            KeyRing(settings.keys_by_tenant(), manager=settings.default_tenant),
             cors_origins=settings.cors_origins,
             disk=disk_of(settings.home),
         )
