@@ -178,7 +178,7 @@ class Sweeper:
             record = await self._jobs.get(place.name, tenant=place.tenant)
         except JobNotFound:
             # Stored before the record is made, which then failed.
-            await self._remove_older(tour, SweepKind.UNFINISHED, _Group(place, inputs), settings.unfinished_ttl_s)
+            await self._remove_older(tour, SweepKind.UNFINISHED, _Group(place, inputs), self._settings.unfinished_ttl_s)
             return
         if not record.state.is_terminal or record.finished_at is None:
             return
