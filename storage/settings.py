@@ -80,9 +80,8 @@ class SweepSettings(BaseModel):
 
     Results and samples count from the end of their process. The others count from the last sign of life: a presigned
     upload that was never used (`staging`), a data set's files without a manifest (`unfinished`; also Ray Train's own
-    files of a process that has ended), latents, texts and captions that trainings share and can make again (`kept`; from
-    when they were made), a multipart upload (`multipart`), a file that the embedded server left when it
-    was killed (`temporary`).
+    files of a process that has ended), latents, texts and captions that trainings share and can make again (`kept`),
+    a multipart upload (`multipart`), a file that the embedded server left when it was killed (`temporary`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
