@@ -69,6 +69,8 @@ def _config(weights: Weights) -> Any:
         return Float8WeightOnlyConfig()
     if weights == "int8":
         return Int8WeightOnlyConfig()
+    # torch's annotations leave out the types of less than a byte.
+    int4 = torch.int4  # type: ignore[attr-defined]
     return IntxWeightOnlyConfig(
-        weight_dtype=torch.int4, granularity=PerGroup(INT4_GROUP), mapping_type=MappingType.ASYMMETRIC
+        weight_dtype=int4, granularity=PerGroup(INT4_GROUP), mapping_type=MappingType.ASYMMETRIC
     )

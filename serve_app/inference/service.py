@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -174,10 +174,9 @@ def requested_pictures(
 ) -> list[GenerateRequest]:
     """One engine request per picture: all prompts, `num_images` each; picture `i` uses seed `seed + i`."""
     spec = request.spec
-    begins = {} if start is None else {"init_image": start.init_image, "mask": start.mask, "strength": start.strength}
     loras = tuple(LoraRef(path, lora.scale, lora.id) for path, lora in zip(paths, request.loras, strict=True))
     prompts = [prompt for prompt in spec.prompts for _ in range(spec.num_images)]
-    return [
+    pictures = [
         GenerateRequest(
             prompt=prompt,
             negative_prompt=spec.negative_prompt,
@@ -188,9 +187,13 @@ def requested_pictures(
             seed=((spec.seed or 0) + index) % SEED_LIMIT,
             loras=loras,
             scheduler=spec.scheduler,
-            **begins,
         )
         for index, prompt in enumerate(prompts)
+    ]
+    if start is None:
+        return pictures
+    return [
+        replace(picture, init_image=start.init_image, mask=start.mask, strength=start.strength) for picture in pictures
     ]
 
 
