@@ -162,7 +162,7 @@ def run_ours(job: dict[str, Any]) -> None:
     loop.run()
     path = Path(job["output"]) / "adapter.safetensors"
     path.parent.mkdir(exist_ok=True)
-    save_lora(path, lora.state_dict(), metadata=lora.metadata(title="bench"))
+    save_lora(path, lora.file_state(), metadata=lora.metadata(title="bench"))
 
 
 def measure(command: list[str], pattern: re.Pattern[str], environment: dict[str, str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Trainable LoRA layers on a family's modules, through peft."""
+"""Trainable layers on a family's modules, through peft: LoRA, DoRA, LoKr and LoHa."""
 
 from __future__ import annotations
 
@@ -7,17 +7,26 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import (
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from diffusion.errors import LoraMismatch, SettingNotSupported
 from diffusion.families.base import Family, LoraTargets
 from diffusion.lora import ADAPTER_METADATA_KEY
+from diffusion.lycoris_layers import Lycoris, alphas, check_ranks, settle_scales
 
+AnyConfig: TypeAlias = LoraConfig | LoKrConfig | LoHaConfig
 TRAINING_ADAPTER = "trainee"  # peft keeps adapters in ModuleDicts, where "training" is taken
 
 
@@ -27,12 +36,14 @@ def adapter_layers(component: nn.Module) -> Iterator[Any]:
 
 
 def inject_adapter(
-    component: nn.Module, adapter_name: str, config: LoraConfig, state: Mapping[str, Tensor] | None = None
+    component: nn.Module, adapter_name: str, config: AnyConfig, state: Mapping[str, Tensor] | None = None
 ) -> None:
     """Wrap the target layers. With ``state`` (peft names) its layers are the targets and it gives the weights."""
     with warnings.catch_warnings():
         # peft wonders at a second adapter on one module; here that is the normal case.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        # Of rounded layers, which would need it to merge; nothing here merges.
+        warnings.filterwarnings("ignore", message=".*instantiated without `get_apply_tensor_subclass`")
         # Without low_cpu_mem_usage peft would first draw random weights, from the generator that training uses.
         options = {"state_dict": state, "low_cpu_mem_usage": True} if state is not None else {}
         inject_adapter_in_model(config, component, adapter_name=adapter_name, **options)
@@ -67,14 +78,19 @@ class ConvLora:
 
 
 class TrainableLora:
-    """LoRA layers being trained. Made by ``attach_lora``; the family's own weights stay frozen."""
+    """Layers being trained. Made by ``attach_lora``; the family's own weights stay frozen.
+
+    ``lycoris`` is None for LoRA and DoRA.
+    """
 
     def __init__(
-        self, family: Family, components: Sequence[str], rank: int, alpha: float, configs: Mapping[str, LoraConfig]
-    ) -> None:
+        self, family: Family, components: Sequence[str], rank: int, alpha: float, configs: Mapping[str, AnyConfig],
+        lycoris: Lycoris | None = None,
+    ) -> None:  # fmt: skip
         self._family = family
         self.components = tuple(components)
         self.rank, self.alpha = rank, alpha
+        self.lycoris = lycoris
         self._configs = dict(configs)
 
     def _modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -82,11 +98,11 @@ class TrainableLora:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """float32, in a fixed order, under the names of ``state_dict``."""
-        mark = f".{TRAINING_ADAPTER}."
+        mark = f".{TRAINING_ADAPTER}"
         for component, module in self._modules():
             for name, parameter in module.named_parameters():
-                if mark in name and ".lora_" in name:
-                    yield f"{component}.{name.replace(mark, '.')}", parameter
+                if f"{mark}." in f"{name}.":
+                    yield f"{component}.{name.replace(mark, '')}", parameter
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters()]
@@ -111,6 +127,14 @@ class TrainableLora:
             for component, module in self._modules()
             for key, tensor in get_peft_model_state_dict(module, adapter_name=TRAINING_ADAPTER).items()
         }
+
+    def file_state(self) -> dict[str, Tensor]:
+        """What ``save_lora`` writes: ``state_dict`` and, for LoKr and LoHa, each layer's alpha."""
+        state = self.state_dict()
+        if self.lycoris is not None:
+            for component, module in self._modules():
+                state |= {f"{component}.{key}": alpha for key, alpha in alphas(module, TRAINING_ADAPTER).items()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy weights in place: an optimizer keeps its parameters. Raises LoraMismatch if keys or shapes differ."""
@@ -139,13 +163,12 @@ class TrainableLora:
             "ss_sd_model_name": base_model,
         }
         return {
-            ADAPTER_METADATA_KEY: json.dumps(self._peft_settings(), sort_keys=True),
+            **self._network_metadata(),
             "modelspec.sai_model_spec": "1.0.0",
             "modelspec.architecture": f"{self._family.architecture}/lora",
             "modelspec.implementation": "diffusers",
             "modelspec.title": title,
             "ss_output_name": title,
-            "ss_network_module": "networks.lora",
             "ss_network_dim": str(self.rank),
             "ss_network_alpha": f"{self.alpha:g}",
             **{key: value for key, value in optional.items() if value is not None},
@@ -158,6 +181,17 @@ class TrainableLora:
             remove_adapter(module, TRAINING_ADAPTER)
             module.eval()
 
+    def _network_metadata(self) -> dict[str, str]:
+        if self.lycoris is not None:
+            return {
+                "ss_network_module": "lycoris.kohya",
+                "ss_network_args": json.dumps(self.lycoris.network_args(), sort_keys=True),
+            }
+        return {
+            ADAPTER_METADATA_KEY: json.dumps(self._peft_settings(), sort_keys=True),
+            "ss_network_module": "networks.lora",
+        }
+
     def _peft_settings(self) -> dict[str, Any]:
         """Only what a reader needs: the full config names settings that other peft versions refuse."""
         return {
@@ -167,7 +201,7 @@ class TrainableLora:
         }
 
 
-def _settings(config: LoraConfig) -> dict[str, Any]:
+def _settings(config: Any) -> dict[str, Any]:
     targets = config.target_modules
     settings = {
         "r": config.r,
@@ -192,16 +226,18 @@ def attach_lora(
     seed: int = 0,
     conv: ConvLora | None = None,
     dora: bool = False,
+    lycoris: Lycoris | None = None,
     only_if_contains: Sequence[str] = (),
     ignore_if_contains: Sequence[str] = (),
 ) -> TrainableLora:
     """Wrap the target layers of ``components`` (default: only the denoiser's) with new, float32, trainable LoRA layers.
 
     A is normal with standard deviation 1/rank and B zero, as in the diffusers examples, so nothing changes until the
-    first optimizer step. ``conv`` adapts a UNet's convolutions too; ``dora`` also trains magnitudes. Of the target
-    layers those are taken whose name, with its component in front, contains a part in ``only_if_contains`` (when given)
-    and none in ``ignore_if_contains``. ``seed`` alone decides A; the global random state is left as it was. The modules
-    stay in eval mode until ``TrainableLora.train()``. Raises SettingNotSupported.
+    first optimizer step. ``conv`` adapts a UNet's convolutions too; ``dora`` also trains magnitudes; ``lycoris`` makes
+    the layers LoKr or LoHa, to which peft gives no dropout. Of the target layers those are taken whose name, with its
+    component in front, contains a part in ``only_if_contains`` (when given) and none in ``ignore_if_contains``.
+    ``seed`` alone decides A; the global random state is left as it was. The modules stay in eval mode until
+    ``TrainableLora.train()``. Raises SettingNotSupported.
     """
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise SettingNotSupported("network", "rank and alpha must be positive and dropout between 0 and 1")
@@ -213,22 +249,40 @@ def attach_lora(
         raise SettingNotSupported("network", "this model already has an adapter in training")
     if conv is not None and not family.conv_target_modules(chosen[0]):
         raise SettingNotSupported("network.conv_rank", "this model has no convolutions to adapt")
-    configs: dict[str, LoraConfig] = {}
+    if lycoris is not None and (dora or dropout > 0):
+        raise SettingNotSupported("network", f"{lycoris.kind} has neither dropout nor DoRA's magnitudes")
+    configs: dict[str, AnyConfig] = {}
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU
         torch.manual_seed(seed)
         for name in chosen:
             layers = _target_layers(family, name, targets, conv, only_if_contains, ignore_if_contains)
-            configs[name] = LoraConfig(
-                r=rank, lora_alpha=alpha, lora_dropout=dropout, init_lora_weights="gaussian", target_modules=layers,
-                use_dora=dora,
-                **_conv_patterns(family, name, conv),
-            )  # fmt: skip
+            patterns = _conv_patterns(family, name, conv)
+            if lycoris is not None:
+                configs[name] = lycoris.config(rank=rank, alpha=alpha, targets=layers, patterns=patterns)
+            else:
+                configs[name] = LoraConfig(
+                    r=rank, lora_alpha=alpha, lora_dropout=dropout, init_lora_weights="gaussian",
+                    target_modules=layers, use_dora=dora, **patterns,
+                )  # fmt: skip
             inject_adapter(known[name], TRAINING_ADAPTER, configs[name])
-    lora = TrainableLora(family, chosen, rank, alpha, configs)
+    lora = TrainableLora(family, chosen, rank, alpha, configs, lycoris)
+    if lycoris is not None:
+        _settle_lycoris(lora, [known[name] for name in chosen])
     for parameter in lora.parameters():
         parameter.data = parameter.data.float()  # half-precision weights lose small updates
     lora.train(False)
     return lora
+
+
+def _settle_lycoris(lora: TrainableLora, modules: Sequence[nn.Module]) -> None:
+    """Raises SettingNotSupported, with the layers taken off again, for a network that could not be served."""
+    try:
+        for module in modules:
+            settle_scales(module, TRAINING_ADAPTER)
+            check_ranks(module, TRAINING_ADAPTER)
+    except SettingNotSupported:
+        lora.detach()
+        raise
 
 
 def _target_layers(

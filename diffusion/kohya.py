@@ -54,18 +54,39 @@ def to_kohya(layers: Mapping[str, LoraLayer], family: Family) -> dict[str, Tenso
     stacked: dict[str, dict[str, LoraLayer]] = {}
     for full_path, layer in layers.items():
         component, _, path = full_path.partition(".")
-        prefix = PREFIXES[family.name][component]
         if family.name == "flux1" and component == "transformer":
-            _sort_flux(f"{prefix}_", path, layer, named, stacked)
+            _sort_flux(f"{PREFIXES[family.name][component]}_", path, layer, named, stacked)
         else:
-            if component.startswith("text_encoder"):
-                path = f"text_model.{path.removeprefix('text_model.')}"
-            named[f"{prefix}_{path.replace('.', '_')}"] = layer
+            named[_module_name(component, path, family)] = layer
     named |= {name: _stack(name, parts, family) for name, parts in stacked.items()}
     state: dict[str, Tensor] = {}
     for name, layer in named.items():
         state |= _module(name, layer)
     return state
+
+
+def to_kohya_factors(state: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """A LoKr's or LoHa's ``<component>.<module path>.<part>`` as LyCORIS names them for kohya's scripts.
+
+    Raises SettingNotSupported for a family without such names, or with layers that the original model has in one: a
+    stack of Kronecker products is none.
+    """
+    if not has_kohya_names(family):
+        raise SettingNotSupported("format", f"{family.name} has no kohya key names")
+    named: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        component, _, rest = key.partition(".")
+        path, _, part = rest.rpartition(".")
+        if family.name == "flux1" and component == "transformer":
+            raise SettingNotSupported("format", "a LoKr or LoHa of FLUX.1 has no kohya key names")
+        named[f"{_module_name(component, path, family)}.{part}"] = tensor
+    return named
+
+
+def _module_name(component: str, path: str, family: Family) -> str:
+    if component.startswith("text_encoder"):
+        path = f"text_model.{path.removeprefix('text_model.')}"
+    return f"{PREFIXES[family.name][component]}_{path.replace('.', '_')}"
 
 
 def _module(name: str, layer: LoraLayer) -> dict[str, Tensor]:

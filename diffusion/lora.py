@@ -114,6 +114,15 @@ def read_lora(path: Path) -> LoraFile:
     return LoraFile(state, alphas, metadata, source_format, magnitudes)
 
 
+def read_factors(path: Path) -> dict[str, Tensor]:
+    """The weights of a LoKr or LoHa file as it names them, without alphas. Raises LoraInvalid for any other file."""
+    raw, _ = _read_safetensors(Path(path))
+    factors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in raw.items() if not key.endswith(".alpha")}
+    if not factors or not all(key.rpartition(".")[2].startswith(("lokr_w", "hada_w")) for key in factors):
+        raise LoraInvalid("it holds no LoKr or LoHa weights")
+    return factors
+
+
 def save_lora(
     path: Path, state_dict: Mapping[str, Tensor], *, metadata: Mapping[str, str], dtype: torch.dtype | None = None
 ) -> None:
@@ -126,6 +135,8 @@ def save_lora(
     path = Path(path)
     _check_suffix(path)
     weights, magnitudes = _without_magnitudes(state_dict)
+    expanded = expand(weights, down="lora_A.weight", up="lora_B.weight")
+    weights = {key: tensor for key, tensor in expanded.items() if not key.endswith(".alpha")}
     _check_pairs(weights)
     _check_magnitudes(weights, magnitudes)
     tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in state_dict.items()}

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from diffusion.errors import LoraInvalid
 
-RANK_MAX = 512
-"""An expansion beyond it would cost more than the layer it adapts."""
+RANK_MAX = 1536
+"""A whole LoKr of the widest layers of SD 1.x, SDXL and SD 3 medium, whose pairs weigh up to twice the layer. Wider
+layers' would leave no room for a model beside them."""
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 
@@ -43,6 +44,17 @@ def expand(raw: Mapping[str, Tensor], *, down: str, up: str) -> dict[str, Tensor
         scale = 1.0 if alpha is None or rank == 0 else float(alpha) / rank
         kept[f"{path}.alpha"] = torch.tensor(scale * expanded)
     return kept
+
+
+def pair_rank(parts: Mapping[str, Tensor]) -> int:
+    """The rank of the pair that ``expand`` makes of one module's ``parts``, from their shapes alone."""
+    if any(part in LOHA for part in parts):
+        return parts["hada_w1_b"].shape[0] * parts["hada_w2_b"].shape[0]
+    rank = 1
+    for name in ("lokr_w1", "lokr_w2"):
+        whole = parts.get(name)
+        rank *= parts[f"{name}_b"].shape[0] if whole is None else min(whole.shape[0], whole[0].numel())
+    return rank
 
 
 def _loha(path: str, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int]:

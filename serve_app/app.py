@@ -7,8 +7,10 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from serve_app.dispatch.deployment import Dispatcher
+from serve_app.dispatch.routing import WarmFirstRouter
 from serve_app.inference.deployment import Inference
 from serve_app.ingress.deployment import Ingress
 from serve_app.settings import Settings, SettingsIncomplete
@@ -23,7 +25,6 @@ INGRESS_REQUESTS_MAX = 2000
 DISPATCH_REQUESTS_MAX = 2000
 VALIDATION_REQUESTS_MAX = 8
 SHUTDOWN_S = 10.0
-GENERATION_SHUTDOWN_S = 30.0
 
 
 def build(settings: Settings) -> Application:
@@ -34,8 +35,10 @@ def build(settings: Settings) -> Application:
     if settings.api_key is None:
         raise SettingsIncomplete("api_key is not set")
     settings.s3()
-    inference = _inference(settings).bind(settings)
-    dispatch = _deployment(Dispatcher, "Dispatcher", 1, DISPATCH_REQUESTS_MAX).bind(settings, inference)
+    inference = inference_deployment(settings).bind(settings)
+    dispatch = _deployment(
+        Dispatcher, "Dispatcher", 1, DISPATCH_REQUESTS_MAX, shutdown_s=2 * SHUTDOWN_S + settings.drain_s
+    ).bind(settings, inference)
     validation = _deployment(Validation, "Validation", settings.validation_replicas, VALIDATION_REQUESTS_MAX).bind(
         settings
     )
@@ -53,27 +56,60 @@ def gpus_per_replica(settings: Settings) -> float:
     return 1.0 if ray.cluster_resources().get("GPU", 0.0) >= 1.0 else 0.0
 
 
-def _inference(settings: Settings) -> Any:
+def inference_deployment(settings: Settings, cls: Any = Inference) -> Any:
+    """Replicas of `cls` as the settings want them: how many, where they are pinned, who gets which generation."""
     return serve.deployment(
-        Inference,
+        cls,
         name=INFERENCE,
-        num_replicas=settings.inference_replicas,
+        num_replicas=settings.inference_replicas if settings.autoscaling is None else None,
+        autoscaling_config=_autoscaling(settings),
+        request_router_config=_routing(settings),
         ray_actor_options={"num_cpus": CPUS_PER_REPLICA, "num_gpus": gpus_per_replica(settings)},
         # Health calls must find a place beside the generations.
         max_ongoing_requests=settings.generations_per_replica + 8,
-        graceful_shutdown_timeout_s=GENERATION_SHUTDOWN_S,
+        graceful_shutdown_timeout_s=settings.drain_s,
         logging_config=_json_logs(),
     )
 
 
-def _deployment(cls: Any, name: str, replicas: int, requests_max: int) -> Any:
+def _autoscaling(settings: Settings) -> AutoscalingConfig | None:
+    """Serve counts what its callers have sent and what they hold back for want of a replica: all that the dispatcher
+    has claimed, which is enough for `replicas_max` once that many replicas' worth is queued.
+    """
+    scaling = settings.autoscaling
+    if scaling is None:
+        return None
+    return AutoscalingConfig(
+        min_replicas=scaling.replicas_min,
+        max_replicas=scaling.replicas_max,
+        target_ongoing_requests=scaling.generations_target
+        or min(settings.pictures_per_batch, settings.generations_per_replica),
+        look_back_period_s=scaling.averaged_over_s,
+        upscale_delay_s=scaling.grow_after_s,
+        downscale_delay_s=scaling.shrink_after_s,
+    )
+
+
+def _routing(settings: Settings) -> RequestRouterConfig:
+    return RequestRouterConfig(
+        request_router_class=WarmFirstRouter,
+        request_router_kwargs={
+            "default_model": settings.default_model,
+            "models_kept": settings.models_loaded_max,
+            # Loading a model takes about as long as a batch, or longer.
+            "model_cost": settings.pictures_per_batch,
+        },
+    )
+
+
+def _deployment(cls: Any, name: str, replicas: int, requests_max: int, *, shutdown_s: float = SHUTDOWN_S) -> Any:
     return serve.deployment(
         cls,
         name=name,
         num_replicas=replicas,
         ray_actor_options={"num_cpus": CPUS_PER_REPLICA},
         max_ongoing_requests=requests_max,
-        graceful_shutdown_timeout_s=SHUTDOWN_S,
+        graceful_shutdown_timeout_s=shutdown_s,
         logging_config=_json_logs(),
     )
 

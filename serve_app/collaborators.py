@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from serve_app.dispatch.rates import Grant, Rate
 from serve_app.dispatch.replies import Fingerprint, Reply
-from serve_app.inference.plan import GenerationWork
+from serve_app.inference.plan import GenerationWork, StartingPoint
 from storage.async_jobs import AsyncJobsApi
 from storage.imported_loras import ImportedLora
 
@@ -35,12 +35,15 @@ class GenerationPlan:
     """A generation request that was understood.
 
     `spec` is a GenerateSpec as JSON whose `loras` name trainings; `lora_paths` are the adapters given by key instead.
+    `strength` is the one asked for; `start` is there once the pictures it speaks of are stored.
     """
 
     spec: dict[str, Any]
     lora_paths: tuple[tuple[str, float], ...]
     warnings: tuple[str, ...]
     from_config: bool
+    strength: float | None = None
+    start: StartingPoint | None = None
 
 
 class Validation(Protocol):
@@ -55,7 +58,10 @@ class Validation(Protocol):
         """Like `training`, for a TrainSpec as JSON."""
         ...
 
-    async def generation(self, payload: dict[str, Any]) -> GenerationPlan: ...
+    async def generation(self, tenant: str, process_id: str, payload: dict[str, Any]) -> GenerationPlan:
+        """Pictures to start from are stored below `process_id` when this returns; also raises StorageError."""
+        ...
+
     async def finish_lora_import(self, tenant: str, lora_id: str) -> ImportedLora:
         """Verify a staged adapter. Raises ImportedLoraNotFound, LoraFileInvalid, StorageError."""
         ...
@@ -101,7 +107,7 @@ class Dispatch(Protocol):
 
 @dataclass(frozen=True)
 class InferenceHealth:
-    """`device`: cpu or cuda; `gpu_name` None without one. Memory in bytes."""
+    """`device`: cpu or cuda, or none where no replica was asked; `gpu_name` None without one. Memory in bytes."""
 
     ok: bool
     device: str
@@ -115,7 +121,8 @@ class Inference(Protocol):
     """A replica that makes pictures."""
 
     def generate(self, work: GenerationWork) -> AsyncGenerator[dict[str, Any], None]:
-        """Yields `{"progress": {...}}` while at work and `{"output": {...}}` at the end.
+        """Yields `{"progress": {...}}` while at work and `{"output": {...}}` at the end; across Ray, first of all an
+        empty event when a replica has taken it.
 
         Raises errors of `diffusion`, `storage` and `serve_app`. Closing the iterator, or cancelling its consumer,
         stops the work at the next denoising step.

@@ -2,6 +2,7 @@
 
     ServeError
     +-- Unauthorized            no valid key
+    +-- KeysNotAllowed          the key may not make or revoke keys
     +-- RouteNotFound           no such path
     +-- MethodNotAllowed        the path exists, the method does not
     +-- BodyTooLarge            more bytes than the route takes
@@ -56,6 +57,10 @@ class ServeError(Exception):
 
 class Unauthorized(ServeError):
     code = "unauthorized"
+
+
+class KeysNotAllowed(ServeError):
+    code = "keys_not_allowed"
 
 
 class RouteNotFound(ServeError):

@@ -10,12 +10,21 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
-from serve_app.collaborators import DispatchLoad, GenerationPlan, InferenceHealth, TrainingPlan, WorkerCounts
+from serve_app.collaborators import (
+    DispatchLoad,
+    GenerationPlan,
+    Inference,
+    InferenceHealth,
+    TrainingPlan,
+    WorkerCounts,
+    Workers,
+)
 from serve_app.dispatch.rates import Grant, Rate
 from serve_app.dispatch.replies import Fingerprint, Reply
 from serve_app.errors import ServiceUnavailable
 from serve_app.inference.plan import GenerationWork
 from serve_app.ingress.errors import unwrapped
+from serve_app.validation.generations import named_pictures
 from storage.imported_loras import ImportedLora
 
 CALL_TIMEOUT_S = 15.0
@@ -58,8 +67,10 @@ class HandleValidation:
         )
         return report
 
-    async def generation(self, payload: dict[str, Any]) -> GenerationPlan:
-        plan: GenerationPlan = await answer(VALIDATION, self._handle.generation.remote(payload), VALIDATION_TIMEOUT_S)
+    async def generation(self, tenant: str, process_id: str, payload: dict[str, Any]) -> GenerationPlan:
+        response = self._handle.generation.remote(tenant, process_id, payload)
+        timeout_s = UPLOAD_TIMEOUT_S if named_pictures(payload) else VALIDATION_TIMEOUT_S
+        plan: GenerationPlan = await answer(VALIDATION, response, timeout_s)
         return plan
 
     async def training_spec(self, spec: dict[str, Any]) -> TrainingPlan:
@@ -159,6 +170,25 @@ class HandleInference:
         return health
 
 
+class RestingInference:
+    """`Inference` of replicas that may be none: to ask one for its health would start it, or keep it from ending, so
+    they are asked only while they have work."""
+
+    def __init__(self, inference: Inference, workers: Workers) -> None:
+        self._inference = inference
+        self._workers = workers
+
+    def generate(self, work: GenerationWork) -> AsyncGenerator[dict[str, Any], None]:
+        return self._inference.generate(work)
+
+    async def health(self) -> InferenceHealth:
+        """Of replicas at rest, `device` is "none"."""
+        counts = await self._workers.counts()
+        if counts.running == 0:
+            return InferenceHealth(ok=counts.unhealthy == 0, device="none", gpu_name=None, models_loaded=())
+        return await self._inference.health()
+
+
 class ServeWorkers:
     """Counts the inference replicas as Serve's controller sees them, and their work as the dispatcher does."""
 
@@ -185,7 +215,7 @@ class ServeWorkers:
 def worker_counts(states: Mapping[str, int], load: DispatchLoad) -> WorkerCounts:
     """`states`: Serve's replica states to their number. A running replica is `ready`, and `idle` where it has no work.
 
-    Serve prefers the replica with the least work, so that many replicas work as there are generations under way.
+    At most as many replicas work as there are generations under way; some may share one that has their adapters.
     """
     states = {name.rsplit(".", 1)[-1].upper(): count for name, count in states.items()}
     ready = states.get("RUNNING", 0)

@@ -111,6 +111,31 @@ class RateLimitSettings(BaseModel):
         return limit
 
 
+class AutoscalingSettings(BaseModel):
+    """Inference replicas by work: one for every `generations_target` generations that wait or run.
+
+    None for `generations_target` is the number of pictures in a batch: what is more than that waits. The count is
+    averaged over `averaged_over_s`; it must ask for more replicas for `grow_after_s`, and for fewer for
+    `shrink_after_s`. A `replicas_min` of 0 keeps no replica while nobody asks; the first generation then starts one at
+    once.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    replicas_min: int = Field(default=1, ge=0)
+    replicas_max: int = Field(ge=1)
+    generations_target: int | None = Field(default=None, ge=1)
+    averaged_over_s: float = Field(default=30.0, gt=10)
+    grow_after_s: float = Field(default=10.0, ge=0)
+    shrink_after_s: float = Field(default=300.0, ge=0)
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> AutoscalingSettings:
+        if self.replicas_min > self.replicas_max:
+            raise ValueError("replicas_min must not be above replicas_max")
+        return self
+
+
 class Settings(BaseSettings):
     """The whole configuration of one installation; frozen and picklable, so it travels to every replica as it is."""
 
@@ -146,18 +171,28 @@ class Settings(BaseSettings):
     ingress_replicas: int = Field(default=1, ge=1)
     validation_replicas: int = Field(default=1, ge=1)
     inference_replicas: int = Field(default=1, ge=1)
+    # None: always `inference_replicas`.
+    autoscaling: AutoscalingSettings | None = None
     # More than a batch holds, so that the downloads and uploads of some overlap the denoising of others.
     generations_per_replica: int = Field(default=16, ge=1)
     pictures_per_batch: int = Field(default=8, ge=1)
+    # One: the VAE's activations, not the denoiser's, are the peak of memory.
+    pictures_per_decode: int = Field(default=1, ge=1)
+    # True: always in tiles, which differ a little where they meet. Otherwise only what does not fit whole.
+    vae_tiling: bool = False
     # Models kept loaded in one replica, and what must be free beside a model's weights before it is loaded on a GPU.
     models_loaded_max: int = Field(default=2, ge=1)
     required_mb: int = Field(default=8192, ge=0)
+    # True: a model that does not fit whole is still loaded, and its parts take turns on the GPU.
+    cpu_offload: bool = False
     compile_models: bool = False
     # One iteration of the engine that lasts longer is a device that hangs: the replica is replaced.
     engine_stuck_after_s: float = Field(default=600.0, gt=0)
     # Adapters in a replica's memory, and on its disk.
     adapter_memory_bytes_max: int = Field(default=2 * 1024 * MIB, ge=0)
     lora_cache_bytes_max: int = Field(default=20 * 1024 * MIB, gt=0)
+    # What a generation may still take when its replica or the server is told to stop; afterwards it is queued again.
+    drain_s: float = Field(default=30.0, ge=0)
     # Generations that wait; beyond them a request is refused with 429 and told when to come again.
     generation_queue_max: int = Field(default=1000, ge=1)
 
@@ -211,6 +246,14 @@ class Settings(BaseSettings):
         """Who may call: `api_key`, where it is known, speaks for `default_tenant`."""
         first = {} if self.api_key is None else {self.default_tenant: self.api_key}
         return {**first, **self.tenant_keys}
+
+    def replicas_max(self) -> int:
+        """Inference replicas that there can be."""
+        return self.inference_replicas if self.autoscaling is None else self.autoscaling.replicas_max
+
+    def may_rest(self) -> bool:
+        """Whether there can be times without any inference replica."""
+        return self.autoscaling is not None and self.autoscaling.replicas_min == 0
 
     def uses_embedded_s3(self) -> bool:
         """True where no S3 server is named, so that the stack starts its own on ``s3_port``."""

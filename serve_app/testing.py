@@ -36,8 +36,10 @@ from serve_app.job_types.context import Services
 from serve_app.outbound import Outbound
 from serve_app.settings import RequestLimits
 from serve_app.validation.bundles import Bundles
+from serve_app.validation.generations import Generations
 from serve_app.validation.lora_imports import LoraImports
 from serve_app.validation.staged import StagedUploads
+from serve_app.validation.start_pictures import StartPictures
 from serve_app.validation.uploads import DatasetUploads
 from serve_app.validation.validator import Validator
 from storage.async_jobs import AsyncJobs, AsyncJobsApi
@@ -60,10 +62,12 @@ def keys_of(tenant: str) -> Keys:
 class LocalValidation:
     """`Validation` in this process, as its Serve shell runs it."""
 
-    def __init__(self, store: ObjectStore, clock: Clock) -> None:
+    def __init__(self, store: ObjectStore, clock: Clock, outbound: Outbound | None = None) -> None:
+        outbound = outbound or Outbound(any_address=False, timeout_s=5)
         self._validator = Validator(MODELS, "tiny", random_seed=lambda: 1234)
         self._loras = LoraImports(store, keys_of)
-        self._uploads = DatasetUploads(store, keys_of, BUCKET, clock, Outbound(any_address=False, timeout_s=5))
+        self._uploads = DatasetUploads(store, keys_of, BUCKET, clock, outbound)
+        self._generations = Generations(self._validator, StartPictures(store, keys_of, BUCKET, outbound))
         self._bundles = Bundles(store, keys_of, clock)
         self._staged = StagedUploads(store, keys_of, BUCKET, clock, self._uploads, url_expires_s=3600)
 
@@ -79,8 +83,8 @@ class LocalValidation:
     async def finish_lora_import(self, tenant: str, lora_id: str) -> ImportedLora:
         return await self._loras.finish(tenant, lora_id)
 
-    async def generation(self, payload: dict[str, Any]) -> GenerationPlan:
-        return await asyncio.to_thread(self._validator.generation, payload)
+    async def generation(self, tenant: str, process_id: str, payload: dict[str, Any]) -> GenerationPlan:
+        return await self._generations.plan(tenant, process_id, payload)
 
     async def store_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
         return await self._uploads.store(tenant, payload)
@@ -135,18 +139,24 @@ class ScriptedInference:
     """`Inference` whose pictures are their prompts' hashes, stored in `store`.
 
     `errors` are raised one per generation, first come first served; `gate`, where set, holds every generation after
-    its first step, and so does a prompt that has the word `holds`. `begun` and `stopped` list process ids.
+    its first step, and so does a prompt that has the word `holds`. Until `free`, where set, no replica takes any.
+    `asked`, `begun` and `stopped` list process ids.
     """
 
     store: ObjectStore
     errors: list[BaseException] = field(default_factory=list)
     gate: asyncio.Event | None = None
+    free: asyncio.Event | None = None
     holds: str | None = None
+    asked: list[str] = field(default_factory=list)
     begun: list[str] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
     healthy: bool = True
 
     async def generate(self, work: GenerationWork) -> AsyncGenerator[dict[str, Any], None]:
+        self.asked.append(work.process_id)
+        if self.free is not None:
+            await self.free.wait()
         self.begun.append(work.process_id)
         try:
             yield {"progress": {"step": 1, "total_steps": 2, "stage": "denoising"}}
@@ -229,7 +239,7 @@ def local_server(jobs: Jobs, clock: Clock, limits: RequestLimits | None = None, 
         "limits": limits or RequestLimits(),
     }
     services = Services(**{**fields, **replaced})
-    ring = KeyRing({TENANT: SecretStr(KEY), OTHER_TENANT: SecretStr(OTHER_KEY)})
+    ring = KeyRing({TENANT: SecretStr(KEY), OTHER_TENANT: SecretStr(OTHER_KEY)}, manager=TENANT)
     return LocalServer(async_jobs, store, dispatch, inference, services, create_app(services, ring))
 
 

@@ -118,6 +118,9 @@ class AsyncJobsApi(abc.ABC):
     ) -> JobRecord:
         return await self.call(Jobs.fail, job_id, owner, error_code, message, retryable=retryable)
 
+    async def hand_back(self, job_id: str, owner: str) -> JobRecord:
+        return await self.call(Jobs.hand_back, job_id, owner)
+
     async def cancelled(self, job_id: str, owner: str, output: dict[str, Any] | None = None) -> JobRecord:
         return await self.call(Jobs.cancelled, job_id, owner, output)
 

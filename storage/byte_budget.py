@@ -20,6 +20,15 @@ class ByteBudget:
     def held_bytes(self) -> int:
         return self._held_bytes
 
+    @property
+    def capacity_bytes(self) -> int:
+        return self._capacity_bytes
+
+    def resize(self, capacity_bytes: int) -> None:
+        """More room lets in those who wait; with less, what is held stays held."""
+        self._capacity_bytes = capacity_bytes
+        self._admit()
+
     @asynccontextmanager
     async def hold(self, size_bytes: int) -> AsyncIterator[None]:
         """Wait for room, and keep it to the end of the block. Cancelling the wait gives up the place."""

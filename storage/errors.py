@@ -163,6 +163,14 @@ class JobNotFound(JobError):
         self.job_id = job_id
 
 
+class ApiKeyNotFound(JobError):
+    code = "key_not_found"
+
+    def __init__(self, key_id: str) -> None:
+        super().__init__("the API key does not exist", key_id)
+        self.key_id = key_id
+
+
 class IllegalTransition(JobError):
     code = "illegal_transition"
 

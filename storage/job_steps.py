@@ -106,6 +106,15 @@ def interrupt(record: JobRecord, now: datetime, *, by: str, code: str, message: 
     return _moved(record, JobState.QUEUED, now, attempt=record.attempt + 1, progress=progress, **_UNSTARTED)
 
 
+def hand_back(record: JobRecord, now: datetime, *, by: str) -> JobRecord:
+    """Its owner was told to stop: the same attempt waits for another owner, at its old place in the queue."""
+    if record.cancel_requested:
+        return settle(record, JobState.CANCELLED, now, by=by)
+    if out_of_time(record, now):
+        return time_out(record, now, by=by)
+    return _moved(record, JobState.QUEUED, now, **_UNSTARTED)
+
+
 def sweep(record: JobRecord, now: datetime, *, cancel_grace_s: float, timeout_grace_s: float) -> JobRecord:
     """What becomes of a job that nobody moves any more. Returns the same record where there is nothing to do."""
     if record.state.is_terminal:

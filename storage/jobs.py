@@ -17,6 +17,7 @@ from storage.errors import (
     LeaseLost,
     RecordConflict,
 )
+from storage.issued_keys import IssuedKeys
 from storage.job_cursor import cursor_after, read_cursor
 from storage.job_record import (
     DEFAULT_LEASE_S,
@@ -78,7 +79,7 @@ def new_job_id(kind: JobKind) -> str:
     return f"{kind.id_prefix}{secrets.token_hex(6)}"
 
 
-class Jobs(JobStreams, KeptReplies):
+class Jobs(JobStreams, KeptReplies, IssuedKeys):
     """Every method is one transaction: it happens as a whole or not at all, and is safe to call from many threads.
 
     All methods raise RecordsError when the database fails. Methods that take an `owner` raise LeaseLost when that
@@ -320,6 +321,17 @@ class Jobs(JobStreams, KeptReplies):
             return job_steps.interrupt(record, now, by=owner, code=error_code, message=message)
 
         return self._change("fail", job_id, step)
+
+    def hand_back(self, job_id: str, owner: str) -> JobRecord:
+        """Queue the job again without counting an attempt, because its owner is told to stop. One that was asked to
+        cancel, or is out of time, ends instead."""
+        now = self._clock()
+
+        def step(record: JobRecord) -> JobRecord:
+            job_steps.check_owner(record, owner)
+            return job_steps.hand_back(record, now, by=owner)
+
+        return self._change("hand_back", job_id, step)
 
     def cancelled(self, job_id: str, owner: str, output: dict[str, Any] | None = None) -> JobRecord:
         """`output` names what was kept, such as the last checkpoint."""

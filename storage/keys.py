@@ -3,7 +3,8 @@
     <prefix>/<tenant>/datasets/<folder>/<upload_id>/<filename>
     <prefix>/<tenant>/staging/<upload_id>/<filename>
     <prefix>/<tenant>/loras/<lora_id>/{<filename>,manifest.json}
-    <prefix>/<tenant>/processes/<process_id>/{lora,checkpoints/<step>,samples,images,logs}/...
+    <prefix>/<tenant>/processes/<process_id>/{lora,checkpoints/<step>,samples,images,logs,inputs,ray-train}/...
+    <prefix>/<tenant>/kept/<kind>/<sha256>                   results of caching, shared by trainings
     <prefix>/processes/<process_id>.json                     mirror of a job record, all tenants
     <prefix>/probes/<token>                                  written and removed to try a server out
 
@@ -102,9 +103,12 @@ def _utf8(text: str) -> bytes:
 
 @dataclass(frozen=True)
 class Place:
-    """What an object belongs to: the process, upload or probe `name`. `folder` of data sets only."""
+    """What an object belongs to: the process, upload or probe `name`; what is kept by hash, to itself.
 
-    kind: Literal["processes", "staging", "datasets", "probes"]
+    `folder` of data sets only.
+    """
+
+    kind: Literal["processes", "staging", "datasets", "kept", "probes"]
     tenant: str
     name: str
     folder: str = ""
@@ -123,6 +127,8 @@ def place_of(prefix: str, key: str) -> Place | None:
             return Place("processes" if kind == "processes" else "staging", tenant, name)
         case [tenant, "datasets", folder, name, _]:
             return Place("datasets", tenant, name, folder)
+        case [tenant, "kept", _, name]:
+            return Place("kept", tenant, name)
     return None
 
 
@@ -210,6 +216,10 @@ class Keys:
     def training_log(self, process_id: str, name: str) -> str:
         return f"{self.process_prefix(process_id)}logs/{check_filename(name)}"
 
+    def ray_train_prefix(self, process_id: str) -> str:
+        """Ray Train's own files, of use to nobody once its run has ended."""
+        return f"{self.process_prefix(process_id)}ray-train/"
+
     def images_prefix(self, process_id: str) -> str:
         return f"{self.process_prefix(process_id)}images/"
 
@@ -218,6 +228,22 @@ class Keys:
         if not _SHA256.fullmatch(sha256):
             raise InvalidKey(sha256, "a sha256 must be 64 lower-case hex digits")
         return f"{self.images_prefix(process_id)}{_number(index, 4)}_{sha256}.{_extension(ext)}"
+
+    def kept(self, kind: str, sha256: str) -> str:
+        """A result kept for later runs, by the hash of what it was made from."""
+        if not _SHA256.fullmatch(sha256):
+            raise InvalidKey(sha256, "a sha256 must be 64 lower-case hex digits")
+        return f"{self.tenant_prefix}kept/{check_name(kind, 'a kind')}/{sha256}"
+
+    def inputs_prefix(self, process_id: str) -> str:
+        """Pictures that a generation starts from."""
+        return f"{self.process_prefix(process_id)}inputs/"
+
+    def input_picture(self, process_id: str, role: str, sha256: str, ext: str) -> str:
+        """`role`: what the request calls it, such as `mask`."""
+        if not _SHA256.fullmatch(sha256):
+            raise InvalidKey(sha256, "a sha256 must be 64 lower-case hex digits")
+        return f"{self.inputs_prefix(process_id)}{check_name(role, 'a role')}_{sha256}.{_extension(ext)}"
 
     def process_records_prefix(self) -> str:
         """The mirror of the job records, of all tenants."""

@@ -20,10 +20,12 @@ from sqlalchemy import exc as sa_exc
 from storage.errors import JobError, RecordConflict, RecordsFailed, RecordsMisconfigured, RecordsUnavailable
 from storage.job_record import JobRecord, Submission
 from storage.job_state import LEASED_STATES, TERMINAL_STATES, JobKind, JobState
+from storage.key_rows import KeyRows
 from storage.records_streams import StreamsTx
 from storage.records_tables import (
     DERIVED,
     FIXED,
+    api_keys,
     flags,
     idempotency,
     jobs,
@@ -159,6 +161,7 @@ class RecordsTx(StreamsTx):
     def __init__(self, connection: sa.Connection) -> None:
         super().__init__(connection)
         self.replies = ReplyRows(connection, replies)
+        self.keys = KeyRows(connection, api_keys)
 
     # --- jobs
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
+from storage.key_rows import keys_table
 from storage.reply_rows import replies_table
 
 
@@ -106,6 +107,7 @@ outbox = sa.Table(
 )
 
 replies = replies_table(metadata, UtcDateTime())
+api_keys = keys_table(metadata, UtcDateTime())
 
 flags = sa.Table("flags", metadata, sa.Column("name", sa.String(64), primary_key=True))
 

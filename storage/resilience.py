@@ -1,14 +1,19 @@
-"""The one owner of retries: deadline( retry( slot( breaker( attempt timeout( call and its body ))))).
+"""The one owner of retries: deadline( retry( place( breaker( attempt timeout( call and its body ))))).
 
 An open breaker is not retried. Attempts and total time are both bounded, waits have full jitter
 (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/), and a budget shared by all calls
 keeps retries from multiplying the load on a backend that is already failing.
+
+A timeout is retried, but the breaker does not hear of it where it tells nothing about the backend: the backend has
+answered another attempt since this one began, or this process has not run for a good part of the time. How many
+attempts run at once adapts to how they fare.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -25,6 +30,7 @@ from storage.breaker import (
     Outcome,
     Permit,
 )
+from storage.congestion import Lateness, Window
 from storage.counters import ATTEMPTS, BREAKER_STATE, OPERATIONS, RETRIES, Counters, Tally
 from storage.errors import StorageError, StorageFailed, StorageTimeout, StorageUnavailable
 from storage.settings import S3Settings
@@ -32,6 +38,10 @@ from storage.settings import S3Settings
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+# Of an attempt's time: less is an event loop that is merely busy.
+LOST_S_MIN, LOST_SHARE_MIN = 1.0, 0.25
+THROTTLED = "throttled"
 
 STATE_NUMBERS = {BreakerState.CLOSED: 0.0, BreakerState.HALF_OPEN: 1.0, BreakerState.OPEN: 2.0}
 
@@ -137,7 +147,7 @@ class Policy:
 
 
 class RetryBudget:
-    """Tokens for retries, shared by all operations: 5 a retry, 10 after a timeout.
+    """Tokens for retries, shared by all operations: 5 a retry, 10 after a timeout that the breaker hears of.
 
     A success pays back what its own last retry cost, or 1. botocore's standard mode has the same numbers
     (`botocore.retries.standard.RetryQuotaChecker`).
@@ -164,21 +174,25 @@ class RetryBudget:
 
 @dataclass
 class Attempt:
-    """Given to each attempt. `ambiguous`: an earlier one may have had its effect, so look before writing again."""
+    """Given to each attempt. `ambiguous`: an earlier one may have had its effect, so look before writing again.
+    `allowed_s` is what moving its bytes may take."""
 
     number: int
     ambiguous: bool
     probe: bool
+    allowed_s: float
     _throughput_min_bytes_per_s: int
     _scopes: tuple[asyncio.Timeout, ...] = field(repr=False)
     observed: bool = True
 
     def allow_for(self, size_bytes: int) -> None:
         """Extend the attempt and the deadline by the time that so many bytes may take."""
+        extra_s = size_bytes / self._throughput_min_bytes_per_s
+        self.allowed_s += extra_s
         for scope in self._scopes:
             when = scope.when()
             if when is not None:
-                scope.reschedule(when + size_bytes / self._throughput_min_bytes_per_s)
+                scope.reschedule(when + extra_s)
 
     def made_no_call(self) -> None:
         """The attempt succeeded without asking the backend: its success says nothing about it."""
@@ -193,6 +207,7 @@ class _Run:
     deadline: asyncio.Timeout
     attempts: int = 0
     ambiguous: bool = False
+    excused: bool = False
     taken: int = 0
 
 
@@ -207,14 +222,19 @@ class Resilience:
         *,
         max_concurrency: int,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        clock: Callable[[], float] = time.monotonic,
+        lateness: Lateness | None = None,
         counters: Counters | None = None,
     ) -> None:
+        self._clock = clock
+        self._lateness = lateness or Lateness(clock=clock)
+        self._answered_at_s = float("-inf")
         self._counters = counters or Tally()
         self._shown: BreakerState | None = None
         self.gate = gate
         self.policy = policy
         self._budget = budget
-        self._slots = asyncio.Semaphore(max_concurrency)
+        self._window = Window(max_concurrency, clock=clock)
         self._sleep = sleep
 
     async def call(
@@ -224,17 +244,17 @@ class Resilience:
         *,
         size_bytes: int = 0,
         deadline_s: float | None = None,
-        needs_slot: bool = True,
+        needs_place: bool = True,
     ) -> T:
         """Run `attempt` until it succeeds, raises anything but TransientFaultError, or the bounds are reached.
 
-        `size_bytes` is what an attempt is known to move. `needs_slot` False is for calls that must not wait behind
+        `size_bytes` is what an attempt is known to move. `needs_place` False is for calls that must not wait behind
         the others. Raises StorageUnavailable, StorageTimeout, StorageFailed, a fault's `final` error, and whatever
         `attempt` raises.
         """
         result = "error"
         try:
-            answer = await self._bounded(operation, attempt, size_bytes, deadline_s, needs_slot=needs_slot)
+            answer = await self._bounded(operation, attempt, size_bytes, deadline_s, needs_place=needs_place)
             result = "ok"
             return answer
         except StorageError as error:
@@ -261,14 +281,14 @@ class Resilience:
         size_bytes: int,
         deadline_s: float | None,
         *,
-        needs_slot: bool,
+        needs_place: bool,
     ) -> T:
         extra_s = size_bytes / self.policy.throughput_min_bytes_per_s
         total_s = (self.policy.deadline_s if deadline_s is None else deadline_s) + extra_s
         try:
             async with asyncio.timeout(total_s) as deadline:
                 run = _Run(operation, deadline)
-                return await self._retried(run, attempt, extra_s, needs_slot=needs_slot)
+                return await self._retried(run, attempt, extra_s, needs_place=needs_place)
         except TimeoutError as error:
             if not deadline.expired():
                 raise
@@ -279,7 +299,7 @@ class Resilience:
             raise self._last_word(run, fault, total_s) from fault
 
     async def _retried(
-        self, run: _Run, attempt: Callable[[Attempt], Awaitable[T]], extra_s: float, *, needs_slot: bool
+        self, run: _Run, attempt: Callable[[Attempt], Awaitable[T]], extra_s: float, *, needs_place: bool
     ) -> T:
         policy = self.policy
         retrying = tenacity.AsyncRetrying(
@@ -291,7 +311,7 @@ class Resilience:
         )
         async for trial in retrying:
             with trial:
-                async with self._slot(needs_slot):
+                async with self._place(needs_place):
                     result = await self._attempted(run, attempt, extra_s)
         self._budget.give_back(run.taken)
         return result
@@ -299,38 +319,63 @@ class Resilience:
     async def _attempted(self, run: _Run, attempt: Callable[[Attempt], Awaitable[T]], extra_s: float) -> T:
         admission = await self.gate.admit()
         run.attempts += 1
+        run.excused = False
+        started_s = self._clock()
         outcome = Outcome.NEUTRAL
-        try:
-            async with asyncio.timeout(self.policy.attempt_timeout_s + extra_s) as limit:
-                state = Attempt(
-                    number=run.attempts,
-                    ambiguous=run.ambiguous,
-                    probe=admission.is_probe,
-                    _throughput_min_bytes_per_s=self.policy.throughput_min_bytes_per_s,
-                    _scopes=(limit, run.deadline),
-                )
-                result = await attempt(state)
-            outcome = Outcome.SUCCESS if state.observed else Outcome.NEUTRAL
-            return result
-        except TimeoutError as error:
-            if not limit.expired():
+        with self._lateness.watched() as lost_s:
+            try:
+                async with asyncio.timeout(self.policy.attempt_timeout_s + extra_s) as limit:
+                    state = Attempt(
+                        number=run.attempts,
+                        ambiguous=run.ambiguous,
+                        probe=admission.is_probe,
+                        allowed_s=extra_s,
+                        _throughput_min_bytes_per_s=self.policy.throughput_min_bytes_per_s,
+                        _scopes=(limit, run.deadline),
+                    )
+                    result = await attempt(state)
+                outcome = self._answered(state, started_s)
+                return result
+            except TimeoutError as error:
+                if not limit.expired():
+                    raise
+                outcome = self._timed_out(run, admission, started_s, lost_s())
+                raise TransientFaultError("timeout", timed_out=True) from error
+            except asyncio.CancelledError:
+                # Our own deadline cuts an attempt by cancelling it; it is not the caller's wish then.
+                if run.deadline.expired():
+                    outcome = self._timed_out(run, admission, started_s, lost_s())
                 raise
-            outcome = Outcome.FAILURE
-            raise TransientFaultError("timeout", timed_out=True) from error
-        except asyncio.CancelledError:
-            # Our own deadline cuts an attempt by cancelling it; that is the backend's failure, not the caller's wish.
-            outcome = Outcome.FAILURE if run.deadline.expired() else Outcome.NEUTRAL
-            raise
-        except TransientFaultError as fault:
-            outcome = Outcome.FAILURE if fault.counts else Outcome.NEUTRAL
-            raise
-        except StorageError:
-            # The backend answered, if only to refuse.
-            outcome = Outcome.SUCCESS if state.observed else Outcome.NEUTRAL
-            raise
-        finally:
-            admission.settle(outcome)
-            self._counters.add(ATTEMPTS, operation=run.operation, outcome=outcome)
+            except TransientFaultError as fault:
+                if fault.timed_out:
+                    outcome = self._timed_out(run, admission, started_s, lost_s())
+                elif fault.counts:
+                    outcome = Outcome.FAILURE
+                if fault.reason == THROTTLED:
+                    self._window.overloaded(started_s)
+                raise
+            except StorageError:
+                # The backend answered, if only to refuse.
+                outcome = self._answered(state, started_s)
+                raise
+            finally:
+                admission.settle(outcome)
+                self._counters.add(ATTEMPTS, operation=run.operation, outcome=outcome)
+
+    def _answered(self, state: Attempt, started_s: float) -> Outcome:
+        if not state.observed:
+            return Outcome.NEUTRAL
+        self._answered_at_s = self._clock()
+        self._window.answered(started_s, state.allowed_s)
+        return Outcome.SUCCESS
+
+    def _timed_out(self, run: _Run, admission: Admission, started_s: float, lost_s: float) -> Outcome:
+        """What a timeout says of the backend. A probe's always counts: there is nothing else to go by."""
+        self._window.overloaded(started_s)
+        was_answered = self._answered_at_s > started_s
+        was_late = lost_s >= max(LOST_S_MIN, LOST_SHARE_MIN * (self._clock() - started_s))
+        run.excused = (was_answered or was_late) and not admission.is_probe
+        return Outcome.NEUTRAL if run.excused else Outcome.FAILURE
 
     def _may_retry(self, run: _Run, error: BaseException) -> bool:
         if not isinstance(error, TransientFaultError):
@@ -338,7 +383,7 @@ class Resilience:
         run.ambiguous = True
         if run.attempts >= self.policy.attempts_max:
             return False
-        run.taken = self._budget.take(timed_out=error.timed_out)
+        run.taken = self._budget.take(timed_out=error.timed_out and not run.excused)
         if run.taken:
             self._counters.add(RETRIES, operation=run.operation, reason=error.reason)
         logger.info(
@@ -355,9 +400,9 @@ class Resilience:
         return StorageFailed(run.operation, run.attempts, fault.reason)
 
     @asynccontextmanager
-    async def _slot(self, needed: bool) -> AsyncIterator[None]:
+    async def _place(self, needed: bool) -> AsyncIterator[None]:
         if not needed:
             yield
             return
-        async with self._slots:
+        async with self._window.place():
             yield

@@ -71,6 +71,7 @@ class S3Store:
             RetryBudget(settings.retry_budget),
             max_concurrency=settings.max_concurrency,
             sleep=sleep,
+            clock=clock,
             counters=self._tally,
         )
         self._clients = S3Clients(settings)
@@ -202,7 +203,7 @@ class S3Store:
             await self._calls.check_bucket("health")
 
         try:
-            await self._resilience.call("health", attempt, deadline_s=settings.health_deadline_s, needs_slot=False)
+            await self._resilience.call("health", attempt, deadline_s=settings.health_deadline_s, needs_place=False)
         except StorageError as error:
             breaker = self._resilience.gate.snapshot()
             return StorageHealth(
@@ -287,7 +288,7 @@ class S3Store:
                 state.made_no_call()
             return await self._calls.presigned(operation, method, {"Key": key, **parameters}, expires_s)
 
-        return await self._resilience.call(operation, attempt, needs_slot=False)
+        return await self._resilience.call(operation, attempt, needs_place=False)
 
     async def _create_bucket(self) -> None:
         region = self._settings.region

@@ -3,7 +3,7 @@
 | from the backend                                              | ours                               | breaker  |
 |---------------------------------------------------------------|------------------------------------|----------|
 | 5xx but 501, SlowDown and other throttles, RequestTimeout     | retried, then StorageFailed        | failure  |
-| timeouts                                                      | retried, then StorageTimeout       | failure  |
+| timeouts (`resilience` may excuse one)                        | retried, then StorageTimeout       | failure  |
 | connections refused or cut, truncated or garbled answers      | retried, then StorageFailed        | failure  |
 | 409 ConditionalRequestConflict, OperationAborted              | retried, then StorageFailed        | neutral  |
 | bytes that do not match their digest                          | retried, then IntegrityError       | neutral  |
@@ -23,7 +23,7 @@ from botocore import exceptions as botocore_errors
 from botocore.parsers import ResponseParserError
 
 from storage.errors import IntegrityError, ObjectNotFound, StorageAccessDenied, StorageFailed, StorageMisconfigured
-from storage.resilience import TransientFaultError
+from storage.resilience import THROTTLED, TransientFaultError
 
 # From botocore.retries.standard, and S3's own.
 _THROTTLES = frozenset(
@@ -101,7 +101,7 @@ def _translate_answer(error: botocore_errors.ClientError, operation: str, key: s
     code = str(error.response.get("Error", {}).get("Code", ""))
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     if code in _THROTTLES or status == 429:
-        return TransientFaultError("throttled")
+        return TransientFaultError(THROTTLED)
     if code == "RequestTimeout":
         return TransientFaultError("timeout", timed_out=True)
     if code in _CONFLICTS:

@@ -79,8 +79,9 @@ class SweepSettings(BaseModel):
     """How long what nobody needs is kept, in seconds; None keeps it for ever. A sweep runs every `interval_s`.
 
     Results and samples count from the end of their process. The others count from the last sign of life: a presigned
-    upload that was never used (`staging`), a data set's files without a manifest (`unfinished`), a multipart upload
-    (`multipart`), a file that the embedded server left when it was killed (`temporary`).
+    upload that was never used (`staging`), a data set's files without a manifest (`unfinished`; also Ray Train's own
+    files of a process that has ended), latents, texts and captions that trainings share and can make again (`kept`),
+    a multipart upload (`multipart`), a file that the embedded server left when it was killed (`temporary`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -90,5 +91,6 @@ class SweepSettings(BaseModel):
     samples_ttl_s: float | None = Field(default=None, gt=0)
     staging_ttl_s: float | None = Field(default=DAY_S, gt=0)
     unfinished_ttl_s: float | None = Field(default=DAY_S, gt=0)
+    kept_ttl_s: float | None = Field(default=30 * DAY_S, gt=0)
     multipart_ttl_s: float | None = Field(default=DAY_S, gt=0)
     temporary_ttl_s: float | None = Field(default=DAY_S, gt=0)

@@ -11,8 +11,10 @@ from typing import Any
 class SweepKind(StrEnum):
     RESULTS = "results"
     SAMPLES = "samples"
+    RAY_TRAIN = "ray_train"
     STAGING = "staging"
     UNFINISHED = "unfinished"
+    KEPT = "kept"
     PROBES = "probes"
     MULTIPART = "multipart"
     TEMPORARY = "temporary"

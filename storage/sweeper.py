@@ -3,14 +3,17 @@
     what                                     goes when
     a finished process's objects             its end is older than `results_ttl_s`
     its samples                              its end is older than `samples_ttl_s`
+    files of Ray Train that its driver left  its end is older than `unfinished_ttl_s`
     a presigned upload that became no data   its newest file is older than `staging_ttl_s`
     a data set's files without a manifest    the newest is older than `unfinished_ttl_s`, and no manifest names them
     probes of the capability test            likewise
+    pictures to start from, without a job    likewise
     a multipart upload                       it began longer ago than `multipart_ttl_s`
     the embedded server's temporary files    unchanged for `temporary_ttl_s`
 
-Nothing of a job that is queued or runs is touched, nor of one that such a job names in its request, nor of a process
-without a record, nor any key of a layout that is not ours. The record is looked at again right before each removal.
+Nothing of a job that is queued or runs is touched, nor of one that such a job names in its request, nor anything else
+of a process without a record, nor any key of a layout that is not ours. The record is looked at again right before each
+removal.
 """
 
 from __future__ import annotations
@@ -39,7 +42,12 @@ logger = logging.getLogger(__name__)
 PAGE_KEYS = 1000
 LIVE_STATES = tuple(state for state in JobState if not state.is_terminal)
 JOB_IDS = re.compile(r"(?:train|gen)_[0-9a-f]{12}")
-GROUP_KINDS = {"staging": SweepKind.STAGING, "datasets": SweepKind.UNFINISHED, "probes": SweepKind.PROBES}
+GROUP_KINDS = {
+    "staging": SweepKind.STAGING,
+    "datasets": SweepKind.UNFINISHED,
+    "kept": SweepKind.KEPT,
+    "probes": SweepKind.PROBES,
+}
 
 
 class SweptStore(ObjectStore, StoreMaintenance, Protocol):
@@ -140,11 +148,15 @@ class Sweeper:
             await self._sweep_process(tour, group)
             return
         kind = GROUP_KINDS[group.place.kind]
-        ttl_s = self._settings.staging_ttl_s if kind is SweepKind.STAGING else self._settings.unfinished_ttl_s
+        ttls = {SweepKind.STAGING: self._settings.staging_ttl_s, SweepKind.KEPT: self._settings.kept_ttl_s}
+        ttl_s = ttls.get(kind, self._settings.unfinished_ttl_s)
+        await self._remove_older(tour, kind, group, ttl_s)
+
+    async def _remove_older(self, tour: _Tour, kind: SweepKind, group: _Group, ttl_s: float | None) -> None:
         age = tour.now - group.newest
         if ttl_s is None or age < timedelta(seconds=ttl_s):
             return
-        doomed = group.objects if kind is not SweepKind.UNFINISHED else await self._unfinished(group)
+        doomed = await self._unfinished(group) if group.place.kind == "datasets" else group.objects
         await self._remove(tour, kind, group.place.name, doomed, age)
 
     async def _unfinished(self, group: _Group) -> list[ObjectInfo]:
@@ -156,29 +168,43 @@ class Sweeper:
         return [info for info in group.objects if info.key not in named]
 
     async def _sweep_process(self, tour: _Tour, group: _Group) -> None:
-        settings = self._settings
-        if settings.results_ttl_s is None and settings.samples_ttl_s is None:
-            return
         place = group.place
+        expiring = self._expiring(group)
+        prefix = Keys(self._prefix, place.tenant).inputs_prefix(place.name)
+        inputs = [info for info in group.objects if info.key.startswith(prefix)]
+        if not expiring and not inputs:
+            return
         try:
             record = await self._jobs.get(place.name, tenant=place.tenant)
         except JobNotFound:
+            # Stored before the record is made, which then failed.
+            await self._remove_older(tour, SweepKind.UNFINISHED, _Group(place, inputs), self._settings.unfinished_ttl_s)
             return
         if not record.state.is_terminal or record.finished_at is None:
             return
         age = tour.now - record.finished_at
-        samples = Keys(self._prefix, place.tenant).samples_prefix(place.name)
-        for kind, ttl_s, doomed in (
-            (SweepKind.RESULTS, settings.results_ttl_s, group.objects),
-            (SweepKind.SAMPLES, settings.samples_ttl_s, [o for o in group.objects if o.key.startswith(samples)]),
-        ):
-            if ttl_s is None or age < timedelta(seconds=ttl_s) or not doomed:
-                continue
-            if place.name in await self._named_by_live_jobs(place.tenant):
-                tour.kept_live += 1
-            else:
-                await self._remove(tour, kind, place.name, doomed, age)
+        due = [(kind, doomed) for kind, ttl_s, doomed in expiring if age >= timedelta(seconds=ttl_s)]
+        if due and place.name in await self._named_by_live_jobs(place.tenant):
+            tour.kept_live += 1
             return
+        for kind, doomed in due:
+            await self._remove(tour, kind, place.name, doomed, age)
+            if kind is SweepKind.RESULTS:
+                return
+
+    def _expiring(self, group: _Group) -> list[tuple[SweepKind, float, list[ObjectInfo]]]:
+        """What of a process has a TTL: all of it first, then its parts."""
+        settings, name, keys = self._settings, group.place.name, Keys(self._prefix, group.place.tenant)
+        kinds = (
+            (SweepKind.RESULTS, settings.results_ttl_s, keys.process_prefix(name)),
+            (SweepKind.SAMPLES, settings.samples_ttl_s, keys.samples_prefix(name)),
+            (SweepKind.RAY_TRAIN, settings.unfinished_ttl_s, keys.ray_train_prefix(name)),
+        )
+        return [
+            (kind, ttl_s, doomed)
+            for kind, ttl_s, prefix in kinds
+            if ttl_s is not None and (doomed := [info for info in group.objects if info.key.startswith(prefix)])
+        ]
 
     async def _named_by_live_jobs(self, tenant: str) -> set[str]:
         """Live jobs and every job that their requests speak of, such as the trainings of their LoRAs."""

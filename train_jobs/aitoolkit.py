@@ -12,6 +12,7 @@ from typing import Any
 from train_jobs import aitoolkit_keys as keys
 from train_jobs.aitoolkit_datasets import dataset_name, read_datasets
 from train_jobs.aitoolkit_generate import parse_generate_yaml
+from train_jobs.aitoolkit_quantization import read_quantization
 from train_jobs.aitoolkit_samples import read_sample
 from train_jobs.config_reader import ConfigReader, Ignored, ParsedConfig, copy_keys, read_architecture
 from train_jobs.spec import TrainSpec, check_model_name
@@ -27,6 +28,7 @@ DTYPES = {
     "float32": "fp32",
     "float": "fp32",
 }
+NETWORK_TYPES = ("lora", "locon", "dora", "lokr", "loha")
 PRODIGY_RATE_MIN = 0.1
 SAVE_DTYPES = DTYPES | {"fp16": "fp16", "float16": "fp16", "half": "fp16"}
 
@@ -58,6 +60,7 @@ def _train_process(reader: ConfigReader, name: str, process: dict[str, Any], pat
     updates_per = _train(reader, process, path, family)
     _save(reader, process.get("save"), f"{path}.save", updates_per)
     _validation(reader, process.get("validation"), f"{path}.validation", updates_per, local=local)
+    _captioning(reader, process.get("captioning"), f"{path}.captioning", local=local)
     read_datasets(reader, process.get("datasets"), f"{path}.datasets", trigger, local=local)
     train = process.get("train")
     disabled = isinstance(train, dict) and train.get("disable_sampling") is True
@@ -68,17 +71,27 @@ def _network(reader: ConfigReader, value: Any, path: str) -> None:
     if value is None:
         reader.problem(path, "is missing: only LoRA training is supported", "missing")
         return
-    network = reader.section(value, path, keys.NETWORK)
-    kind = network.get("type", "lora")
-    if kind not in ("lora", "locon", "dora"):
-        reader.problem(f"{path}.type", "only the network types lora, locon and dora are supported", "unsupported")
-    if kind == "dora":
-        reader.put("network.type", "dora", f"{path}.type")
+    kind = value.get("type", "lora") if isinstance(value, dict) else "lora"
+    network = reader.section(value, path, keys.LOKR_NETWORK if kind == "lokr" else keys.NETWORK)
+    if kind not in NETWORK_TYPES:
+        reader.problem(
+            f"{path}.type", f"only the network types {', '.join(NETWORK_TYPES)} are supported", "unsupported"
+        )
+    elif kind not in ("lora", "locon"):
+        reader.put("network.type", kind, f"{path}.type")
     rank_key = "rank" if "rank" in network else "linear"
     alpha_key = "linear_alpha" if "linear_alpha" in network else "alpha"
     reader.put("network.rank", network.get(rank_key, 4), f"{path}.{rank_key}")
     reader.put("network.alpha", network.get(alpha_key, 1.0), f"{path}.{alpha_key}")
-    names = {"conv": "conv_rank", "dropout": "dropout"}
+    names = {
+        "conv": "conv_rank",
+        "dropout": "dropout",
+        "lokr_full_rank": "lokr_full_rank",
+        "lokr_factor": "lokr_factor",
+    }
+    if kind in ("lokr", "loha") and network.get("dropout"):
+        del names["dropout"]
+        reader.warn(f"{path}.dropout", f"has no effect on {kind}")
     copy_keys(reader, network, path, {key: f"network.{target}" for key, target in names.items()})
     if "conv" in network:
         reader.put("network.conv_alpha", network.get("conv_alpha", network["conv"]), f"{path}.conv_alpha")
@@ -199,6 +212,19 @@ def _validation(reader: ConfigReader, value: Any, path: str, updates_per: int, *
         reader.put("validation.dataset", {"local_path" if local else "dataset": _named_folder(folder, local)}, path)
 
 
+def _captioning(reader: ConfigReader, value: Any, path: str, *, local: bool) -> None:
+    """A key of our own: a model that writes the captions that are missing."""
+    if value is None:
+        return
+    captioning = reader.section(value, path, keys.CAPTIONING)
+    model = captioning.get("model")
+    reason = check_model_name(model, paths_allowed=local) if isinstance(model, str) else "is missing"
+    if reason is not None:
+        reader.problem(f"{path}.model", reason)
+    reader.origin["captioning.model"] = f"{path}.model"
+    copy_keys(reader, captioning, path, {key: f"captioning.{key}" for key in sorted(captioning)})
+
+
 def _named_folder(folder: Any, local: bool) -> Any:
     return folder if local or not isinstance(folder, str) else dataset_name(folder) or ""
 
@@ -270,6 +296,7 @@ def _model(reader: ConfigReader, value: Any, path: str, *, local: bool) -> str |
     flags = [reader.flag(model[key], f"{path}.{key}") for key in ("compile", "block_compile") if key in model]
     if flags:
         reader.put("train.compile", any(flags), f"{path}.compile")
+    read_quantization(reader, model, path)
     name = model.get("name_or_path")
     at = f"{path}.name_or_path"
     if not isinstance(name, str) or not name:

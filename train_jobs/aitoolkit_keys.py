@@ -49,7 +49,9 @@ CONFIG = Section(
 )
 
 PROCESS = Section(
-    honoured=_keys("type trigger_word network save datasets train model sample subject_id training_seed validation"),
+    honoured=_keys(
+        "type trigger_word network save datasets train model sample subject_id training_seed validation captioning"
+    ),
     ignored=_because(ELSEWHERE, "training_folder output_folder sqlite_db_path")
     | _because(LOGS, "performance_log_every logging log_dir torch_profiler name")
     | _because(MEMORY, "device dtype"),
@@ -104,6 +106,13 @@ NETWORK = Section(
         "transformer_only": True,
         "all_layers": False,
     },
+)
+
+LOKR_NETWORK = Section(
+    honoured=NETWORK.honoured | {"lokr_full_rank", "lokr_factor"},
+    ignored={key: reason for key, reason in NETWORK.ignored.items() if key not in ("lokr_full_rank", "lokr_factor")}
+    | {"old_lokr_format": "the file is stored under diffusers' and kohya's key names"},
+    refused=NETWORK.refused,
 )
 
 TRAIN = Section(
@@ -193,6 +202,10 @@ EMA = Section(
 
 NETWORK_KWARGS = Section(honoured=_keys("only_if_contains ignore_if_contains"))
 
+CAPTIONING = Section(honoured=_keys("model prompt prefix suffix max_new_tokens overwrite"))
+
+QUANTIZE_KWARGS = Section(honoured=_keys("exclude"))
+
 VALIDATION = Section(honoured=_keys("folder_path dataset_path share every patience"))
 
 OPTIMIZER_PARAMS = Section(
@@ -204,12 +217,14 @@ SCHEDULER_PARAMS = Section(
     refused={"last_epoch": -1},
 )
 
+QUANTIZATION = _keys("quantize quantize_te qtype qtype_te quantize_kwargs")
+
 MODEL = Section(
-    honoured=_keys("name_or_path arch is_xl is_flux is_v3 compile block_compile"),
+    honoured=_keys("name_or_path arch is_xl is_flux is_v3 compile block_compile") | QUANTIZATION,
     ignored=_because(
         MEMORY,
-        "dtype vae_device vae_dtype te_device te_dtype quantize quantize_te qtype qtype_te low_vram quantize_kwargs"
-        " text_encoder_bits split_model_over_gpus split_model_other_module_param_count_scale auto_memory"
+        "dtype vae_device vae_dtype te_device te_dtype low_vram text_encoder_bits"
+        " split_model_over_gpus split_model_other_module_param_count_scale auto_memory"
         " layer_offloading layer_offloading_transformer_percent layer_offloading_text_encoder_percent",
     )
     | _because(SPEED, "attn_masking compile_mode compile_fullgraph compile_dynamic cache_size_limit")
@@ -321,8 +336,8 @@ GENERATE = Section(
 )
 
 GENERATE_MODEL = Section(
-    honoured=MODEL.honoured | {"lora_path"},
-    ignored=MODEL.ignored,
+    honoured=(MODEL.honoured - QUANTIZATION) | {"lora_path"},
+    ignored={**MODEL.ignored, **dict.fromkeys(QUANTIZATION, MEMORY)},
     refused={key: value for key, value in MODEL.refused.items() if key != "lora_path"},
 )
 
@@ -361,6 +376,17 @@ OPTIMIZERS = {
     "lion": "lion",
     "lion8bit": "lion",
 }
+QTYPES = {
+    "qfloat8": "float8",
+    "float8": "float8",
+    "qint8": "int8",
+    "int8": "int8",
+    "uint8": "int8",
+    "qint4": "int4",
+    "int4": "int4",
+    "uint4": "int4",
+}
+"""ai-toolkit's names (`toolkit/util/quantize.py`) by what torchao has here."""
 SCHEDULERS = _keys("constant cosine linear constant_with_warmup cosine_with_restarts step")
 TIMESTEP_TYPES = {
     "sigmoid": "sigmoid",

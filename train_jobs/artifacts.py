@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import mimetypes
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from storage.datasets import DatasetManifest, DatasetNotFound, latest_manifest
 from storage.errors import ObjectNotFound
@@ -15,16 +15,10 @@ from storage.keys import Keys
 from storage.objects import ObjectStore
 from train_jobs import checkpoint
 from train_jobs.errors import ConfigInvalid, Problem
+from train_jobs.kept import Kept, Runner
 from train_jobs.spec import DatasetSpec
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
-
-
-class Runner(Protocol):
-    """Runs a coroutine to its end from code without an event loop: `storage.loop_thread.LoopThread` is one."""
-
-    def run_blocking(self, work: Coroutine[Any, Any, T]) -> T: ...
 
 
 class Artifacts:
@@ -138,6 +132,10 @@ class Artifacts:
         except ObjectNotFound:
             raise ConfigInvalid([problem]) from None
         return target
+
+    def kept(self, folder: str | None) -> Kept:
+        """What its owner's trainings share, with copies in a folder on this node."""
+        return Kept(self._store, self._runner, self._keys, None if folder is None else Path(folder))
 
     def store_log(self, name: str, data: bytes) -> str:
         """Store a log file. Returns its key."""

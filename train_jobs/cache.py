@@ -6,20 +6,27 @@ latents of a mirrored picture are not the mirrored latents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from diffusion.families import Family, TextEmbeds
 from train_jobs.captions import CaptionRules
 from train_jobs.data import Use, load_mask, load_pixels
+from train_jobs.kept import Kept, digest_of_file, name_of
 
 TEXT_BATCH = 16
 PIXELS_PER_BATCH = 4 * 1024 * 1024
+LATENTS, TEXTS = "latents", "texts"
+VERSION = 1
+"""To be raised when pictures are scaled or encoded in another way: what was kept before is then no longer found."""
 
 
 @dataclass(frozen=True)
@@ -64,45 +71,108 @@ class TrainingCache:
         return [tuple(self.entry(i).mean_CHW.shape) for i in range(len(self.entries))]
 
 
+@dataclass
+class Encodings:
+    """Latents and text embeddings by what they were made from, kept for later runs.
+
+    `latents_by` and `texts_by` are hashes of everything but the picture, its size and flips, or the prompt: the model's
+    weights, their rounding, the dtype. Without `texts_by` texts are not kept.
+    """
+
+    kept: Kept
+    latents_by: str
+    texts_by: str | None
+    _pictures: dict[Path, str] = field(default_factory=dict)
+
+    def fetch_moments(self, uses: Sequence[Use]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Mean and standard deviation `[C, H, W]` of those that are kept, by place. Raises StorageError."""
+        names = [self._latents_name(use) for use in uses]
+        found = self.kept.fetch(LATENTS, names)
+        parts = {i: _tensors(found[name]) for i, name in enumerate(names) if name in found}
+        return {i: (part["mean"], part["std"]) for i, part in parts.items() if part.keys() == {"mean", "std"}}
+
+    def keep_moments(self, uses: Sequence[Use], means_BCHW: Tensor, stds_BCHW: Tensor) -> None:
+        pairs = zip(uses, means_BCHW, stds_BCHW, strict=True)
+        items = {self._latents_name(u): save({"mean": m.contiguous(), "std": s.contiguous()}) for u, m, s in pairs}
+        self.kept.keep(LATENTS, items)
+
+    def fetch_texts(self, prompts: Sequence[str]) -> dict[str, TextEmbeds]:
+        """One row each, by prompt. Raises StorageError."""
+        if self.texts_by is None:
+            return {}
+        names = {prompt: name_of(VERSION, self.texts_by, prompt) for prompt in prompts}
+        found = self.kept.fetch(TEXTS, list(names.values()))
+        parts = {prompt: _tensors(found[name]) for prompt, name in names.items() if name in found}
+        return {prompt: TextEmbeds(**part) for prompt, part in parts.items() if "hidden_BLD" in part}
+
+    def keep_texts(self, rows: dict[str, TextEmbeds]) -> None:
+        if self.texts_by is not None:
+            named = {name_of(VERSION, self.texts_by, prompt): row for prompt, row in rows.items()}
+            data = {name: {k: t.contiguous() for k, t in row.tensors().items()} for name, row in named.items()}
+            self.kept.keep(TEXTS, {name: save(tensors) for name, tensors in data.items()})
+
+    def _latents_name(self, use: Use) -> str:
+        path = use.picture.path
+        if path not in self._pictures:
+            self._pictures[path] = digest_of_file(path)
+        how = [use.width_px, use.height_px, use.is_flipped, use.is_flipped_y]
+        return name_of(VERSION, self.latents_by, self._pictures[path], how)
+
+
 def build_cache(
     family: Family,
     uses: Sequence[Use],
     *,
     on_progress: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    encodings: Encodings | None = None,
 ) -> TrainingCache | None:
-    """Encode every picture and caption. None when `should_stop` said so.
+    """Encode every picture and caption that `encodings` does not have. None when `should_stop` said so.
 
-    `on_progress(done, total)` counts pictures. Raises ImageUnreadable, and whatever the model raises.
+    `on_progress(done, total)` counts pictures. Raises ImageUnreadable, StorageError, and whatever the model raises.
     """
-    texts, row_of = _encode_texts(family, ["", *(use.picture.caption for use in uses)])
-    cached: list[CachedUse | None] = [None] * len(uses)
-    done = 0
-    for batch in _by_size(uses):
+    texts, row_of = _encode_texts(family, ["", *(use.picture.caption for use in uses)], encodings)
+    moments = encodings.fetch_moments(uses) if encodings is not None else {}
+    if moments and on_progress is not None:
+        on_progress(len(moments), len(uses))
+    for batch in _by_size(uses, leave=moments.keys()):
         if should_stop is not None and should_stop():
             return None
         images_BCHW = torch.stack([torch.from_numpy(load_pixels(uses[i])) for i in batch])
         mean_BCHW, std_BCHW = (moment.float().cpu() for moment in family.encode_image_moments(images_BCHW))
-        for row, i in enumerate(batch):
-            use = uses[i]
-            cached[i] = CachedUse(
-                name=use.picture.name,
-                mean_CHW=mean_BCHW[row].clone(),
-                std_CHW=std_BCHW[row].clone(),
-                text_row=row_of[use.picture.caption],
-                caption=use.picture.caption,
-                text=use.picture.text,
-                rules=use.rules,
-                weight_1HW=mask_weight(load_mask(use), (mean_BCHW.shape[2], mean_BCHW.shape[3])),
-                loss_weight=use.loss_weight,
-                is_regularisation=use.is_regularisation,
-                is_validation=use.is_validation,
-            )
-        done += len(batch)
+        if encodings is not None:
+            encodings.keep_moments([uses[i] for i in batch], mean_BCHW, std_BCHW)
+        moments |= {i: (mean_BCHW[row].clone(), std_BCHW[row].clone()) for row, i in enumerate(batch)}
         if on_progress is not None:
-            on_progress(done, len(uses))
+            on_progress(len(moments), len(uses))
     entries = tuple(i for i, use in enumerate(uses) for _ in range(use.repeats))
-    return TrainingCache(tuple(c for c in cached if c is not None), entries, texts, row_of[""])
+    cached = tuple(_cached(use, *moments[i], row_of[use.picture.caption]) for i, use in enumerate(uses))
+    return TrainingCache(cached, entries, texts, row_of[""])
+
+
+def _cached(use: Use, mean_CHW: Tensor, std_CHW: Tensor, text_row: int) -> CachedUse:
+    return CachedUse(
+        name=use.picture.name,
+        mean_CHW=mean_CHW,
+        std_CHW=std_CHW,
+        text_row=text_row,
+        caption=use.picture.caption,
+        text=use.picture.text,
+        rules=use.rules,
+        weight_1HW=mask_weight(load_mask(use), (mean_CHW.shape[1], mean_CHW.shape[2])),
+        loss_weight=use.loss_weight,
+        is_regularisation=use.is_regularisation,
+        is_validation=use.is_validation,
+    )
+
+
+def _tensors(data: bytes) -> dict[str, Tensor]:
+    """None of them where the bytes hold something else, which is then made again."""
+    try:
+        tensors: dict[str, Tensor] = load(data)
+    except (SafetensorError, ValueError):
+        return {}
+    return tensors
 
 
 def mask_weight(mask_HW: NDArray[np.float32] | None, latent_size: tuple[int, int]) -> Tensor | None:
@@ -116,11 +186,12 @@ def mask_weight(mask_HW: NDArray[np.float32] | None, latent_size: tuple[int, int
     return weight / weight.mean().clamp(min=1e-6)
 
 
-def _by_size(uses: Sequence[Use]) -> list[list[int]]:
-    """Indexes in batches of equal picture size and bounded area."""
+def _by_size(uses: Sequence[Use], *, leave: Collection[int]) -> list[list[int]]:
+    """Indexes in batches of equal picture size and bounded area, those to `leave` left out."""
     by_size: dict[tuple[int, int], list[int]] = {}
     for index, use in enumerate(uses):
-        by_size.setdefault((use.width_px, use.height_px), []).append(index)
+        if index not in leave:
+            by_size.setdefault((use.width_px, use.height_px), []).append(index)
     batches: list[list[int]] = []
     for (width_px, height_px), indexes in by_size.items():
         count = min(16, max(1, PIXELS_PER_BATCH // (width_px * height_px)))
@@ -129,10 +200,17 @@ def _by_size(uses: Sequence[Use]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _encode_texts(family: Family, prompts: Sequence[str]) -> tuple[tuple[TextEmbeds, ...], dict[str, int]]:
+def _encode_texts(
+    family: Family, prompts: Sequence[str], encodings: Encodings | None
+) -> tuple[tuple[TextEmbeds, ...], dict[str, int]]:
     unique = list(dict.fromkeys(prompts))
-    rows: list[TextEmbeds] = []
-    for start in range(0, len(unique), TEXT_BATCH):
-        embeds = family.encode_prompts(unique[start : start + TEXT_BATCH]).to(device="cpu")
-        rows.extend(embeds.rows([row]) for row in range(len(embeds)))
-    return tuple(rows), {prompt: row for row, prompt in enumerate(unique)}
+    rows = encodings.fetch_texts(unique) if encodings is not None else {}
+    missing = [prompt for prompt in unique if prompt not in rows]
+    for start in range(0, len(missing), TEXT_BATCH):
+        some = missing[start : start + TEXT_BATCH]
+        embeds = family.encode_prompts(some).to(device="cpu")
+        new = {prompt: embeds.rows([row]) for row, prompt in enumerate(some)}
+        if encodings is not None:
+            encodings.keep_texts(new)
+        rows |= new
+    return tuple(rows[prompt] for prompt in unique), {prompt: row for row, prompt in enumerate(unique)}

@@ -16,6 +16,7 @@ from train_jobs.spec import TrainSpec
 from train_jobs.strict_yaml import read_mapping
 
 Verdict = Literal["honoured", "ignored", "unknown", "refused", "invalid"]
+LOKR_ONLY = {"lokr_factor", "lokr_full_rank"}
 REFUSED_CODES = frozenset({"unsupported", "not_allowed", "conflict"})
 
 
@@ -89,11 +90,15 @@ def describe_run(spec: TrainSpec) -> dict[str, Any]:
     return {
         "name": spec.name,
         "model": spec.model,
-        "network": network.model_dump(mode="json", exclude_none=True),
+        "network": network.model_dump(
+            mode="json", exclude_none=True, exclude=set() if network.type == "lokr" else LOKR_ONLY
+        ),
+        **({"quantize": spec.quantize.model_dump(mode="json", exclude_none=True)} if spec.quantize.is_on else {}),
         "datasets": [
             dataset.model_dump(mode="json", exclude_defaults=True, exclude={"local_path"}) | {"name": dataset.label}
             for dataset in spec.datasets
         ],
+        **({"captioning": _captioning(spec)} if spec.captioning is not None else {}),
         "steps": train.steps,
         "pictures_per_step": train.batch_size * train.gradient_accumulation,
         "pictures_total": train.steps * train.batch_size * train.gradient_accumulation,
@@ -105,6 +110,10 @@ def describe_run(spec: TrainSpec) -> dict[str, Any]:
         "checkpoints_kept": min(spec.save.keep, -(-train.steps // spec.save.every_steps)),
         "preview_pictures": len(previews) * len(spec.sample.previews),
     }
+
+
+def _captioning(spec: TrainSpec) -> dict[str, Any]:
+    return spec.captioning.model_dump(mode="json", exclude_none=True) if spec.captioning is not None else {}
 
 
 def _has_preview(spec: TrainSpec, step: int) -> bool:

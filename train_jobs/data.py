@@ -150,11 +150,13 @@ def _unmasked(path: Path) -> Path:
 
 def read_text(path: Path, spec: DatasetSpec) -> str:
     """The text beside a picture, or the default."""
-    text = ""
+    return own_text(path, spec) or spec.default_caption or ""
+
+
+def own_text(path: Path, spec: DatasetSpec) -> str:
+    """The text beside a picture, in one line; empty where there is none."""
     beside = path.with_suffix(spec.caption_ext)
-    if beside.is_file():
-        text = " ".join(beside.read_text(encoding="utf-8-sig", errors="replace").split())
-    return text or spec.default_caption or ""
+    return " ".join(beside.read_text(encoding="utf-8-sig", errors="replace").split()) if beside.is_file() else ""
 
 
 def plan_uses(
@@ -236,7 +238,7 @@ def load_pixels(use: Use) -> NDArray[np.float32]:
     try:
         with Image.open(use.picture.path) as image:
             upright = ImageOps.exif_transpose(image)
-            pixels = ImageOps.fit(_on_white(upright), (use.width_px, use.height_px), Image.Resampling.BICUBIC)
+            pixels = ImageOps.fit(on_white(upright), (use.width_px, use.height_px), Image.Resampling.BICUBIC)
     except DECODE_ERRORS:
         raise ImageUnreadable([use.picture.name]) from None
     array = np.asarray(_flipped(pixels, use), dtype=np.float32) / 127.5 - 1.0
@@ -265,7 +267,8 @@ def _flipped(image: Image.Image, use: Use) -> Image.Image:
     return ImageOps.flip(image) if use.is_flipped_y else image
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def on_white(image: Image.Image) -> Image.Image:
+    """In RGB, transparency put on white."""
     if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

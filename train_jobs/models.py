@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -19,32 +19,34 @@ MODEL_FILES = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safe
 VARIANT_FILES = ["*.fp16.safetensors", "*.non_ema.safetensors", "safety_checker/*"]
 
 
-def resolve_model(name: str, models: Mapping[str, str], *, paths_allowed: bool) -> Path:
+def resolve_model(
+    name: str, models: Mapping[str, str], *, paths_allowed: bool, files: Sequence[str] = MODEL_FILES
+) -> Path:
     """The folder of an alias in `models`, of a Hugging Face id (downloaded or cached), or of a local path.
 
-    A path is used only where `paths_allowed`: for a config from this machine's command line. Only safetensors
-    weights are downloaded. Raises ModelNotAvailable.
+    A path is used only where `paths_allowed`: for a config from this machine's command line. Only `files`
+    are downloaded, and weights only as safetensors. Raises ModelNotAvailable.
     """
     if name in models:
-        return _folder(name, Path(models[name]))
+        return _folder(name, Path(models[name]), files)
     if paths_allowed and Path(name).is_dir():
         return Path(name).resolve()
     if not re.fullmatch(MODEL_ID_PATTERN, name):
         raise ModelNotAvailable(name)
-    return _download(name)
+    return _download(name, files)
 
 
-def _folder(name: str, source: Path) -> Path:
+def _folder(name: str, source: Path, files: Sequence[str]) -> Path:
     if source.is_dir():
         return source
     if re.fullmatch(MODEL_ID_PATTERN, str(source)):
-        return _download(str(source))
+        return _download(str(source), files)
     raise ModelNotAvailable(name, "its folder is not on this node")
 
 
-def _download(name: str) -> Path:
+def _download(name: str, files: Sequence[str]) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=MODEL_FILES, ignore_patterns=VARIANT_FILES))
+        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=VARIANT_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         logger.warning("the model %s could not be downloaded: %s", name, type(error).__name__)
         raise ModelNotAvailable(name, "it is not on this node and could not be downloaded") from error

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffusion.adapter import ConvLora, TrainableLora, attach_lora
 from diffusion.errors import SettingNotSupported
 from diffusion.families import Family, load_family
-from diffusion.lora import fit_layers, read_lora
+from diffusion.kohya import to_kohya_factors
+from diffusion.lora import fit_layers, read_factors, read_lora
+from diffusion.lycoris_layers import Lycoris
+from diffusion.quantized import Quantization, check_quantization
 from train_jobs.artifacts import Artifacts, pinned_uploads
-from train_jobs.cache import TrainingCache, build_cache
+from train_jobs.cache import Encodings, TrainingCache, build_cache
 from train_jobs.checkpoint import Checkpoint, read_checkpoint
 from train_jobs.data import Picture, Use, choose_held_out, plan_uses, read_folder, same_pictures
 from train_jobs.errors import NAMES_SHOWN_MAX, ConfigInvalid, ModelNotAvailable, Problem
+from train_jobs.kept import Kept, digest_of_files, name_of
 from train_jobs.models import resolve_model
 from train_jobs.previews import Previews
-from train_jobs.spec import DatasetSpec, TrainSpec
+from train_jobs.spec import DatasetSpec, NetworkSpec, TrainSpec
 from train_jobs.validation import Validation
 
 
@@ -98,8 +104,13 @@ def load_model(
     """
     train = spec.train
     is_half = train.dtype == "bf16" and device.type != "cpu"
+    wanted = spec.quantize
+    quantization = Quantization(wanted.denoiser, wanted.text_encoders, wanted.exclude) if wanted.is_on else None
+    if quantization is not None:
+        check_quantization()
     folder = resolve_model(spec.model, models, paths_allowed=paths_allowed)
-    family = load_family(folder, device=device, dtype=torch.bfloat16 if is_half else torch.float32)
+    dtype = torch.bfloat16 if is_half else torch.float32
+    family = load_family(folder, device=device, dtype=dtype, quantization=quantization)
     if spec.family is not None and spec.family != family.name:
         raise ModelNotAvailable(spec.model, f"it is of the kind {family.name}, and the config says {spec.family}")
     lora = _attach(spec, family)
@@ -116,15 +127,18 @@ def _attach(spec: TrainSpec, family: Family) -> TrainableLora:
     denoiser, *encoders = family.lora_components
     if spec.train.train_text_encoder and not encoders:
         raise SettingNotSupported("train_text_encoder", f"the text encoder of {family.name} cannot be trained here")
-    conv = None
+    lycoris, conv = _lycoris(network), None
     if network.conv_rank is not None:
         conv = ConvLora(network.conv_rank, network.conv_alpha or float(network.conv_rank))
+    if lycoris is not None and lycoris.full_rank:
+        conv = ConvLora(network.rank, network.alpha_effective) if family.conv_target_modules(denoiser) else None
     return attach_lora(
         family,
         rank=network.rank,
         alpha=network.alpha_effective,
         dropout=network.dropout,
         dora=network.type == "dora",
+        lycoris=lycoris,
         targets=network.targets,
         components=[denoiser, *(encoders if spec.train.train_text_encoder else ())],
         seed=spec.train.seed,
@@ -134,12 +148,21 @@ def _attach(spec: TrainSpec, family: Family) -> TrainableLora:
     )
 
 
+def _lycoris(network: NetworkSpec) -> Lycoris | None:
+    if network.type == "lokr":
+        return Lycoris("lokr", network.lokr_factor, network.lokr_full_rank)
+    return Lycoris("loha") if network.type == "loha" else None
+
+
 def begin_from(lora: TrainableLora, family: Family, path: Path) -> None:
     """Take the weights of an adapter file. It may have fewer layers, but not another rank.
 
     Raises LoraInvalid, LoraMismatch, ConfigInvalid.
     """
     own = {name: tensor.clone() for name, tensor in lora.state_dict().items()}
+    if lora.lycoris is not None:
+        lora.load_state_dict(own | _own_factors(own, read_factors(path), family))
+        return
     for component, layers in fit_layers(read_lora(path), family.lora_components).items():
         for name, layer in layers.items():
             parts = {"lora_A.weight": layer.A, "lora_B.weight": layer.B}
@@ -148,10 +171,24 @@ def begin_from(lora: TrainableLora, family: Family, path: Path) -> None:
             for end, tensor in parts.items():
                 key = f"{component}.{name}.{end}"
                 if key not in own or own[key].shape != tensor.shape:
-                    message = "this adapter's layers or rank differ from the network's"
-                    raise ConfigInvalid([Problem("network.pretrained", message, "mismatch")])
+                    raise _not_this_network()
                 own[key] = tensor.to(own[key].dtype)
     lora.load_state_dict(own)
+
+
+def _own_factors(own: Mapping[str, Tensor], found: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """A LoKr's or LoHa's factors under the network's own names, whether the file has these or kohya's."""
+    names = {name: name for name in own}
+    with suppress(SettingNotSupported):
+        names |= {next(iter(to_kohya_factors({name: t}, family))): name for name, t in own.items()}
+    if any(key not in names or own[names[key]].shape != tensor.shape for key, tensor in found.items()):
+        raise _not_this_network()
+    return {names[key]: tensor.to(own[names[key]].dtype) for key, tensor in found.items()}
+
+
+def _not_this_network() -> ConfigInvalid:
+    message = "this adapter's layers or rank differ from the network's"
+    return ConfigInvalid([Problem("network.pretrained", message, "mismatch")])
 
 
 class Preparation:
@@ -165,6 +202,7 @@ class Preparation:
         models: Mapping[str, str],
         *,
         scratch: Path,
+        kept: Kept,
         paths_allowed: bool,
         stage: Callable[..., None],
         should_stop: Callable[[], bool],
@@ -175,6 +213,7 @@ class Preparation:
         self._device = device
         self._models = models
         self._scratch = scratch
+        self._kept = kept
         self._paths_allowed = paths_allowed
         self._stage = stage
         self._should_stop = should_stop
@@ -187,6 +226,10 @@ class Preparation:
         steps = self._artifacts.checkpoint_steps()
         checkpoint_folder = self._artifacts.fetch_checkpoint(steps[-1]) if steps else None
         pictures = read_pictures(spec, self._artifacts, pinned_uploads(facts_of(checkpoint_folder)))
+        captioned = self._captioned(pictures)
+        if captioned is None:
+            return None
+        pictures = captioned
         self._stage("model")
         family, lora = load_model(spec, self._models, self._device, paths_allowed=self._paths_allowed)
         previews = Previews(
@@ -204,12 +247,46 @@ class Preparation:
             uses,
             on_progress=lambda done, total: self._stage("caching", done=done, of=total),
             should_stop=self._should_stop if self._stops_while_caching else None,
+            encodings=self._encodings(family),
         )
+        self._kept.prune()
         if cache is None or self._should_stop():
             return None
         watched = spec.validation
         validation = None if watched is None else Validation(watched, cache, batch_size=spec.train.batch_size)
         return Prepared(family, lora, cache, checkpoint, pictures.uploads, previews, validation, warnings_of(pictures))
+
+    def _captioned(self, pictures: Pictures) -> Pictures | None:
+        """With the captions that were asked for; None when asked to stop."""
+        captioning = self._spec.captioning
+        if captioning is None:
+            return pictures
+        # Imported here because transformers' model classes are slow to import, and few trainings need these.
+        from train_jobs.captioner import caption_all
+
+        captioned = caption_all(
+            captioning,
+            pictures.datasets,
+            kept=self._kept,
+            models=self._models,
+            device=self._device,
+            paths_allowed=self._paths_allowed,
+            on_progress=lambda done, total: self._stage("captioning", done=done, of=total),
+            should_stop=self._should_stop if self._stops_while_caching else None,
+        )
+        return None if captioned is None else replace(pictures, datasets=captioned)
+
+    def _encodings(self, family: Family) -> Encodings:
+        """Of texts only where their encoders carry no adapter, which would have a part in them."""
+        spec = self._spec
+        folder = resolve_model(spec.model, self._models, paths_allowed=self._paths_allowed)
+        model = [family.name, str(family.dtype), family.device.type]
+        latents_by = name_of(*model, digest_of_files(folder, ["vae/*"]))
+        if spec.train.train_text_encoder:
+            return Encodings(self._kept, latents_by, None)
+        rounded = spec.quantize.model_dump(mode="json", include={"text_encoders", "exclude"})
+        texts = digest_of_files(folder, ["text_encoder*/*", "tokenizer*/*", "model_index.json"])
+        return Encodings(self._kept, latents_by, name_of(*model, rounded, texts))
 
     def _pretrained(self, name: str) -> Path:
         """A file on this machine only where a config of this machine's command line may name one."""

@@ -54,7 +54,7 @@ class Previews:
     def make(self, step: int, should_stop: Callable[[], bool]) -> None:
         """Raises Cancelled, OutOfGpuMemory and StorageError; the adapter and its gradients are left as they were."""
         path = self._scratch / "preview.safetensors"
-        save_lora(path, self._lora.state_dict(), metadata=self._lora.metadata(title=self._name))
+        save_lora(path, self._lora.file_state(), metadata=self._lora.metadata(title=self._name))
         requests = [self._request(i, (self._ref(path, p),)) for i, p in enumerate(self._spec.previews)]
         images = self._engine.generate(requests, should_stop=should_stop)
         kind = FORMATS[self._spec.format]

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from diffusion.adapter import TrainableLora
 from diffusion.errors import SettingNotSupported
 from diffusion.families import Family
-from diffusion.kohya import has_kohya_names, to_kohya
+from diffusion.kohya import has_kohya_names, to_kohya, to_kohya_factors
 from diffusion.lora import read_lora, save_lora
 from train_jobs.artifacts import Artifacts
 from train_jobs.charts import Points, loss_png, tensorboard_file
@@ -39,22 +40,29 @@ class Results:
         metadata = self._metadata(lora, step, pictures)
         dtype = EXPORT_DTYPES[self._spec.save.dtype]
         path = self._scratch / f"{self._spec.name}.safetensors"
-        save_lora(path, lora.state_dict(), metadata=metadata, dtype=dtype)
+        save_lora(path, lora.file_state(), metadata=metadata, dtype=dtype)
         stored = self._artifacts.store_lora(path, step=step)
         exports: list[dict[str, Any]] = []
         if has_kohya_names(family):
             try:
-                exports.append(self._store_kohya(family, path, metadata, step))
+                named = self._kohya_names(family, lora, path)
+                exports.append(self._store_kohya(named, metadata, step))
             except SettingNotSupported:
                 self.warnings.append("Some of the adapter's layers have no kohya names; there is no kohya file.")
         return {"loras": [stored], "exports": exports}
 
-    def _store_kohya(self, family: Family, source: Path, metadata: dict[str, str], step: int) -> dict[str, Any]:
-        state = to_kohya(read_lora(source).layers(), family)
+    def _kohya_names(self, family: Family, lora: TrainableLora, stored: Path) -> dict[str, Tensor]:
+        if lora.lycoris is not None:
+            return to_kohya_factors(lora.file_state(), family)
+        return to_kohya(read_lora(stored).layers(), family)
+
+    def _store_kohya(self, state: dict[str, Tensor], metadata: dict[str, str], step: int) -> dict[str, Any]:
         dtype = EXPORT_DTYPES[self._spec.save.dtype]
         path = self._scratch / f"{self._spec.name}_kohya.safetensors"
         kept = {key: value for key, value in metadata.items() if key != "lora_adapter_metadata"}
-        save_file({k: t.to(dtype).contiguous() for k, t in state.items()}, path, metadata={"format": "pt", **kept})
+        save_file(
+            {k: t.to("cpu", dtype).contiguous() for k, t in state.items()}, path, metadata={"format": "pt", **kept}
+        )
         return self._artifacts.store_lora(path, step=step) | {"format": "kohya"}
 
     def store_losses(self, history: Points, validation: Points) -> dict[str, Any]:
@@ -71,7 +79,14 @@ class Results:
 
     def _metadata(self, lora: TrainableLora, step: int, pictures: int) -> dict[str, str]:
         spec, train = self._spec, self._spec.train
-        own = spec.model_dump(mode="json", exclude={"datasets": {"__all__": {"local_path"}}, "validation": True})
+        own = spec.model_dump(
+            mode="json",
+            exclude={
+                "datasets": {"__all__": {"local_path"}},
+                "validation": True,
+                "captioning": {"model"},
+            },
+        )
         return lora.metadata(
             title=spec.name,
             steps=step,

@@ -18,7 +18,6 @@ import os
 import secrets
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -32,12 +31,16 @@ from ray.train.torch import TorchTrainer
 from tenacity import Retrying, before_sleep_log, retry_if_exception_type, stop_after_attempt, wait_fixed
 
 from storage.actor import NAMESPACE, StorageClient
+from storage.arrow_files import arrow_files
 from storage.blocking_jobs import BlockingJobs
+from storage.counters import CLEANUP_FAILURES, Counters
 from storage.errors import JobError, JobNotFound, StorageError
 from storage.job_record import JobRecord, NewJob
 from storage.job_state import JobKind
 from storage.jobs_config import JobsConfig
 from storage.keys import Keys
+from storage.objects import ObjectStore
+from storage.ray_counters import RayCounters
 from train_jobs.aitoolkit import parse_train_yaml
 from train_jobs.board import RunBoard, StopReason
 from train_jobs.driver import Driver, ExitCode
@@ -54,6 +57,7 @@ BOARD_TIMEOUT_S = 10.0
 JOIN_ATTEMPTS_MAX = 3
 JOIN_INTERVAL_S = 2.0
 WORKER_FAILURES_MAX = 2
+KEPT_FOLDER = ".cache/raylora/kept"
 
 
 class BoardHandle:
@@ -135,6 +139,10 @@ def _record_of_config(jobs: BlockingJobs, config: JobsConfig, args: argparse.Nam
         spec = spec_from_json(TrainSpec, spec.model_dump() | {"name": args.name}, paths_allowed=True)
     if spec.model not in config.models and Path(spec.model).is_dir():
         spec = spec.model_copy(update={"model": str(Path(spec.model).resolve())})
+    captioning = spec.captioning
+    if captioning is not None and captioning.model not in config.models and Path(captioning.model).is_dir():
+        named = captioning.model_copy(update={"model": str(Path(captioning.model).resolve())})
+        spec = spec.model_copy(update={"captioning": named})
     keys = Keys(config.s3.prefix, args.tenant)
     store = StorageClient(config.s3, config.breaker)
     spec = asyncio.run(upload_local_datasets(store, keys, spec, now=datetime.now(UTC)))
@@ -185,27 +193,45 @@ def _run(jobs: BlockingJobs, config: JobsConfig, record: JobRecord, owner: str) 
         s3=config.s3,
         breaker=config.breaker,
         use_gpu=bool(scaling.use_gpu),
+        kept_folder=str(Path.home() / KEPT_FOLDER),
     )
 
-    with tempfile.TemporaryDirectory(prefix="raylora-run-", ignore_cleanup_errors=True) as scratch:
+    store = StorageClient(config.s3, config.breaker)
+    train_files = Keys(config.s3.prefix, record.tenant).ray_train_prefix(record.id)
 
-        def fit() -> dict[str, Any]:
-            trainer = TorchTrainer(
-                train_worker,
-                train_loop_config={"config": work, "board": board},
-                scaling_config=scaling,
-                run_config=RunConfig(
-                    name=f"{record.id}-{record.attempt}",
-                    storage_path=scratch,
-                    failure_config=FailureConfig(max_failures=WORKER_FAILURES_MAX),
-                ),
-            )
-            result: dict[str, Any] = trainer.fit().return_value or {}
-            return result
+    def fit() -> dict[str, Any]:
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"config": work, "board": board},
+            scaling_config=scaling,
+            run_config=RunConfig(
+                name=f"{record.id}-{record.attempt}",
+                storage_path=train_files.rstrip("/"),
+                storage_filesystem=arrow_files(store, train_files),
+                failure_config=FailureConfig(max_failures=WORKER_FAILURES_MAX),
+            ),
+        )
+        result: dict[str, Any] = trainer.fit().return_value or {}
+        return result
 
-        driver = Driver(jobs, record.id, owner, BoardHandle(board), fit, explain=explain, say=say)
-        _on_signals(driver)
+    driver = Driver(jobs, record.id, owner, BoardHandle(board), fit, explain=explain, say=say)
+    _on_signals(driver)
+    try:
         return driver.run()
+    finally:
+        asyncio.run(remove_train_files(store, train_files, RayCounters()))
+
+
+async def remove_train_files(store: ObjectStore, prefix: str, counters: Counters) -> None:
+    """What Ray Train wrote in this and earlier attempts. The training's own checkpoints lie elsewhere.
+
+    A failure is logged and counted, and costs the training nothing.
+    """
+    try:
+        await store.delete_many([info.key for info in await store.list(prefix)])
+    except StorageError as error:
+        counters.add(CLEANUP_FAILURES, resource="ray_train_files")
+        logger.warning("the files of Ray Train were left behind (%s)", error.code)
 
 
 def scaling_for(config: JobsConfig, resources: dict[str, float]) -> ScalingConfig:

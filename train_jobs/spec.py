@@ -86,9 +86,13 @@ class NetworkSpec(_Spec):
     `targets`: only the attention's layers, or every linear layer of the denoiser's transformer blocks; of these the
     layers whose name holds a part in `only_if_contains` (when there is one) and none in `ignore_if_contains`.
     `conv_rank` adapts the convolutions of a UNet too. `pretrained` is the key of an adapter to begin from.
+
+    `lokr` and `loha` (Yeh et al. 2023) take no dropout. `lokr_factor` is the side of LoKr's smaller matrix, -1 for
+    about the square root of the layer's; with `lokr_full_rank` the larger one is whole, a UNet's convolutions are
+    adapted too, and rank and alpha have no say.
     """
 
-    type: Literal["lora", "dora"] = "lora"
+    type: Literal["lora", "dora", "lokr", "loha"] = "lora"
     rank: int = Field(default=16, ge=1, le=1024)
     alpha: float | None = Field(default=None, gt=0.0, le=4096.0)
     targets: Literal["attention", "all"] = "all"
@@ -100,6 +104,21 @@ class NetworkSpec(_Spec):
         default=(), max_length=64
     )
     pretrained: str | None = Field(default=None, max_length=1024, pattern=r"\.safetensors$")
+    lokr_factor: Annotated[int, Field(ge=-1, le=65_536)] = -1
+    lokr_full_rank: bool = True
+
+    @model_validator(mode="after")
+    def _has_no_dropout_in_vain(self) -> "NetworkSpec":
+        if self.type in ("lokr", "loha") and self.dropout > 0:
+            raise ValueError(f"{self.type} has no dropout")
+        return self
+
+    @field_validator("lokr_factor")
+    @classmethod
+    def _is_a_side(cls, lokr_factor: int) -> int:
+        if lokr_factor == 0:
+            raise ValueError("must be -1 or at least 1")
+        return lokr_factor
 
     @property
     def alpha_effective(self) -> float:
@@ -257,6 +276,33 @@ def check_model_name(model: str, *, paths_allowed: bool) -> str | None:
     return "must be a model's name here or a Hugging Face id such as org/name; paths and URLs are not accepted"
 
 
+class CaptioningSpec(_Spec):
+    """Captions for pictures without a text of their own, with `overwrite` for all, by an image-to-text model, which is
+    named as a base model is. `prompt` is what it is asked (models of the BLIP kind go on from it). `prefix` and
+    `suffix` are put around what it says as they are written.
+    """
+
+    model: str = Field(min_length=1, max_length=4096)
+    prompt: Prompt | None = None
+    prefix: str = Field(default="", max_length=500)
+    suffix: str = Field(default="", max_length=500)
+    max_new_tokens: int = Field(default=75, ge=1, le=1024)
+    overwrite: bool = False
+
+
+class QuantizeSpec(_Spec):
+    """Frozen weights in one byte each, see `diffusion.quantized`; None leaves them. `exclude` are patterns of layer
+    names (`*` and `?`) that stay as they are. The adapter is always trained in full precision."""
+
+    denoiser: Literal["float8", "int8", "int4"] | None = None
+    text_encoders: Literal["float8", "int8", "int4"] | None = None
+    exclude: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field(default=(), max_length=64)
+
+    @property
+    def is_on(self) -> bool:
+        return self.denoiser is not None or self.text_encoders is not None
+
+
 class TrainSpec(_Spec):
     """A whole LoRA training. `model` is an alias the server knows or a Hugging Face id `org/name`.
 
@@ -267,17 +313,26 @@ class TrainSpec(_Spec):
     model: str = Field(min_length=1, max_length=4096)
     datasets: tuple[DatasetSpec, ...] = Field(min_length=1, max_length=32)
     network: NetworkSpec = NetworkSpec()
+    quantize: QuantizeSpec = QuantizeSpec()
     train: OptimizeSpec = OptimizeSpec()
     save: SaveSpec = SaveSpec()
     sample: SampleSpec = SampleSpec()
     validation: ValidationSpec | None = None
+    captioning: CaptioningSpec | None = None
     family: str | None = Field(default=None, pattern=r"^[a-z0-9_]{1,40}$")
     trigger_word: str | None = Field(default=None, max_length=100)
     subject_id: str | None = Field(default=None, pattern=DATASET_PATTERN)
 
+    @model_validator(mode="after")
+    def _can_be_quantized(self) -> "TrainSpec":
+        if self.quantize.is_on and self.network.type == "dora":
+            raise ValueError("a quantised model cannot carry a DoRA, which needs its weights' lengths")
+        return self
+
     def is_remote_safe(self) -> bool:
         """Whether it names nothing on the server's own disk, as every spec that came over HTTP must."""
-        return check_model_name(self.model, paths_allowed=False) is None and all(
+        named = [self.model, *([self.captioning.model] if self.captioning is not None else [])]
+        return all(check_model_name(model, paths_allowed=False) is None for model in named) and all(
             d.local_path is None for d in self.all_datasets
         )
 
@@ -344,8 +399,9 @@ def spec_from_json(kind: type[S], value: Mapping[str, Any], *, paths_allowed: bo
     except ValidationError as invalid:
         raise ConfigInvalid(problems_of(invalid)) from None
     if isinstance(spec, TrainSpec) and not paths_allowed:
-        reason = check_model_name(spec.model, paths_allowed=False)
-        problems = [] if reason is None else [Problem("model", reason, "invalid_value")]
+        models = {"model": spec.model} | ({"captioning.model": spec.captioning.model} if spec.captioning else {})
+        reasons = {path: check_model_name(model, paths_allowed=False) for path, model in models.items()}
+        problems = [Problem(path, reason, "invalid_value") for path, reason in reasons.items() if reason is not None]
         problems += [
             Problem(f"datasets[{i}].local_path", "is not accepted here; upload a dataset first", "not_allowed")
             for i, d in enumerate(spec.all_datasets)

@@ -43,7 +43,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """What the driver gives to every worker. `s3` hides its secrets when printed."""
+    """What the driver gives to every worker. `s3` hides its secrets when printed.
+
+    `kept_folder` is where a node keeps what later trainings can use again; None for the object store alone.
+    """
 
     process_id: str
     tenant: str
@@ -53,6 +56,7 @@ class WorkerConfig:
     s3: S3Settings
     breaker: BreakerSettings
     use_gpu: bool
+    kept_folder: str | None = None
 
 
 def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
@@ -154,6 +158,7 @@ class Training:
             self._device,
             self._config.models,
             scratch=self._scratch,
+            kept=self._artifacts.kept(self._config.kept_folder),
             paths_allowed=self._config.paths_allowed,
             stage=self._reporter.stage,
             should_stop=self._should_stop,

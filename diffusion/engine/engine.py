@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -22,6 +22,7 @@ from PIL import Image
 
 from diffusion.engine.adapter_cache import AdapterCache, Lease
 from diffusion.engine.at_rest import at_rest
+from diffusion.engine.decode import Decoder
 from diffusion.engine.denoise import Denoiser
 from diffusion.engine.lora_slots import LoraSlots
 from diffusion.engine.memory import BatchLimits, MeasureMemory, device_memory
@@ -47,8 +48,9 @@ LOAD_POLL_S = 0.05
 class Engine:
     """Makes pictures with one family; thread-safe.
 
-    ``batch_max`` bounds the pictures in one denoiser call. ``adapter_bytes_max`` bounds the adapters kept in memory
-    while nobody uses them. ``compiled`` compiles the denoiser's repeated blocks with this torch.compile backend.
+    ``batch_max`` bounds the pictures in one denoiser call, ``decode_max`` those in one call of the VAE; ``tiled``
+    decodes in tiles even what would fit whole, as ``Decoder`` says. ``adapter_bytes_max`` bounds the adapters kept in
+    memory while nobody uses them. ``compiled`` compiles the denoiser's repeated blocks with this torch.compile backend.
     ``turns`` orders the calls of several engines on one device.
     """
 
@@ -57,6 +59,8 @@ class Engine:
         family: Family,
         *,
         batch_max: int = 8,
+        decode_max: int = 1,
+        tiled: bool = False,
         adapter_bytes_max: int = ADAPTER_BYTES_MAX,
         compiled: str | None = None,
         memory: MeasureMemory | None = None,
@@ -70,6 +74,7 @@ class Engine:
         self._slots = LoraSlots(family, fixed_shapes=compiled is not None)
         self._prompts = Prompts(family, self._slots)
         self._denoiser = Denoiser(family, self._slots, self._limits, fixed_shapes=compiled is not None)
+        self._decoder = Decoder(family, pictures_max=decode_max, tiled=tiled)
         if compiled is not None:
             _compile(family, compiled)
         self._clock = clock
@@ -188,7 +193,8 @@ class Engine:
         """The request with its picture's size, or the model's own, where it names none."""
         width = height = self.family.native_size_px
         if request.init_image is not None:
-            width, height = size_near(request.init_image, self.family.size_multiple)
+            multiple = self.family.size_multiple
+            width, height = size_near(request.init_image, multiple, request.width, request.height)
         return replace(
             request,
             width=width if request.width is None else request.width,
@@ -273,20 +279,34 @@ class Engine:
             if answer is None:
                 self._finish(tickets[sample], self._out_of_memory(sample))
             else:
-                self._attempt([tickets[sample]], partial(self._advance, group, tickets[sample], sample, answer))
+                self._attempt([tickets[sample]], partial(sample.advance, answer))
+        self._leave(group, {sample: tickets[sample] for sample in samples if sample.done})
         moved = [tickets[sample] for sample in samples if not tickets[sample].finished]
         for ticket in dict.fromkeys(moved):
             self._attempt([ticket], partial(ticket.count, moved.count(ticket)))
             if len(ticket.rendered) == len(ticket.samples):
                 self._finish(ticket)
 
-    def _advance(self, group: Group, ticket: Ticket, sample: Sample, answer: torch.Tensor) -> None:
-        sample.advance(answer)
-        if sample.done:
-            group.leave({sample})
-            # One at a time: the VAE's activations, not the denoiser's, are the peak of memory.
-            pixels_CHW = self.family.decode(sample.latents)[0].cpu()
-            ticket.rendered[sample.index] = self._rendered(sample, pixels_CHW)
+    def _leave(self, group: Group, done: Mapping[Sample, Ticket]) -> None:
+        """Those that are done leave the batch as pictures."""
+        samples = [sample for sample, ticket in done.items() if not ticket.finished]
+        group.leave(set(samples))
+        tickets = list(dict.fromkeys(done[sample] for sample in samples))
+        pixels: list[torch.Tensor | None] = []
+        if not samples or not self._attempt(tickets, lambda: pixels.extend(self._decode(samples))):
+            return
+        for sample, pixels_CHW in zip(samples, pixels, strict=True):
+            ticket = done[sample]
+            if pixels_CHW is None:
+                self._finish(ticket, self._out_of_memory(sample))
+            elif not ticket.finished:
+                self._attempt([ticket], partial(self._keep, ticket, sample, pixels_CHW))
+
+    def _decode(self, samples: Sequence[Sample]) -> list[torch.Tensor | None]:
+        return self._decoder.decode([sample.latents for sample in samples])
+
+    def _keep(self, ticket: Ticket, sample: Sample, pixels_CHW: torch.Tensor) -> None:
+        ticket.rendered[sample.index] = self._rendered(sample, pixels_CHW)
 
     def _join(self, group: Group) -> None:
         """Fill the batch up and encode the prompts of those who join."""

@@ -21,6 +21,8 @@ from diffusion.families.base import Family
 FROM_IMAGE = frozenset({"sd1", "sdxl", "sd3", "flux1"})
 INPAINTING = frozenset({"sd1", "sdxl", "flux1"})
 """The families whose stock pipelines these starts have been compared with."""
+OWN_SIDE_MAX_PX = 1536
+"""Of a picture made from another one, where no size is asked for."""
 
 
 class FromNoise:
@@ -125,6 +127,19 @@ def choose_start(family: Family, request: GenerateRequest, schedule: Any, genera
     return kind(family, request, schedule, generator)
 
 
-def size_near(image: Image.Image, multiple: int) -> tuple[int, int]:
-    """The picture's width and height, rounded down to what the model can make."""
-    return max(multiple, image.width // multiple * multiple), max(multiple, image.height // multiple * multiple)
+def size_near(
+    image: Image.Image, multiple: int, width: int | None = None, height: int | None = None
+) -> tuple[int, int]:
+    """The size of what is made from a picture: the given sides as they are, the others from its proportions.
+
+    Where neither is given, it is the picture's own, scaled down to at most ``OWN_SIDE_MAX_PX`` on the longer side.
+    Chosen sides are rounded down to what the model can make.
+    """
+    if width is not None:
+        scale = width / image.width
+    elif height is not None:
+        scale = height / image.height
+    else:
+        scale = min(1.0, OWN_SIDE_MAX_PX / max(image.size))
+    chosen = [max(multiple, int(side * scale + 1e-6) // multiple * multiple) for side in image.size]
+    return chosen[0] if width is None else width, chosen[1] if height is None else height

@@ -11,11 +11,13 @@ from diffusion.errors import ModelNotFound, UnsupportedModel
 from diffusion.families.base import ALL_LEVELS, Family, LoraTargets, NoiseLevels, TextEmbeds
 from diffusion.families.flux1 import Flux1
 from diffusion.families.flux2 import Flux2Klein
+from diffusion.families.parts import quantized
 from diffusion.families.qwen_image import QwenImage
 from diffusion.families.sd1 import StableDiffusion1
 from diffusion.families.sd3 import StableDiffusion3
 from diffusion.families.sdxl import StableDiffusionXL
 from diffusion.families.z_image import ZImage
+from diffusion.quantized import Quantization
 
 __all__ = [
     "ALL_LEVELS",
@@ -46,10 +48,12 @@ FAMILIES: dict[str, type[Family]] = {
 """By ``_class_name`` in ``model_index.json``."""
 
 
-def load_family(model_path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> Family:
+def load_family(
+    model_path: str | Path, *, device: torch.device | str, dtype: torch.dtype, quantization: Quantization | None = None
+) -> Family:
     """The family of a local diffusers folder, loaded. Nothing is ever downloaded.
 
-    Raises ModelNotFound, UnsupportedModel.
+    Raises ModelNotFound, UnsupportedModel, and with ``quantization`` SettingNotSupported.
     """
     folder = Path(model_path)
     try:
@@ -59,4 +63,5 @@ def load_family(model_path: str | Path, *, device: torch.device | str, dtype: to
     name = str(index.get("_class_name"))
     if name not in FAMILIES:
         raise UnsupportedModel(f"pipeline class {name!r}; known: {', '.join(FAMILIES)}")
-    return FAMILIES[name].load(folder, device=torch.device(device), dtype=dtype)
+    with quantized(quantization):
+        return FAMILIES[name].load(folder, device=torch.device(device), dtype=dtype)

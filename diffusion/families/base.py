@@ -112,6 +112,8 @@ class Family(ABC):
     dtype: torch.dtype
     size_multiple: int
     """Both picture sides must be multiples of this many pixels."""
+    vae: Any
+    """diffusers' autoencoder of the model, for its tiling."""
     native_size: int
     """Side in pixels of the square picture the model was trained on."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from diffusion.errors import ModelNotFound, SizeNotSupported, UnsupportedModel
+from diffusion.quantized import Quantization
+
+_QUANTIZATION: ContextVar[Quantization | None] = ContextVar("quantization", default=None)
+
+
+@contextmanager
+def quantized(quantization: Quantization | None) -> Iterator[None]:
+    """Inside, parts are rounded as they are read, before they go to a device that could not hold them whole."""
+    token = _QUANTIZATION.set(quantization)
+    try:
+        yield
+    finally:
+        _QUANTIZATION.reset(token)
 
 
 def load_part(folder: Path, part: str, cls: Any, **options: Any) -> Any:
@@ -30,8 +45,12 @@ def load_part(folder: Path, part: str, cls: Any, **options: Any) -> Any:
 
 
 def load_weights(folder: Path, part: str, cls: Any, dtype: torch.dtype) -> Any:
-    """A part with weights, from safetensors only."""
-    return load_part(folder, part, cls, dtype=dtype, use_safetensors=True)
+    """A part with weights, from safetensors only. Raises what ``load_part`` and ``quantized`` raise."""
+    loaded = load_part(folder, part, cls, dtype=dtype, use_safetensors=True)
+    quantization = _QUANTIZATION.get()
+    if quantization is not None:
+        quantization.apply(part, loaded)
+    return loaded
 
 
 def load_scheduler(folder: Path) -> Any:

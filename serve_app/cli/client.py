@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -66,6 +67,13 @@ class ApiClient:
 
     def get(self, path: str) -> dict[str, Any]:
         return self._send("GET", path)
+
+    def create_key(self, name: str, tenant: str | None) -> dict[str, Any]:
+        """The new key with its text, which is never shown again."""
+        return self._send("POST", "/v1/keys", json={"name": name} | ({} if tenant is None else {"tenant": tenant}))
+
+    def revoke_key(self, key_id: str) -> dict[str, Any]:
+        return self._send("DELETE", f"/v1/keys/{quote(key_id, safe='')}")
 
     def process(self, process_id: str) -> dict[str, Any]:
         """The process object. Raises ApiError for an id that this key does not see."""
@@ -137,7 +145,9 @@ def _reason(reply: dict[str, Any]) -> tuple[str, str]:
     """(code, message) of an error reply of any of the server's surfaces, with what validation found."""
     output = reply.get("output")
     details = output if isinstance(output, dict) else {}
-    message = str(reply.get("error") or reply.get("detail") or details.get("error") or "the job failed")
+    message = str(
+        reply.get("error") or reply.get("detail") or reply.get("title") or details.get("error") or "the job failed"
+    )
     code = str(reply.get("code") or details.get("error_type") or details.get("code") or "job_failed")
     problems = reply.get("validation_errors") or details.get("validation_errors") or []
     lines = [

@@ -61,6 +61,7 @@ def _joined(settings: Settings) -> Iterator[tuple[Instance, JobsConfig]]:
     state = instance.read_state()
     if instance.supervisor() is None or state is None or state.ray_address is None:
         raise NotRunning(instance.home)
+    bring_token()
     try:
         ray.init(
             address=state.ray_address,
@@ -75,3 +76,13 @@ def _joined(settings: Settings) -> Iterator[tuple[Instance, JobsConfig]]:
         yield instance, asyncio.run(JobsClient().cluster_config())
     finally:
         ray.shutdown()
+
+
+def bring_token() -> None:
+    """Show the cluster this user's token, where there is one and the environment does not decide otherwise.
+
+    Ray does so by itself only for a cluster that it finds itself, not for one that is named by its address.
+    """
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,6 +17,7 @@ from serve_app.settings import CONFIG_FILE_VARIABLE, Settings
 from serve_app.stack.errors import HomeUnusable
 from serve_app.stack.instance import INSTANCE_VARIABLE, Instance
 from serve_app.stack.ports import is_free
+from serve_app.stack.probing import described
 from serve_app.stack.supervisor import FREE_DISK_MIN_MB
 
 PACKAGES = ("ray", "torch", "diffusers", "peft", "transformers", "aiobotocore")
@@ -50,7 +51,7 @@ def diagnose(settings: Settings) -> list[Finding]:
             _leftovers(instance),
         ]
     else:
-        findings += [_running(settings, instance), *_breaker(instance)]
+        findings += [_running(settings, instance), *_breaker(instance), *_capabilities(instance)]
     return findings
 
 
@@ -172,6 +173,21 @@ def _breaker(instance: Instance) -> list[Finding]:
     except (ApiError, KeyError):
         return []
     return [breaker_finding(storage)]
+
+
+def _capabilities(instance: Instance) -> list[Finding]:
+    state = instance.read_state()
+    return [] if state is None or state.phase != "ready" else [capabilities_finding(state.storage_capabilities)]
+
+
+def capabilities_finding(capabilities: Mapping[str, bool] | None) -> Finding:
+    """`capabilities` as in the instance's state."""
+    name = "S3 server"
+    if capabilities is None:
+        return Finding(name, True, "not tried out yet")
+    ok = capabilities.get("ranged_reads", False)
+    advice = "" if ok else "Large files are read in parts: use a server that answers ranged reads."
+    return Finding(name, ok, described(capabilities), advice)
 
 
 def breaker_finding(storage: dict[str, Any]) -> Finding:

@@ -28,6 +28,7 @@ from rich.text import Text
 from serve_app.cli import cluster
 from serve_app.cli.client import ApiClient, ApiError, Unreachable, WrongKey
 from serve_app.cli.doctor import diagnose
+from serve_app.cli.keys import keys_table
 from serve_app.cli.progress import training_progress
 from serve_app.cli.trainings import check_training, prepare_training
 from serve_app.demo.run import run_demo
@@ -47,6 +48,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+keys = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
 out = Console()
 err = Console(stderr=True)
 
@@ -397,6 +400,42 @@ def sweep(
                 err.print(Text(f"not removed: {failure.kind} of {failure.resource} ({failure.code})", style="red"))
         if report.failures:
             raise typer.Exit(EXIT_FAILED)
+
+
+@keys.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="What tells it from other keys.")],
+    tenant: Annotated[
+        str | None, typer.Option(help="Whom it speaks for; the instance's own tenant by default.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a key and print it, once."""
+    with reported(as_json), _connect(Settings()) as client:
+        made = client.create_key(name, tenant)
+        _emit(as_json, made)
+        if not as_json:
+            out.print(Text(f"{made['key']}  ({made['id']}, tenant {made['tenant']}; it is not shown again)"))
+
+
+@keys.command("list")
+def list_keys(as_json: AsJson = False) -> None:
+    """List the keys that were made, newest first."""
+    with reported(as_json), _connect(Settings()) as client:
+        found = client.get("/v1/keys")
+        _emit(as_json, {"keys": found["items"]})
+        if not as_json:
+            out.print(keys_table(found["items"]))
+
+
+@keys.command("revoke")
+def revoke_key(key_id: str, as_json: AsJson = False) -> None:
+    """Refuse a key from now on; it takes up to two seconds everywhere."""
+    with reported(as_json), _connect(Settings()) as client:
+        revoked = client.revoke_key(key_id)
+        _emit(as_json, revoked)
+        if not as_json:
+            out.print(Text(f"{revoked['id']} is revoked"))
 
 
 @app.command()

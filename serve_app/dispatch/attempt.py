@@ -21,7 +21,11 @@ SETTLE_TRIES = 3
 
 
 class GenerationAttempt:
-    """Holds the lease of `record` under `owner` until the record is settled, or the lease is lost."""
+    """Holds the lease of `record` under `owner` until the record is settled, or the lease is lost.
+
+    The record is RUNNING, and its time limit counts, from the replica's first event on: waiting for a replica that is
+    only being started is not the client's time.
+    """
 
     def __init__(
         self,
@@ -47,15 +51,22 @@ class GenerationAttempt:
     async def run(self) -> None:
         """Raises LeaseLost when another owner has the job by now, JobError when it could not be settled.
 
-        However it ends, cancellation included, the replica has been told to stop.
+        However it ends, cancellation included, the replica has been told to stop. Cancelled, it hands the job back to
+        the queue.
         """
-        await self._jobs.start(self._record.id, self._owner, lease_s=self._lease_s)
         making = asyncio.create_task(self._make())
         try:
-            asked = await self._watch(making)
+            await self._attend(making)
+        except asyncio.CancelledError:
+            await _stopped(making)
+            await self._hand_back()
+            raise
         except BaseException:
             await _stopped(making)
             raise
+
+    async def _attend(self, making: asyncio.Task[dict[str, Any]]) -> None:
+        asked = await self._watch(making)
         if asked is None:
             await self._settle(making)
             return
@@ -67,8 +78,12 @@ class GenerationAttempt:
     async def _make(self) -> dict[str, Any]:
         work = GenerationWork(process_id=self._record.id, tenant=self._record.tenant, request=self._record.request)
         output: dict[str, Any] | None = None
+        started = False
         async with aclosing(self._inference.generate(work)) as events:
             async for event in events:
+                if not started:
+                    await self._jobs.start(self._record.id, self._owner, lease_s=self._lease_s)
+                    started = True
                 if "progress" in event:
                     self._progress = event["progress"]
                     self._events.append(event["progress"])
@@ -112,6 +127,8 @@ class GenerationAttempt:
             output = making.result()
             await self._surely(lambda: self._jobs.complete(self._record.id, self._owner, output, events=self._events))
             return
+        if isinstance(error, LeaseLost):
+            raise error
         public = describe(error)
         if public.code == INTERNAL.code:
             name = type(unwrapped(error)).__name__
@@ -121,6 +138,12 @@ class GenerationAttempt:
                 self._record.id, self._owner, public.code, public.message, retryable=public.retryable
             )
         )
+
+    async def _hand_back(self) -> None:
+        try:
+            await self._jobs.hand_back(self._record.id, self._owner)
+        except JobError as error:
+            logger.warning("%s was not handed back: %s; its lease will run out", self._record.id, error.code)
 
     async def _surely(self, settle: Callable[[], Awaitable[JobRecord]]) -> None:
         """Settling repeats safely, and the pictures are stored already: worth more than one try."""

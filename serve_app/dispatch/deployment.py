@@ -30,7 +30,9 @@ class Dispatcher:
             JobsClient(),
             HandleInference(inference),
             owner=f"dispatcher-{uuid.uuid4().hex[:12]}",
-            slots=settings.inference_replicas * settings.generations_per_replica,
+            slots=settings.replicas_max() * settings.generations_per_replica,
+            # Before the replicas, which drain at the same time, are ended for taking `drain_s`.
+            drain_s=settings.drain_s / 2,
         )
         s3 = settings.s3()
         store = StorageClient(s3, settings.breaker())
@@ -76,7 +78,7 @@ class Dispatcher:
         return self._rates.take(key, operation, rate, wanted)
 
     async def __del__(self) -> None:
-        """Serve's graceful shutdown: stop handing out, end what is under way."""
+        """Serve's graceful shutdown: stop handing out, let what is under way end, hand back what does not."""
         for loop in self._loops:
             loop.cancel()
         await asyncio.gather(*self._loops, return_exceptions=True)

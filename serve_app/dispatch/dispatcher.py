@@ -1,7 +1,8 @@
 """Takes queued generations, has them made, and settles their records. Plain: runs without Ray.
 
 A generation is claimed under a lease that heartbeats keep. Whatever goes wrong here, the record is either settled or
-its lease runs out, and then the jobs actor queues it again; so this loop itself never requeues anything.
+its lease runs out, and then the jobs actor queues it again. Told to stop, the loop lets what runs end, and hands back
+what does not end in time.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class GenerationDispatcher:
         lease_s: float = 30.0,
         heartbeat_s: float = 1.0,
         poll_s: float = 2.0,
+        drain_s: float = 15.0,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
         self._jobs = jobs
@@ -40,6 +42,7 @@ class GenerationDispatcher:
         self._lease_s = lease_s
         self._heartbeat_s = heartbeat_s
         self._poll_s = poll_s
+        self._drain_s = drain_s
         self._sleep = sleep
         self._woken = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
@@ -52,16 +55,23 @@ class GenerationDispatcher:
         return DispatchLoad(running=len(self._running), slots=self._slots)
 
     async def run(self) -> None:
-        """Until cancelled; then the generations under way are stopped and their leases left to run out."""
+        """Until cancelled; then nothing more is claimed, and what is under way has `drain_s` to end. What does not is
+        stopped and queued again, as the attempt that it was."""
         try:
             while True:
                 self._woken.clear()
                 await self._claim()
                 await self._until_woken()
         finally:
-            for task in self._running:
-                task.cancel()
-            await asyncio.gather(*self._running, return_exceptions=True)
+            await self._drain()
+
+    async def _drain(self) -> None:
+        if not self._running:
+            return
+        _, late = await asyncio.wait(self._running, timeout=self._drain_s)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
 
     async def _claim(self) -> None:
         free = self._slots - len(self._running)

@@ -24,6 +24,8 @@ class Inference:
         self._service: InferencePort = build(settings)
 
     async def generate(self, work: GenerationWork) -> AsyncGenerator[dict[str, Any], None]:
+        # At once: the caller counts the time of a generation from its first event.
+        yield {}
         async with aclosing(self._service.generate(work)) as events:
             async for event in events:
                 yield event

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -14,9 +15,12 @@ import torch
 
 from diffusion.engine import Engine
 from diffusion.engine.memory import MeasureMemory, device_memory
+from diffusion.engine.offload import offload
 from diffusion.engine.order import Turns
 from diffusion.errors import InsufficientMemory
 from diffusion.families import load_family
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 WEIGHT_PATTERNS = ("*.safetensors", "*/*.safetensors")
@@ -40,6 +44,14 @@ class _Shelved:
     users: int = 0
 
 
+@dataclass(frozen=True)
+class LastResort:
+    """How to load a model that does not fit: `needed_bytes` of a folder must be free for it."""
+
+    load: Callable[[str], Engine]
+    needed_bytes: Callable[[str], int]
+
+
 class EngineShelf:
     """Loaded engines, the least recently used making room: for the count, and for the memory that is measured.
 
@@ -54,13 +66,16 @@ class EngineShelf:
         loaded_max: int = 1,
         memory: MeasureMemory | None = None,
         needed_bytes: Callable[[str], int] = lambda folder: 0,
+        last_resort: LastResort | None = None,
     ) -> None:
-        """`models`: alias to the folder that `load` takes. `needed_bytes`: what must be free before it is loaded."""
+        """`models`: alias to the folder that `load` takes. `needed_bytes`: what must be free before it is loaded; a
+        model for which that much is not free, with all others gone that nobody uses, is loaded by `last_resort`."""
         self._models = dict(models)
         self._load = load
         self._loaded_max = loaded_max
         self._memory = memory
         self._needed_bytes = needed_bytes
+        self._last_resort = last_resort
         self._shelf: OrderedDict[str, _Shelved] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -87,9 +102,7 @@ class EngineShelf:
         try:
             with shelved.loading:
                 if shelved.engine is None:
-                    # Before loading, so that two models never have to fit at once.
-                    self._make_room(folder)
-                    shelved.engine = self._load(folder)
+                    shelved.engine = self._loaded(folder)
             yield shelved.engine
         finally:
             with self._lock:
@@ -102,10 +115,22 @@ class EngineShelf:
         with self.using(alias):
             pass
 
-    def _make_room(self, folder: str) -> None:
+    def _loaded(self, folder: str) -> Engine:
+        # Room is made before loading, so that two models never have to fit at once.
+        try:
+            self._make_room(self._needed_bytes(folder))
+        except InsufficientMemory:
+            if self._last_resort is None:
+                raise
+        else:
+            return self._load(folder)
+        self._make_room(self._last_resort.needed_bytes(folder))
+        logger.warning("a model does not fit whole; its parts will take turns on the device")
+        return self._last_resort.load(folder)
+
+    def _make_room(self, needed_bytes: int) -> None:
         while len(self.loaded) >= self._loaded_max and self._evict():
             pass
-        needed_bytes = self._needed_bytes(folder)
         while (free_bytes := self._free_bytes()) is not None and free_bytes < needed_bytes:
             if not self._evict():
                 raise InsufficientMemory(needed_bytes, free_bytes)
@@ -136,26 +161,36 @@ class EngineOptions:
     device: str
     dtype: str
     batch_max: int
+    decode_max: int
+    tiled: bool
     adapter_bytes_max: int
     compiled: bool
 
 
-def engine_loader(options: EngineOptions) -> Callable[[str], Engine]:
-    """How this replica loads a model folder. `auto` takes the GPU if there is one, and bf16 there, fp32 on the CPU."""
+def engine_loader(options: EngineOptions, turns: Turns, *, offloaded: bool = False) -> Callable[[str], Engine]:
+    """How this replica loads a model folder. `auto` takes the GPU if there is one, and bf16 there, fp32 on the CPU.
+
+    `turns`: one for all engines of a replica, which share its device. With `offloaded`, the model's parts take turns on
+    the device too, and are not compiled.
+    """
     device = torch.device(chosen_device(options.device))
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype = auto if options.dtype == "auto" else DTYPES[options.dtype]
-    turns = Turns()  # one for all: the engines of a replica share its device
 
     def load(folder: str) -> Engine:
-        family = load_family(Path(folder).expanduser(), device=device, dtype=dtype)
+        first_device = torch.device("cpu") if offloaded else device
+        family = load_family(Path(folder).expanduser(), device=first_device, dtype=dtype)
+        if offloaded:
+            offload(family, device)
         if device.type == "cuda":
             family.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return Engine(
             family,
             batch_max=options.batch_max,
+            decode_max=options.decode_max,
+            tiled=options.tiled,
             adapter_bytes_max=options.adapter_bytes_max,
-            compiled="inductor" if options.compiled else None,
+            compiled="inductor" if options.compiled and not offloaded else None,
             turns=turns,
         )
 
@@ -169,13 +204,21 @@ def memory_of(device: str) -> MeasureMemory:
 
 def needed_bytes(headroom_mb: int) -> Callable[[str], int]:
     """The size of a folder's weight files, and room for its work. An estimate: the files may be of another dtype."""
+    return lambda folder: sum(_part_bytes(folder).values()) + headroom_mb * MIB
 
-    def needed(folder: str) -> int:
-        path = Path(folder).expanduser()
-        files = {file for pattern in WEIGHT_PATTERNS for file in path.glob(pattern)}
-        return sum(file.stat().st_size for file in files) + headroom_mb * MIB
 
-    return needed
+def needed_by_largest_part_bytes(headroom_mb: int) -> Callable[[str], int]:
+    """As `needed_bytes`, for a model of which one part at a time is on the device."""
+    return lambda folder: max(_part_bytes(folder).values(), default=0) + headroom_mb * MIB
+
+
+def _part_bytes(folder: str) -> dict[str, int]:
+    """Bytes of the weight files in each folder of a model."""
+    path = Path(folder).expanduser()
+    parts: dict[str, int] = {}
+    for file in {file for pattern in WEIGHT_PATTERNS for file in path.glob(pattern)}:
+        parts[file.parent.name] = parts.get(file.parent.name, 0) + file.stat().st_size
+    return parts
 
 
 def device_facts(device: str) -> Callable[[], DeviceFacts]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import secrets
 
+from diffusion.engine.order import Turns
 from serve_app.inference.engines import (
     EngineOptions,
     EngineShelf,
+    LastResort,
     chosen_device,
     device_facts,
     engine_loader,
     memory_of,
+    needed_by_largest_part_bytes,
     needed_bytes,
 )
 from serve_app.inference.lora_cache import LoraCache
@@ -25,20 +28,26 @@ def build_service(settings: Settings) -> InferenceService:
     s3 = settings.s3()
     store = StorageClient(s3, settings.breaker())
     on_gpu = chosen_device(settings.device) == "cuda"
+    options = EngineOptions(
+        device=settings.device,
+        dtype=settings.dtype,
+        batch_max=settings.pictures_per_batch,
+        decode_max=settings.pictures_per_decode,
+        tiled=settings.vae_tiling,
+        adapter_bytes_max=settings.adapter_memory_bytes_max,
+        compiled=settings.compile_models,
+    )
+    turns = Turns()
+    last_resort = LastResort(
+        engine_loader(options, turns, offloaded=True), needed_by_largest_part_bytes(settings.required_mb)
+    )
     shelf = EngineShelf(
         settings.models,
-        engine_loader(
-            EngineOptions(
-                device=settings.device,
-                dtype=settings.dtype,
-                batch_max=settings.pictures_per_batch,
-                adapter_bytes_max=settings.adapter_memory_bytes_max,
-                compiled=settings.compile_models,
-            )
-        ),
+        engine_loader(options, turns),
         loaded_max=settings.models_loaded_max,
         memory=memory_of(settings.device),
         needed_bytes=needed_bytes(settings.required_mb if on_gpu else 0),
+        last_resort=last_resort if settings.cpu_offload and on_gpu else None,
     )
     shelf.load(settings.default_model)
     # A folder of its own: another replica on this machine evicts by its own count.

@@ -8,20 +8,34 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from PIL import Image, ImageOps
 
 from diffusion.engine import GeneratedImage, GenerateRequest, LoraRef
 from diffusion.images import CONTENT_TYPES, EXTENSIONS, ImageFormat, encode_image
 from serve_app.collaborators import InferenceHealth
 from serve_app.inference.engines import DeviceFacts, EngineShelf
 from serve_app.inference.lora_cache import LoraCache
-from serve_app.inference.plan import GenerationRequest, GenerationWork
+from serve_app.inference.plan import GenerationRequest, GenerationWork, StartingPoint, StoredPicture
+from serve_app.validation.decoder import FORMATS as FORMATS_READ
 from storage.keys import Keys
 from storage.objects import ObjectStore, PutItem
 
 SEED_LIMIT = 2**63
 FORMATS: Mapping[str, ImageFormat] = {"png": "png", "jpg": "jpeg", "webp": "webp"}
+
+
+@dataclass(frozen=True)
+class Start:
+    """The pictures of a StartingPoint, opened."""
+
+    init_image: Image.Image
+    mask: Image.Image | None
+    strength: float
 
 
 class InferenceService:
@@ -62,7 +76,7 @@ class InferenceService:
         """
         request = GenerationRequest.model_validate(work.request)
         async with self._loras.borrow(request.loras) as paths:
-            pictures = requested_pictures(request, paths)
+            pictures = requested_pictures(request, paths, await self._opened(request.start))
             images: list[GeneratedImage] = []
             async with aclosing(self._rendered(str(request.spec.model), pictures)) as events:
                 async for event in events:
@@ -84,6 +98,17 @@ class InferenceService:
             gpu_memory_total_bytes=facts.memory_total_bytes,
             gpu_memory_used_bytes=facts.memory_used_bytes,
         )
+
+    async def _opened(self, start: StartingPoint | None) -> Start | None:
+        """Raises StorageError."""
+        if start is None:
+            return None
+        init_image = await self._picture(start.init_image)
+        return Start(init_image, None if start.mask is None else await self._picture(start.mask), start.strength)
+
+    async def _picture(self, stored: StoredPicture) -> Image.Image:
+        data = await self._store.get(stored.key, expected_sha256=stored.sha256)
+        return await asyncio.to_thread(_upright, data)
 
     async def _rendered(
         self, model: str, pictures: Sequence[GenerateRequest]
@@ -138,12 +163,20 @@ class InferenceService:
         return entries
 
 
-def requested_pictures(request: GenerationRequest, paths: Sequence[Path]) -> list[GenerateRequest]:
+def _upright(data: bytes) -> Image.Image:
+    """As cameras mean it to be seen. Validation has decoded these very bytes, within its limits."""
+    with Image.open(BytesIO(data), formats=FORMATS_READ) as image:
+        return ImageOps.exif_transpose(image)
+
+
+def requested_pictures(
+    request: GenerationRequest, paths: Sequence[Path], start: Start | None = None
+) -> list[GenerateRequest]:
     """One engine request per picture: all prompts, `num_images` each; picture `i` uses seed `seed + i`."""
     spec = request.spec
     loras = tuple(LoraRef(path, lora.scale, lora.id) for path, lora in zip(paths, request.loras, strict=True))
     prompts = [prompt for prompt in spec.prompts for _ in range(spec.num_images)]
-    return [
+    pictures = [
         GenerateRequest(
             prompt=prompt,
             negative_prompt=spec.negative_prompt,
@@ -156,6 +189,11 @@ def requested_pictures(request: GenerationRequest, paths: Sequence[Path]) -> lis
             scheduler=spec.scheduler,
         )
         for index, prompt in enumerate(prompts)
+    ]
+    if start is None:
+        return pictures
+    return [
+        replace(picture, init_image=start.init_image, mask=start.mask, strength=start.strength) for picture in pictures
     ]
 
 

@@ -16,6 +16,7 @@ from starlette.routing import Match
 
 from serve_app.errors import BodyInvalid, InvalidRequest, MethodNotAllowed, RouteNotFound, ServeError
 from serve_app.ingress.auth import KeyRing
+from serve_app.ingress.issued_keys import KnownKeys
 from serve_app.ingress.middleware import Authentication, BodyLimit, EdgeHeaders, Guard, request_id_of
 from serve_app.ingress.native.router import native_router
 from serve_app.ingress.openapi import document
@@ -26,6 +27,7 @@ from serve_app.ingress.replies import error_response
 from serve_app.ingress.runpod import runpod_router
 from serve_app.ingress.runpod_jobs import RunpodJobs
 from serve_app.job_types.context import Services
+from storage.jobs import Jobs
 from train_jobs.errors import Problem
 from train_jobs.spec import format_path
 
@@ -40,11 +42,12 @@ def create_app(
     cors_origins: Sequence[str] = (),
     disk: Callable[[], DiskSpace] = disk_of(Path.home()),  # noqa: B008 looks at nothing until it is called
 ) -> FastAPI:
-    """Every route needs a key of `keys`, but GET /livez and the description of the interface.
+    """Every route needs a key of `keys` or one made by /v1/keys, but GET /livez and the description of the interface.
 
     Browsers of `cors_origins`, and of no other origin, may read replies; they send their key, never a cookie.
     """
     jobs = RunpodJobs(services)
+    keys.learn(KnownKeys(lambda: services.jobs.call(Jobs.issued_keys, valid_only=True)))
     gate = RateGate(services.dispatch, services.rate_limits, replicas=services.ingress_replicas)
 
     @asynccontextmanager
@@ -84,7 +87,7 @@ def create_app(
         return JSONResponse({"ready": ready, "checks": checks}, status_code=200 if ready else 503)
 
     app.include_router(runpod_router(jobs, services.limits))
-    app.include_router(native_router(services))
+    app.include_router(native_router(services, keys))
     app.include_router(reference_router(app))
     app.openapi = document(app)  # type: ignore[method-assign]
     return app

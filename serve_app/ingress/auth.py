@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pydantic import SecretStr
 
 from serve_app.errors import Unauthorized
+from serve_app.ingress.issued_keys import KnownKeys
 
 KEY_LENGTH_MAX = 512
 
@@ -21,6 +22,7 @@ class Principal:
     tenant: str
     key_id: str
     """Names the key without telling it."""
+    may_manage_keys: bool = False
 
 
 def _digest(key: str) -> bytes:
@@ -28,22 +30,46 @@ def _digest(key: str) -> bytes:
 
 
 class KeyRing:
-    """The accepted keys, held only as digests. Comparison takes the same time whichever key is offered."""
+    """The accepted keys, held only as digests. Comparison takes the same time whichever key of the settings is offered;
+    the others are found by their digest, which whoever guesses keys cannot steer.
+    """
 
-    def __init__(self, keys: Mapping[str, SecretStr]) -> None:
-        """`keys`: tenant to its key."""
+    def __init__(self, keys: Mapping[str, SecretStr], *, manager: str | None = None) -> None:
+        """`keys`: tenant to its key, as the settings say. That of `manager` may make and revoke others."""
         self._tenants = tuple((_digest(key.get_secret_value()), tenant) for tenant, key in keys.items())
+        self._manager = manager
+        self._issued: KnownKeys | None = None
 
-    def principal(self, authorization: str | None) -> Principal:
-        """The owner of the key in an `Authorization` header: `Bearer KEY`, or the bare key. Raises Unauthorized."""
+    def learn(self, issued: KnownKeys) -> None:
+        """Also accept the keys of `issued`."""
+        self._issued = issued
+
+    def forget(self) -> None:
+        """Keys were made or revoked here."""
+        if self._issued is not None:
+            self._issued.forget()
+
+    async def principal(self, authorization: str | None) -> Principal:
+        """The owner of the key in an `Authorization` header: `Bearer KEY`, or the bare key.
+
+        Raises Unauthorized, and JobError where the keys made over HTTP cannot be looked at.
+        """
         offered = _digest(key_in(authorization))
-        found: Principal | None = None
-        for digest, tenant in self._tenants:
-            if hmac.compare_digest(digest, offered):
-                found = Principal(tenant, digest.hex()[:16])
+        found = self._of_settings(offered) or await self._of_issued(offered)
         if found is None:
             raise Unauthorized
         return found
+
+    def _of_settings(self, offered: bytes) -> Principal | None:
+        found: Principal | None = None
+        for digest, tenant in self._tenants:
+            if hmac.compare_digest(digest, offered):
+                found = Principal(tenant, digest.hex()[:16], may_manage_keys=tenant == self._manager)
+        return found
+
+    async def _of_issued(self, offered: bytes) -> Principal | None:
+        issued = None if self._issued is None else await self._issued.find(offered.hex())
+        return None if issued is None else Principal(issued.tenant, offered.hex()[:16])
 
 
 def key_in(authorization: str | None) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from serve_app.handles import HandleDispatch, HandleInference, HandleValidation, ServeWorkers
+from serve_app.collaborators import Inference
+from serve_app.handles import HandleDispatch, HandleInference, HandleValidation, RestingInference, ServeWorkers
 from serve_app.ingress.api import create_app
 from serve_app.ingress.auth import KeyRing
 from serve_app.ingress.readiness import disk_of
@@ -30,13 +31,16 @@ class Ingress:
             raise SettingsIncomplete("api_key is not set")
         s3 = settings.s3()
         dispatcher = HandleDispatch(dispatch)
+        workers = ServeWorkers(dispatcher, application, deployment)
+        replicas: Inference = HandleInference(inference)
         services = Services(
             jobs=JobsClient(),
             store=StorageClient(s3, settings.breaker()),
             validation=HandleValidation(validation),
             dispatch=dispatcher,
-            inference=HandleInference(inference),
-            workers=ServeWorkers(dispatcher, application, deployment),
+            inference=RestingInference(replicas, workers) if settings.may_rest() else replicas,
+            workers=workers,
+            may_rest=settings.may_rest(),
             clock=lambda: datetime.now(UTC),
             bucket=s3.bucket,
             prefix=s3.prefix,
@@ -56,7 +60,7 @@ class Ingress:
         )
         self._app = create_app(
             services,
-            KeyRing(settings.keys_by_tenant()),
+            KeyRing(settings.keys_by_tenant(), manager=settings.default_tenant),
             cors_origins=settings.cors_origins,
             disk=disk_of(settings.home),
         )

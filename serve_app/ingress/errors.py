@@ -78,6 +78,7 @@ TABLE: dict[type[BaseException], Row] = {
     # The HTTP side.
     s.ServeError: INTERNAL,
     s.Unauthorized: Row(401, "A valid API key is required: 'Authorization: Bearer KEY'."),
+    s.KeysNotAllowed: Row(403, "Keys are made and revoked with the instance's own key only."),
     s.RouteNotFound: Row(404, "There is nothing at this path."),
     s.MethodNotAllowed: Row(405, "This path does not take this method."),
     s.BodyTooLarge: Row(413, _too_large),
@@ -127,6 +128,7 @@ TABLE: dict[type[BaseException], Row] = {
     o.PortInUse: Row(500, "The object storage is not configured correctly."),
     # Job records.
     o.JobError: Row(500, "The job could not be handled."),
+    o.ApiKeyNotFound: Row(404, "There is no such key."),
     o.JobNotFound: Row(404, "job not found"),
     o.IdempotencyConflict: Row(422, "This Idempotency-Key was used with another request."),
     o.IllegalTransition: Row(409, "The job cannot do this in its present state."),

@@ -30,7 +30,7 @@ TRACE_HEADER = "traceparent"
 # With these a client could lift Serve's timeout or keep work running after it has gone.
 REFUSED_HEADERS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
 # What the RunPod surface takes as a job of these kinds, the native one takes too.
-DATASETS_PATH, TRAININGS_PATH = "/v1/datasets", "/v1/trainings"
+DATASETS_PATH, JOB_PATHS = "/v1/datasets", frozenset({"/v1/trainings", "/v1/generations"})
 OPEN_PATHS = frozenset({"/livez", "/openapi.json", "/docs"})
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -110,7 +110,7 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            principal = self._keys.principal(Headers(scope=scope).get("authorization"))
+            principal = await self._keys.principal(Headers(scope=scope).get("authorization"))
             scope["state"] = {**scope.get("state", {}), "principal": principal}
         await self._app(scope, receive, send)
 
@@ -150,7 +150,7 @@ class BodyLimit:
             return self._limits.run_body_bytes_max
         if path == DATASETS_PATH:
             return self._limits.runsync_body_bytes_max
-        if path == TRAININGS_PATH:
+        if path in JOB_PATHS:
             return self._limits.run_body_bytes_max
         return self._limits.other_body_bytes_max
 

@@ -24,7 +24,8 @@ DESCRIPTION = (
     "for people who start here, `/v2/{endpoint_id}` for clients of RunPod's serverless API, and single routes that "
     "speak OpenAI's and Hugging Face's image calls."
 )
-TAGS = ("trainings", "generations", "datasets", "loras", "openai", "huggingface", "runpod", "server")
+TAGS = ("trainings", "generations", "datasets", "loras", "keys", "openai", "huggingface", "runpod", "server")
+KEYS_PATH = "/v1/keys"
 METHODS = frozenset({"get", "post", "delete", "put", "patch"})
 ALWAYS = (400, 401, 404, 413, 429, 500, 502, 503, 504)
 ON_WRITES = (409, 422)
@@ -32,6 +33,7 @@ WITH_RETRY_AFTER = frozenset({429, 503})
 TITLES = {
     400: "The request is wrong; every problem is named.",
     401: "No valid key.",
+    403: "This key may not do that.",
     404: "What the request names does not exist for this key.",
     409: "It cannot be done in the present state, or the first request with this Idempotency-Key is at work.",
     413: "The body is too large.",
@@ -208,7 +210,11 @@ def _complete(path: str, method: str, operation: dict[str, Any]) -> None:
         replies = operation["responses"]
     for status in (*ALWAYS, *(ON_WRITES if method != "get" else ())):
         replies.setdefault(str(status), _error(path, status))
-    extra = [IDEMPOTENCY_KEY] if path.startswith("/v1/") and method != "get" and not _is_foreign(path) else []
+    of_keys = path.startswith(KEYS_PATH)
+    if of_keys:
+        replies["403"] = _error(path, 403)
+    once = path.startswith("/v1/") and method != "get" and not of_keys and not _is_foreign(path)
+    extra = [IDEMPOTENCY_KEY] if once else []
     extra += [LAST_EVENT_ID] if path.endswith("/events") else []
     if extra:
         operation["parameters"] = [*operation.get("parameters", []), *extra]

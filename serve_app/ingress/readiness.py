@@ -42,7 +42,8 @@ async def check_readiness(services: Services, disk: Callable[[], DiskSpace]) -> 
 
 async def _replicas(services: Services) -> dict[str, Any]:
     counts = await services.workers.counts()
-    return {"ok": counts.ready > 0, **asdict(counts)}
+    rests = services.may_rest and counts.unhealthy == 0
+    return {"ok": counts.ready > 0 or rests, **asdict(counts)}
 
 
 async def _disk(disk: Callable[[], DiskSpace]) -> dict[str, Any]:

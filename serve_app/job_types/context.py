@@ -25,7 +25,8 @@ class JobDefaults:
 
 @dataclass(frozen=True)
 class Services:
-    """Everything that a request may use. `worker_id` names this process in replies; `models` are the aliases served."""
+    """Everything that a request may use. `worker_id` names this process in replies; `models` are the aliases served;
+    `may_rest`: no inference replica is no fault."""
 
     jobs: JobsApi
     store: ObjectStore
@@ -43,6 +44,7 @@ class Services:
     limits: RequestLimits = field(default_factory=RequestLimits)
     rate_limits: RateLimitSettings = field(default_factory=RateLimitSettings)
     ingress_replicas: int = 1
+    may_rest: bool = False
     webhooks: WebhookSettings = field(default_factory=WebhookSettings)
 
     def keys_of(self, tenant: str) -> Keys:

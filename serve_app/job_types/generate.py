@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from serve_app.collaborators import GenerationPlan
 from serve_app.errors import LoraNotUsable, QueueFull
-from serve_app.inference.plan import GenerationRequest, ResolvedLora
+from serve_app.inference.plan import GenerationRequest, ResolvedLora, StartingPoint
 from serve_app.job_types.context import Following, JobContext, Services, runpod_id_of, webhook_of
 from serve_app.job_types.files import latest_lora
 from serve_app.job_types.loras import stored_loras
+from serve_app.validation.start_pictures import is_inline
 from serve_app.validation.validator import parse_payload
-from storage.errors import JobNotFound, ObjectNotFound
+from storage.errors import JobNotFound, JobsUnavailable, ObjectNotFound, StorageError
 from storage.imported_loras import IMPORTED_ID_PATTERN, ImportedLoraNotFound, read_imported
-from storage.job_record import JOB_ID_PATTERN, NewJob
+from storage.job_record import JOB_ID_PATTERN, JobRecord, NewJob, NewWebhook
 from storage.job_state import JobKind, JobState
+from storage.jobs import new_job_id
 from train_jobs.spec import GenerateSpec
+
+logger = logging.getLogger(__name__)
 
 QUEUE_RETRY_AFTER_S = 10.0
 
@@ -32,18 +39,38 @@ async def generate(services: Services, context: JobContext, payload: dict[str, A
     """Raises QueueFull, InvalidRequest, ConfigInvalid, ModelNotServed, LoraNotUsable, StorageError, JobError."""
     await _check_queue(services)
     wait = parse_payload(WaitChoice, payload).wait
-    plan = await services.validation.generation(payload)
+    process_id = new_job_id(JobKind.GENERATION)
+    plan = await services.validation.generation(context.tenant, process_id, payload)
+    # A prompt's RunPod job is the picture itself; a config's was, in the older API, only its acceptance.
+    waits = not plan.from_config if wait is None else wait
+    context = replace(context, webhook=_without_bytes(services, context, plan.start))
+    try:
+        record = await _queued(services, context, plan, process_id, waits=waits)
+    except JobsUnavailable:
+        # The record may have been made all the same.
+        raise
+    except Exception:
+        await _discard(services, plan.start)
+        raise
+    if record.id != process_id:
+        await _discard(services, plan.start)
+    return Following(record, notes={"warnings": list(plan.warnings)})
+
+
+async def _queued(
+    services: Services, context: JobContext, plan: GenerationPlan, process_id: str, *, waits: bool
+) -> JobRecord:
+    """The record that is made now, or was by the same request before."""
     spec = GenerateSpec.model_validate(plan.spec)
     by_id = [await _lora_by_id(services, context.tenant, use.id, use.scale) for use in spec.loras]
     by_path = [await _lora_by_path(services, context.tenant, path, scale) for path, scale in plan.lora_paths]
-    request = GenerationRequest(spec=spec, loras=(*by_id, *by_path))
-    # A prompt's RunPod job is the picture itself; a config's was, in the older API, only its acceptance.
-    waits = not plan.from_config if wait is None else wait
-    record = await services.jobs.create(
+    request = GenerationRequest(spec=spec, loras=(*by_id, *by_path), start=plan.start)
+    return await services.jobs.create(
         NewJob(
             kind=JobKind.GENERATION,
             tenant=context.tenant,
             request=request.as_json(),
+            job_id=process_id,
             runpod_id=runpod_id_of(context, waits=waits),
             webhook=webhook_of(context, waits=waits),
             idempotency_key=context.idempotency_key,
@@ -54,7 +81,33 @@ async def generate(services: Services, context: JobContext, payload: dict[str, A
             priority=context.policy.priority,
         )
     )
-    return Following(record, notes={"warnings": list(plan.warnings)})
+
+
+def _without_bytes(services: Services, context: JobContext, start: StartingPoint | None) -> NewWebhook | None:
+    """The webhook whose copy of the input names the stored pictures where the request held their bytes."""
+    webhook = context.webhook
+    if webhook is None or start is None:
+        return webhook
+    stored = {"init_image": start.init_image, "mask": start.mask}
+    keys = services.keys_of(context.tenant)
+    named = {
+        field: picture.key
+        for field, picture in stored.items()
+        if picture is not None and is_inline(webhook.input[field], keys)
+    }
+    return webhook.model_copy(update={"input": webhook.input | named})
+
+
+async def _discard(services: Services, start: StartingPoint | None) -> None:
+    """Pictures that no record speaks of."""
+    if start is None:
+        return
+    pictures = [start.init_image] if start.mask is None else [start.init_image, start.mask]
+    try:
+        await services.store.delete_many([picture.key for picture in pictures])
+    except StorageError as error:
+        # The sweeper takes them after a while.
+        logger.warning("pictures of a refused generation were left behind: %s", error.code)
 
 
 async def _check_queue(services: Services) -> None:

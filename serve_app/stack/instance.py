@@ -41,6 +41,8 @@ class InstanceState(BaseModel):
     dashboard_url: str
     # Where commands that need the cluster itself join it; None before Ray has started.
     ray_address: str | None = None
+    # Of `storage.objects.Capabilities`; None until the S3 server has been tried out.
+    storage_capabilities: dict[str, bool] | None = None
     error_code: str | None = None
     error_message: str | None = None
 

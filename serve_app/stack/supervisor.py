@@ -25,11 +25,14 @@ from pathlib import Path
 import psutil
 
 from serve_app.settings import Settings
+from serve_app.stack.background import Background
 from serve_app.stack.errors import AlreadyRunning, DiskFull, InstanceError, ModelMissing, PortTaken, StartFailed
 from serve_app.stack.haproxy import PORTS_PER_INSTANCE, environment
 from serve_app.stack.instance import INSTANCE_VARIABLE, Instance, InstanceState, Phase
 from serve_app.stack.ports import any_free, is_free, remembered
+from serve_app.stack.probing import CapabilityProbe
 from storage.embedded import EmbeddedS3
+from storage.objects import StoreMaintenance
 
 logger = logging.getLogger("raylora.supervisor")
 
@@ -47,6 +50,8 @@ class Supervisor:
         self._owner = psutil.Process(while_pid) if while_pid else None
         self._asked = threading.Event()
         self._ray_address: str | None = None
+        self._capabilities: dict[str, bool] | None = None
+        self._capabilities_found = threading.Event()
         self._cleanup = ExitStack()
 
     def run(self) -> None:
@@ -62,10 +67,16 @@ class Supervisor:
                     self._write("ready", "ready")
                 while not self._should_stop():
                     time.sleep(0.5)
+                    self._show_capabilities()
                 self._write("stopping", "stopping")
             finally:
                 self._stop()
             self._instance.clear_state()
+
+    def _show_capabilities(self) -> None:
+        if self._capabilities_found.is_set():
+            self._capabilities_found.clear()
+            self._write("ready", "ready")
 
     def report_failure(self, error: InstanceError) -> None:
         """Leave the reason where the command line that waits for the start reads it."""
@@ -106,6 +117,7 @@ class Supervisor:
                 http_url=f"http://{settings.host}:{settings.port}",
                 dashboard_url=f"http://127.0.0.1:{settings.dashboard_port}",
                 ray_address=self._ray_address,
+                storage_capabilities=self._capabilities,
                 error_code=error.code if error else None,
                 error_message=str(error) if error else None,
             )
@@ -209,7 +221,18 @@ class Supervisor:
         serve.start(http_options={"host": settings.host, "port": settings.port})
         serve.run(build(settings), name="raylora", route_prefix="/", blocking=False)
         self._cleanup.callback(serve.shutdown)
+        self._start_probe(storage)
         self._start_sweeps()
+
+    def _start_probe(self, storage: StoreMaintenance) -> None:
+        probe = Background("capabilities", CapabilityProbe(storage.capabilities, self._note_capabilities).run)
+        probe.start()
+        self._cleanup.callback(probe.stop)
+
+    def _note_capabilities(self, found: dict[str, bool]) -> None:
+        """From the probe's thread; the state file is the main thread's to write."""
+        self._capabilities = found
+        self._capabilities_found.set()
 
     def _start_sweeps(self) -> None:
         from serve_app.stack.sweeping import PeriodicSweeps, sweeper_of

@@ -7,12 +7,12 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from serve_app.settings import Settings
+from serve_app.stack.background import Background
 from serve_app.stack.instance import Instance
 from storage.counters import CLEANUP_FAILURES, Counters
 from storage.embedded import TemporaryFiles
 from storage.errors import JobError, StorageError
 from storage.jobs_config import JobsConfig
-from storage.loop_thread import LoopThread
 from storage.sweep_report import SweepReport
 from storage.sweeper import Sweeper
 
@@ -53,27 +53,15 @@ class PeriodicSweeps:
         self._interval_s = interval_s
         self._counters = counters
         self._sleep = sleep
-        self._thread: LoopThread | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._background = Background("sweeps", self.run)
 
     def start(self) -> None:
         """In a thread of its own."""
-        self._thread = LoopThread("sweeps")
-        self._thread.run_blocking(self._begin())
+        self._background.start()
 
     def stop(self) -> None:
         """Cut short a sweep that is under way; every step of one is safe to repeat."""
-        if self._thread is not None:
-            self._thread.run_blocking(self._end())
-            self._thread.stop()
-
-    async def _begin(self) -> None:
-        self._task = asyncio.create_task(self.run())
-
-    async def _end(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        self._background.stop()
 
     async def run(self) -> None:
         """Until cancelled. A sweep that fails as a whole is logged and counted, and the next one comes in its time."""

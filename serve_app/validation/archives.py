@@ -68,6 +68,9 @@ def _check_directory(archive: Path) -> None:
 
 def _unpack_one(opened: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, left_bytes: int) -> int:
     """Bytes written. Raises FileProblem."""
+    if info.header_offset < 0:
+        # By a directory that is not where the archive says; the reader would seek there.
+        raise FileProblem("", "is not a zip file that can be read", "invalid_value")
     if info.flag_bits & 0x1:
         raise FileProblem("", "is encrypted", "unsupported")
     if info.compress_type not in _METHODS:

@@ -11,9 +11,12 @@ from serve_app.collaborators import GenerationPlan, TrainingPlan
 from serve_app.outbound import Outbound
 from serve_app.settings import Settings
 from serve_app.validation.bundles import Bundles
+from serve_app.validation.generations import Generations
 from serve_app.validation.lora_imports import LoraImports
+from serve_app.validation.sources import FETCH_TIMEOUT_S
 from serve_app.validation.staged import StagedUploads
-from serve_app.validation.uploads import FETCH_TIMEOUT_S, DatasetUploads
+from serve_app.validation.start_pictures import StartPictures
+from serve_app.validation.uploads import DatasetUploads
 from serve_app.validation.validator import Validator
 from storage.actor import StorageClient
 from storage.imported_loras import ImportedLora
@@ -29,6 +32,8 @@ class Validation:
         store = StorageClient(s3, settings.breaker())
         self._loras = LoraImports(store, _keys_of(s3.prefix))
         outbound = Outbound(any_address=settings.webhooks.any_address, timeout_s=FETCH_TIMEOUT_S)
+        pictures = StartPictures(store, _keys_of(s3.prefix), s3.bucket, outbound)
+        self._generations = Generations(self._validator, pictures)
         self._uploads = DatasetUploads(store, _keys_of(s3.prefix), s3.bucket, _now, outbound)
         self._bundles = Bundles(store, _keys_of(s3.prefix), _now)
         self._staged = StagedUploads(
@@ -52,8 +57,8 @@ class Validation:
     async def finish_lora_import(self, tenant: str, lora_id: str) -> ImportedLora:
         return await self._loras.finish(tenant, lora_id)
 
-    async def generation(self, payload: dict[str, Any]) -> GenerationPlan:
-        return await asyncio.to_thread(self._validator.generation, payload)
+    async def generation(self, tenant: str, process_id: str, payload: dict[str, Any]) -> GenerationPlan:
+        return await self._generations.plan(tenant, process_id, payload)
 
     async def store_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
         return await self._uploads.store(tenant, payload)

@@ -44,9 +44,9 @@ class GeneratePayload(BaseModel):
     loras: list[LoraChoice] = Field(default_factory=list, max_length=8)
     lora: LoraChoice | None = None
     model_path: str | None = Field(default=None, min_length=1, max_length=1200)
-    init_image: Any = None
-    mask: Any = None
-    strength: Any = None
+    init_image: str | None = Field(default=None, min_length=1, repr=False)
+    mask: str | None = Field(default=None, min_length=1, repr=False)
+    strength: float | None = Field(default=None, gt=0.0, le=1.0)
 
     @field_validator("lora", mode="before")
     @classmethod

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.collaborators import Clock
-from serve_app.errors import AddressRefused, InvalidRequest, OutboundFailed
-from serve_app.outbound import TOO_LARGE, Outbound
+from serve_app.errors import InvalidRequest
+from serve_app.outbound import Outbound
 from serve_app.validation.dataset_reply import dataset_reply
 from serve_app.validation.file_checks import (
-    FILE_BYTES_MAX,
-    MIB,
     CheckedFile,
     FileProblem,
     FoundFile,
@@ -26,6 +22,7 @@ from serve_app.validation.file_checks import (
     notes_on,
 )
 from serve_app.validation.payloads import DatasetFields, UploadFile, UploadPayload
+from serve_app.validation.sources import decoded_content, fetch_file
 from serve_app.validation.validator import parse_payload, unknown_fields
 from storage.datasets import DatasetManifest, DatasetNotFound, latest_manifest, new_upload_id, write_dataset
 from storage.keys import Keys
@@ -33,10 +30,6 @@ from storage.objects import ObjectStore
 from train_jobs.errors import Problem
 
 FETCHES_AT_ONCE = 8
-FETCH_TIMEOUT_S = 120.0
-
-_DATA_URL = re.compile(r"\Adata:[a-zA-Z0-9.+/-]{0,100};base64,")
-_SPACE = re.compile(r"\s+")
 
 
 @dataclass(frozen=True)
@@ -82,18 +75,7 @@ def _bring(item: UploadFile, path: Path, fetching: FileProblem | None) -> None:
     if (item.content is None) == (item.url is None):
         raise FileProblem("content", "give either content or url", "missing" if item.url is None else "invalid_value")
     if item.content is not None:
-        path.write_bytes(_decoded(item.content))
-
-
-def _decoded(content: str) -> bytes:
-    """Base64, as such or in a data URL, line breaks allowed. Raises FileProblem."""
-    text = _SPACE.sub("", _DATA_URL.sub("", content))
-    if len(text) * 3 // 4 > FILE_BYTES_MAX + 2:
-        raise FileProblem("content", f"is over {FILE_BYTES_MAX // MIB} MB", "too_large")
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise FileProblem("content", "is not valid base64", "invalid_value") from None
+        path.write_bytes(decoded_content(item.content))
 
 
 class DatasetUploads:
@@ -128,13 +110,9 @@ class DatasetUploads:
         async def fetch(index: int, url: str) -> FileProblem | None:
             async with places:
                 try:
-                    await self._outbound.fetch(url, folder / str(index), bytes_max=FILE_BYTES_MAX)
-                except AddressRefused:
-                    return FileProblem("url", "must be an https URL that leads to a public address", "invalid_value")
-                except OutboundFailed as failed:
-                    too_large = failed.reason == TOO_LARGE
-                    reason = f"is over {FILE_BYTES_MAX // MIB} MB" if too_large else "could not be fetched"
-                    return FileProblem("url", reason, "too_large" if too_large else "unavailable")
+                    await fetch_file(self._outbound, url, folder / str(index))
+                except FileProblem as problem:
+                    return problem
             return None
 
         named = {index: item.url for index, item in enumerate(request.files) if item.url is not None}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -20,7 +21,7 @@ from train_jobs.spec import GenerateSpec, TrainSpec, problems_of, spec_from_json
 MIB = 1024 * 1024
 CONFIG_BYTES_MAX = 10 * MIB
 SEED_LIMIT = 2**32
-NOT_OFFERED = ("init_image", "mask", "strength")
+OF_PICTURES = ("init_image", "mask", "strength")
 # Fields of the prompt form that are fields of GenerateSpec by the same name.
 SPEC_FIELDS = (
     "negative_prompt",
@@ -82,12 +83,16 @@ class Validator:
     def generation(self, payload: dict[str, Any]) -> GenerationPlan:
         """Raises ConfigInvalid, InvalidRequest, ModelNotServed. A seed left open is chosen here: it is known then."""
         config = payload.get("config", payload.get("yaml_config"))
-        plan = self._from_prompt(payload) if config is None else self._from_config(config)
+        if config is None:
+            plan = self._from_prompt(payload)
+        else:
+            _refuse_given(payload, OF_PICTURES, "goes with a prompt, not with a config")
+            plan = self._from_config(config)
         spec = dict(plan.spec)
         spec["model"] = spec["model"] or self._default_model
         spec["seed"] = self._random_seed() if spec["seed"] is None else spec["seed"]
         self._check_model(spec["model"])
-        return GenerationPlan(spec, plan.lora_paths, plan.warnings, plan.from_config)
+        return replace(plan, spec=spec)
 
     def _from_config(self, config: Any) -> GenerationPlan:
         _check_config_size(config)
@@ -97,13 +102,8 @@ class Validator:
 
     def _from_prompt(self, payload: dict[str, Any]) -> GenerationPlan:
         request = parse_payload(GeneratePayload, payload)
-        refused = [
-            Problem(name, "is not offered by this server", "unsupported")
-            for name in NOT_OFFERED
-            if getattr(request, name) is not None
-        ]
-        if refused:
-            raise InvalidRequest(refused)
+        if request.init_image is None:
+            _refuse_given(request.model_dump(include=set(OF_PICTURES)), OF_PICTURES, "needs an init_image")
         values = {name: getattr(request, name) for name in SPEC_FIELDS if getattr(request, name) is not None}
         if values.get("seed") == -1:
             del values["seed"]
@@ -117,6 +117,7 @@ class Validator:
             lora_paths=tuple((choice.path, choice.scale) for choice in choices if choice.path is not None),
             warnings=unknown_fields(request),
             from_config=False,
+            strength=request.strength,
         )
 
     def _check_model(self, model: str) -> None:
@@ -135,6 +136,13 @@ def parse_payload(kind: type[P], payload: dict[str, Any]) -> P:
 def unknown_fields(request: BaseModel) -> tuple[str, ...]:
     """A warning for each field that the schema does not know."""
     return tuple(f"Unknown field '{name[:100]}' was ignored" for name in sorted(request.model_extra or {}))
+
+
+def _refuse_given(fields: Mapping[str, Any], names: Sequence[str], reason: str) -> None:
+    """Raises InvalidRequest naming those of `names` that have a value."""
+    given = [Problem(name, reason, "not_allowed") for name in names if fields.get(name) is not None]
+    if given:
+        raise InvalidRequest(given)
 
 
 def _generate_spec(values: dict[str, Any]) -> GenerateSpec:

@@ -171,7 +171,7 @@ def test_a_truncated_file_is_refused(kept: int, tmp_path: Path) -> None:
         ({"lora_unet_mid_block.hada_w1_a": torch.ones(2, 2)}, "LoHa.*incomplete"),
         ({"lora_unet_mid_block.hada_t1": torch.ones(2, 2, 3, 3)}, "Tucker LoHa"),
         ({"lora_unet_mid_block.oft_blocks": torch.ones(2, 2)}, "OFT"),
-        ({"x.lokr_w1": torch.ones(30, 30), "x.lokr_w2": torch.ones(30, 30)}, "rank 900; 512 is the most"),
+        ({"x.lokr_w1": torch.ones(30, 30), "x.lokr_w2": torch.ones(60, 60)}, "rank 1800; 1536 is the most"),
         ({"lora_unet_mid_block.lora_down.weight": torch.ones(2, 2)}, "unknown weights"),
         ({"lora_unet_mid_block.other": torch.ones(2, 2)}, "unknown weights"),
         ({"lora_unet_mid_block.alpha": torch.ones(())}, "unknown weights"),

@@ -8,14 +8,17 @@ import pytest
 from pydantic import SecretStr
 from ray.exceptions import RayActorError, RayTaskError
 
-from serve_app.app import build
+from serve_app.app import build, inference_deployment
 from serve_app.collaborators import DispatchLoad, WorkerCounts
 from serve_app.errors import InvalidRequest, ServiceUnavailable
-from serve_app.handles import HandleInference, answer, worker_counts
-from serve_app.inference.plan import GenerationWork
-from serve_app.settings import Settings, SettingsIncomplete
+from serve_app.handles import HandleInference, RestingInference, answer, worker_counts
+from serve_app.inference.plan import GenerationRequest, GenerationWork
+from serve_app.settings import AutoscalingSettings, Settings, SettingsIncomplete
+from serve_app.testing import ScriptedInference
 from storage.errors import StorageUnavailable
+from storage.testing import InMemoryStore
 from train_jobs.errors import Problem
+from train_jobs.spec import GenerateSpec
 
 
 class Response:
@@ -125,3 +128,37 @@ def test_a_graph_without_a_key_or_storage_is_refused_before_it_starts() -> None:
 def test_the_graph_is_bound_without_a_cluster() -> None:
     settings = Settings(api_key=SecretStr("k"), s3_access_key_id=SecretStr("i"), s3_secret_access_key=SecretStr("s"))
     assert build(settings) is not None
+
+
+class Counted:
+    def __init__(self, **counts: int) -> None:
+        self._counts = WorkerCounts(**counts)
+
+    async def counts(self) -> WorkerCounts:
+        return self._counts
+
+
+async def test_replicas_that_may_be_none_are_asked_for_their_health_only_while_they_work() -> None:
+    replicas = ScriptedInference(InMemoryStore(), healthy=False)
+    for counts in ({}, {"ready": 1, "idle": 1}, {"initializing": 1}):
+        health = await RestingInference(replicas, Counted(**counts)).health()
+        assert (health.ok, health.device) == (True, "none")
+    assert not (await RestingInference(replicas, Counted(unhealthy=1)).health()).ok
+    assert (await RestingInference(replicas, Counted(ready=1, running=1)).health()).device == "cpu"
+
+
+async def test_replicas_that_may_be_none_make_pictures_like_any() -> None:
+    request = GenerationRequest(spec=GenerateSpec(prompts=("a",), model="tiny", seed=1)).as_json()
+    replicas = RestingInference(ScriptedInference(InMemoryStore()), Counted())
+    events = [event async for event in replicas.generate(GenerationWork("gen_1", "matt", request))]
+    assert "output" in events[-1]
+
+
+def test_replicas_scale_with_the_generations_that_a_batch_has_no_place_for() -> None:
+    scaling = AutoscalingSettings(replicas_min=0, replicas_max=3, grow_after_s=1, shrink_after_s=2)
+    deployment = inference_deployment(Settings(autoscaling=scaling, pictures_per_batch=4))
+    config = deployment._deployment_config.autoscaling_config
+    assert (config.min_replicas, config.max_replicas, config.get_target_ongoing_requests()) == (0, 3, 4)
+    assert (config.upscale_delay_s, config.downscale_delay_s) == (1, 2)
+    fixed = inference_deployment(Settings(inference_replicas=2))._deployment_config
+    assert (fixed.autoscaling_config, fixed.num_replicas) == (None, 2)

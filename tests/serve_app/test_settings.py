@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from serve_app.settings import Settings, SettingsIncomplete
+from serve_app.settings import AutoscalingSettings, Settings, SettingsIncomplete
 from storage.settings import S3Settings
 
 
@@ -129,3 +129,17 @@ def test_further_tenants_have_keys_of_their_own(monkeypatch: pytest.MonkeyPatch)
 def test_a_tenant_without_a_name_or_key_of_its_own_is_refused(keys: dict[str, str]) -> None:
     with pytest.raises(ValidationError):
         Settings(api_key=SecretStr("the-key-of-the-first"), tenant_keys=keys)  # type: ignore[arg-type]
+
+
+def test_the_number_of_replicas_is_fixed_unless_a_range_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed = Settings(inference_replicas=3)
+    assert (fixed.autoscaling, fixed.replicas_max(), fixed.may_rest()) == (None, 3, False)
+    monkeypatch.setenv("RAYLORA_AUTOSCALING__REPLICAS_MIN", "0")
+    monkeypatch.setenv("RAYLORA_AUTOSCALING__REPLICAS_MAX", "4")
+    scaled = Settings()
+    assert (scaled.replicas_max(), scaled.may_rest()) == (4, True)
+
+
+def test_a_range_of_replicas_that_is_none_is_refused() -> None:
+    with pytest.raises(ValidationError, match="replicas_min"):
+        AutoscalingSettings(replicas_min=3, replicas_max=2)

@@ -249,6 +249,7 @@ def test_only_the_owner_moves_a_job(world: JobsWorld):
         lambda: world.jobs.complete(job_id, "w2", {}),
         lambda: world.jobs.fail(job_id, "w2", "code", "text"),
         lambda: world.jobs.fail(job_id, "w2", "code", "text", retryable=True),
+        lambda: world.jobs.hand_back(job_id, "w2"),
         lambda: world.jobs.cancelled(job_id, "w2"),
         lambda: world.jobs.timed_out(job_id, "w2"),
         lambda: world.jobs.adopt(job_id, "w2"),
@@ -328,6 +329,23 @@ def test_an_interrupted_job_keeps_its_place_in_the_queue(world: JobsWorld):
     world.create()
     world.jobs.fail(first.id, "w1", "broken", "It broke.", retryable=True)
     assert world.jobs.claim(GENERATION, "w2")[0].id == first.id
+
+
+def test_a_job_that_is_handed_back_waits_at_its_old_place_as_the_same_attempt(world: JobsWorld):
+    first = world.running("w1")
+    world.clock.advance(1)
+    world.create()
+    handed_back = world.jobs.hand_back(first.id, "w1")
+    assert (handed_back.state, handed_back.attempt, handed_back.started_at) == (JobState.QUEUED, 1, None)
+    assert world.jobs.claim(GENERATION, "w2")[0].id == first.id
+
+
+def test_a_job_that_is_handed_back_out_of_time_has_timed_out(world: JobsWorld):
+    job_id = world.create(timeout_s=10).id
+    world.jobs.claim(GENERATION, "w1")
+    world.jobs.start(job_id, "w1")
+    world.clock.advance(11)
+    assert world.jobs.hand_back(job_id, "w1").state is JobState.TIMED_OUT
 
 
 # --- cancel, retry, purge

@@ -158,6 +158,17 @@ class JobsMachine(RuleBasedStateMachine):
         if not self._refused(expected, owner, lambda: self.world.jobs.fail(job, owner, "code", "text", retryable=True)):
             self._interrupt(expected)
 
+    @rule(job=jobs, caller=CALLERS)
+    def hand_back(self, job: str, caller: str | None) -> None:
+        expected = self.model[job]
+        owner = caller or expected.owner or "w1"
+        if self._refused(expected, owner, lambda: self.world.jobs.hand_back(job, owner)):
+            return
+        if expected.cancel:
+            self._end(expected, JobState.CANCELLED)
+        else:
+            expected.state, expected.owner = JobState.QUEUED, None
+
     @rule(job=jobs)
     def cancel(self, job: str) -> None:
         expected = self.model[job]

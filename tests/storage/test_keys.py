@@ -56,6 +56,7 @@ BUILDERS: list[Callable[[Keys, str], str]] = [
     lambda keys, part: keys.training_log(part, "a.log"),
     lambda keys, part: keys.training_log("p", part),
     lambda keys, part: keys.images_prefix(part) + "x",
+    lambda keys, part: keys.ray_train_prefix(part) + "x",
     lambda keys, part: keys.image(part, 0, SHA, "png"),
     lambda keys, part: keys.image("p", 0, part, "png"),
     lambda keys, part: keys.image("p", 0, SHA, part),
@@ -189,6 +190,7 @@ def test_the_place_of_a_key_is_what_it_was_made_for(tenant: str, name: str, file
         assert place_of("some/raylora", key) == Place("processes", tenant, name)
     assert place_of("some/raylora", keys.staging_file(name, filename)) == Place("staging", tenant, name)
     assert place_of("some/raylora", keys.dataset_manifest("f", name)) == Place("datasets", tenant, name, "f")
+    assert place_of("some/raylora", keys.kept("latents", SHA)) == Place("kept", tenant, SHA)
 
 
 @pytest.mark.parametrize(

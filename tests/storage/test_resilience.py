@@ -295,7 +295,7 @@ async def test_no_more_run_at_once_than_there_are_slots_but_health_does_not_queu
         await asyncio.sleep(0)
 
     assert running == 2
-    assert await bench.resilience.call("health", bench.script("fine"), needs_slot=False) == "fine"
+    assert await bench.resilience.call("health", bench.script("fine"), needs_place=False) == "fine"
     release.set()
     await asyncio.gather(*tasks)
     assert running == 5

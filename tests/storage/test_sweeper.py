@@ -103,6 +103,17 @@ async def test_samples_may_go_before_the_rest(world: World) -> None:
     assert world.store.keys() == [KEYS.lora_file(process_id, "a.safetensors")]
 
 
+async def test_files_of_ray_train_that_a_killed_driver_left_go_and_nothing_else_of_it(world: World) -> None:
+    process_id = await world.finished()
+    kept = list(world.store.keys())
+    await world.store.put(f"{KEYS.ray_train_prefix(process_id)}run/.marker", b"")
+    world.clock.advance(DAY_S)
+
+    assert kinds(await world.sweep()) == [SweepKind.RAY_TRAIN]
+
+    assert world.store.keys() == kept
+
+
 @pytest.mark.parametrize("state", [s for s in JobState if not s.is_terminal])
 async def test_nothing_of_a_live_job_is_touched(world: World, state: JobState) -> None:
     make = {
@@ -149,6 +160,28 @@ async def test_a_process_without_a_record_and_other_layouts_are_left_alone(world
 
     assert (await world.sweep(results_ttl_s=1, samples_ttl_s=1)).swept == ()
     assert len(world.store.keys()) == 5
+
+
+async def test_pictures_to_start_from_go_where_no_record_was_made(world: World) -> None:
+    made = world.jobs.create(JobKind.GENERATION).id
+    for process_id in ("gen_0123456789ab", made):
+        await world.store.put(KEYS.input_picture(process_id, "mask", "0" * 64, "png"), b"1")
+    assert (await world.sweep()).swept == ()
+    world.clock.advance(DAY_S)
+    assert kinds(await world.sweep()) == [SweepKind.UNFINISHED]
+    [left] = world.store.keys()
+    assert made in left
+
+
+async def test_what_trainings_share_goes_by_its_own_age_and_each_object_by_itself(world: World) -> None:
+    old, young = KEYS.kept("latents", "a" * 64), KEYS.kept("latents", "b" * 64)
+    await world.store.put(old, b"1")
+    world.clock.advance(20 * DAY_S)
+    await world.store.put(young, b"2")
+    world.clock.advance(11 * DAY_S)
+    assert kinds(await world.sweep()) == [SweepKind.KEPT]
+    assert not await world.store.exists(old)
+    assert await world.store.exists(young)
 
 
 async def test_an_unused_upload_goes_a_day_after_its_newest_file(world: World) -> None:

@@ -134,7 +134,6 @@ def test_keys_of_no_use_here_are_listed_with_a_reason() -> None:
     ignored = {item.path: item.reason for item in parse_train_yaml(TRAIN).ignored}
     assert "config.process[0].device" in ignored
     assert "config.process[0].datasets[0].cache_latents_to_disk" in ignored
-    assert "config.process[0].model.quantize" in ignored
     assert all(ignored.values())
 
 
@@ -155,7 +154,7 @@ def test_a_value_taken_differently_is_a_warning() -> None:
 def test_all_problems_come_at_once_with_their_paths() -> None:
     document = _with("train", "steps", -3)
     document["config"]["process"][0]["train"]["lr"] = "fast"
-    document["config"]["process"][0]["network"]["type"] = "lokr"
+    document["config"]["process"][0]["network"]["type"] = "lorm"
     document["config"]["process"][0]["datasets"][0]["folder_path"] = "/data/.."
     document["config"]["process"][0]["datasets"][0]["resolution"] = [512, "big"]
     document["config"]["process"][0]["slider"] = {"targets": []} | {"resolutions": [[512, 512]]}
@@ -437,3 +436,55 @@ def test_any_value_in_a_generate_file_is_read_or_refused_and_nothing_else(data: 
     process[where][data.draw(st.sampled_from(sorted(table.known)))] = value
     with contextlib.suppress(ConfigInvalid):
         parse_generate_yaml(document)
+
+
+def test_lokr_is_read_as_ai_toolkit_means_it() -> None:
+    keys = {"type": "lokr", "linear": 8, "linear_alpha": 4, "dropout": 0.1, "old_lokr_format": True}
+    document = _document()
+    document["config"]["process"][0]["network"] = dict(keys)
+    parsed = parse_train_yaml(document)
+    network = parsed.spec.network
+    assert (network.type, network.lokr_full_rank, network.lokr_factor) == ("lokr", True, -1)
+    assert "config.process[0].network.dropout" in {warning.path for warning in parsed.warnings}
+    assert network.dropout == 0
+    assert "config.process[0].network.old_lokr_format" in {item.path for item in parsed.ignored}
+    document["config"]["process"][0]["network"] |= {"lokr_full_rank": False, "lokr_factor": 8}
+    network = parse_train_yaml(document).spec.network
+    assert (network.lokr_full_rank, network.lokr_factor, network.rank, network.alpha) == (False, 8, 8, 4)
+    document["config"]["process"][0]["network"]["lokr_factor"] = 0
+    assert _problems(document) == {"config.process[0].network.lokr_factor": "invalid_value"}
+
+
+def test_what_only_lokr_knows_is_ignored_for_other_networks() -> None:
+    document = _document()
+    document["config"]["process"][0]["network"] |= {"lokr_full_rank": True, "lokr_factor": 8}
+    ignored = {item.path for item in parse_train_yaml(document).ignored}
+    assert {"config.process[0].network.lokr_full_rank", "config.process[0].network.lokr_factor"} <= ignored
+
+
+def test_a_quantised_base_is_read_with_its_types_and_exceptions() -> None:
+    spec = _parsed(TRAIN)
+    assert (spec.quantize.denoiser, spec.quantize.text_encoders) == ("float8", "float8")
+    document = _document()
+    document["config"]["process"][0]["model"] |= {
+        "quantize_te": False, "qtype": "uint4", "quantize_kwargs": {"exclude": "*time*"},
+    }  # fmt: skip
+    parsed = parse_train_yaml(document)
+    quantize = parsed.spec.quantize
+    assert (quantize.denoiser, quantize.text_encoders, quantize.exclude) == ("int4", None, ("*time*",))
+    assert "config.process[0].model.qtype" in {warning.path for warning in parsed.warnings}
+    assert not _parsed(_with("model", "quantize", False)).quantize.is_on
+    assert _problems(_with("model", "qtype", "uint3")) == {"config.process[0].model.qtype": "unsupported"}
+
+
+def test_a_dora_on_a_quantised_base_is_refused() -> None:
+    assert "invalid_value" in _problems(_with("network", "type", "dora")).values()
+    plain = _with("network", "type", "dora")
+    plain["config"]["process"][0]["model"]["quantize"] = False
+    assert _parsed(plain).network.type == "dora"
+
+
+def test_a_generation_takes_no_notice_of_quantisation() -> None:
+    document = yaml.safe_load(GENERATE)
+    document["config"]["process"][0]["model"] |= {"quantize": True, "lora_path": None}
+    assert "config.process[0].model.quantize" in {item.path for item in parse_generate_yaml(document).ignored}

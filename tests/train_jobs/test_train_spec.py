@@ -44,6 +44,11 @@ def test_a_number_must_be_finite(number: float) -> None:
     assert "train.learning_rate" in _problems(SMALLEST | {"train": {"learning_rate": number}})
 
 
+@pytest.mark.parametrize("kind", ["lokr", "loha"])
+def test_networks_without_dropout_are_asked_for_none(kind: str) -> None:
+    assert _problems(SMALLEST | {"network": {"type": kind, "dropout": 0.1}}) == {"network": "invalid_value"}
+
+
 def test_values_are_not_repeated_in_messages() -> None:
     with pytest.raises(ConfigInvalid) as caught:
         spec_from_json(TrainSpec, SMALLEST | {"subject_id": "/secret path"})

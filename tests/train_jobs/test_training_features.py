@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler
 
 from diffusion.adapter import attach_lora
 from diffusion.families import Family, load_family
+from diffusion.lycoris_layers import Lycoris
 from train_jobs.cache import TrainingCache, build_cache, mask_weight
 from train_jobs.captions import CaptionRules, varied
 from train_jobs.charts import loss_png, smoothed, tensorboard_file
@@ -56,12 +57,13 @@ def make(model_folder: Path, family: Family, write_pictures: Write) -> Make:
 
     def build(
         train: OptimizeSpec, *, peers: Any = None, patience: int | None = None, dropout: float = 0.0,
-        components: list[str] | None = None, dora: bool = False,
+        components: list[str] | None = None, dora: bool = False, lycoris: Lycoris | None = None,
     ) -> TrainingLoop:  # fmt: skip
         loaded = load_family(model_folder, device="cpu", dtype=torch.float32)
         lora = attach_lora(
-            loaded, rank=2, alpha=2, seed=1, targets="all", dropout=dropout, components=components, dora=dora
-        )
+            loaded, rank=2, alpha=2, seed=1, targets="all", dropout=dropout, components=components, dora=dora,
+            lycoris=lycoris,
+        )  # fmt: skip
         watched = ValidationSpec(every_steps=2, patience=patience, places=(0.25, 0.75))
         return TrainingLoop(
             loaded, dict(lora.named_parameters()), cache, train, peers=peers,
@@ -83,17 +85,26 @@ CASES: list[dict[str, Any]] = [
     {"optimizer": "prodigy", "ema": 0.5},
     {"optimizer": "lion", "dora": True},
     {"optimizer": "adam", "components": ["unet", "text_encoder"]},
+    {"optimizer": "adamw", "ema": 0.9, "lycoris": Lycoris("lokr", 4), "components": ["unet", "text_encoder"]},
+    {"optimizer": "adamw", "lycoris": Lycoris("lokr", 2, full_rank=True)},
+    {"optimizer": "prodigy", "lycoris": Lycoris("loha")},
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["optimizer"])
+def _named(case: dict[str, Any]) -> str:
+    lycoris = case.get("lycoris")
+    kind = "" if lycoris is None else f"-{lycoris.kind}{'-full' if lycoris.full_rank else ''}"
+    return f"{case['optimizer']}{kind}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=_named)
 def test_every_optimizer_continues_exactly_where_it_stopped(make: Make, tmp_path: Path, case: dict[str, Any]) -> None:
     rate = 1.0 if case["optimizer"] == "prodigy" else 1e-3
     spec = _spec(
         learning_rate=rate, optimizer=OptimizerSpec(type=case["optimizer"]), ema_decay=case.get("ema"),
         noise_offset=0.05,
     )  # fmt: skip
-    options = {key: case[key] for key in ("dropout", "components", "dora") if key in case}
+    options = {key: case[key] for key in ("dropout", "components", "dora", "lycoris") if key in case}
     unbroken = make(spec, **options)
     unbroken.run()
     first = make(spec, **options)

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -409,6 +410,94 @@ def test_a_training_can_begin_from_an_adapter_of_its_owner(
     assert train(spec_from_json(TrainSpec, other_rank))["failure"]["code"] == "config_invalid"
 
 
+def test_a_second_training_finds_what_the_first_one_encoded(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec, store: InMemoryStore
+) -> None:
+    quiet = spec_from_json(TrainSpec, spec.model_dump() | {"sample": {}, "captioning": {"model": "none"}})
+    first = train(quiet)["output"]
+    kept = _keys(store, "/kept/")
+    assert {key.split("/")[3] for key in kept} == {"latents", "texts"}
+    for old in _keys(store, f"/{JOB}/"):
+        asyncio.run(store.delete(old))
+    again = train(quiet)["output"]
+    assert _keys(store, "/kept/") == kept
+    assert again["final_loss"] == first["final_loss"]
+
+
+def test_a_training_whose_captioning_model_is_missing_fails_by_name(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec
+) -> None:
+    asked = {"captioning": {"model": "none", "overwrite": True}}
+    failure = train(spec_from_json(TrainSpec, spec.model_dump() | asked))["failure"]
+    assert (failure["code"], failure["retryable"]) == ("model_not_available", False)
+    assert "'none'" in failure["message"]
+
+
+def test_a_quantised_base_without_torchao_is_refused_with_what_to_install(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusion.quantized.find_spec", lambda name: None)
+    failure = train(spec_from_json(TrainSpec, spec.model_dump() | {"quantize": {"denoiser": "int8"}}))["failure"]
+    assert (failure["code"], failure["retryable"]) == ("config_invalid", False)
+    assert "raylora[quantized]" in failure["message"]
+
+
+def test_a_training_on_a_quantised_base_makes_its_previews_and_an_adapter(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec, store: InMemoryStore
+) -> None:
+    pytest.importorskip("torchao", reason="quantised base models need raylora[quantized]")
+    asked = {"quantize": {"denoiser": "float8", "text_encoders": "int8"}}
+    output = train(spec_from_json(TrainSpec, spec.model_dump() | asked))["output"]
+    assert len(output["samples"]) == 6
+    state = load(_get(store, output["loras"][0]["key"]))
+    assert any(float(tensor.abs().max()) > 0 for name, tensor in state.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"type": "lokr", "lokr_full_rank": False, "lokr_factor": 4, "rank": 2, "alpha": 1.0, "conv_rank": 2},
+        {"type": "lokr"},
+        {"type": "loha", "rank": 2},
+    ],
+    ids=["lokr", "lokr-full", "loha"],
+)
+def test_lokr_and_loha_are_stored_under_both_names_and_can_be_begun_from(
+    network: dict[str, Any], train: Callable[..., dict[str, Any]], spec: TrainSpec, store: InMemoryStore
+) -> None:
+    quiet = spec.model_dump() | {"network": network}
+
+    def forget() -> None:
+        for old in _keys(store, f"/{JOB}/"):
+            asyncio.run(store.delete(old))
+
+    output = train(spec_from_json(TrainSpec, quiet))["output"]
+    assert len(output["samples"]) == 6
+    [lora], [export] = output["loras"], output["exports"]
+    ours, theirs = load(_get(store, lora["key"])), load(_get(store, export["key"]))
+    part = "hada_w1_a" if network["type"] == "loha" else "lokr_w1"
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert {f"unet.{layer}.{part}", f"unet.{layer}.alpha"} <= ours.keys()
+    assert {f"lora_unet_{layer.replace('.', '_')}.{part}"} <= theirs.keys()
+    assert len(theirs) == len(ours)
+    assert ("unet.mid_block.resnets.0.conv1.alpha" in ours) == ("conv_rank" in network or network == {"type": "lokr"})
+    kept = {name: _get(store, item["key"]) for name, item in (("a", lora), ("b", export))}
+    slow = quiet["train"] | {"learning_rate": 1e-12}
+    for name, data in kept.items():
+        mine = KEYS.lora_file("train_000000000000", f"{name}.safetensors")
+        asyncio.run(store.put(mine, data))
+        forget()
+        again = spec_from_json(
+            TrainSpec, quiet | {"network": network | {"pretrained": mine}, "train": slow, "sample": {}}
+        )
+        checkpoint = train(again)["output"]["checkpoints"][-1]
+        begun = load(_get(store, checkpoint["keys"][0]))
+        assert max(float((begun[key] - ours[key]).abs().max()) for key in begun) <= 1e-6
+    forget()
+    other = {"type": "lokr", "lokr_full_rank": False, "rank": 1, "pretrained": mine}
+    assert train(spec_from_json(TrainSpec, quiet | {"network": other}))["failure"]["code"] == "config_invalid"
+
+
 FLUX_CONFIG = """
 ---
 job: extension
@@ -533,6 +622,8 @@ def test_a_users_ai_toolkit_config_runs_with_only_the_model_pointed_elsewhere(
     files = [(path.name, path, None) for path in sorted(write_pictures((64, 64), (64, 64)).iterdir())]
     runner.run_blocking(write_dataset(store, KEYS, "cats", files, now=NOW))
     folder = write_tiny_model(family, tmp_path / "tiny")
+    if find_spec("torchao") is None:
+        config = config.replace("quantize: true", "quantize: false")
     parsed = parse_train_yaml(config)
     (tmp_path / "scratch").mkdir()
     told = Told(stop_at=3)

@@ -15,12 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from serve_app.errors import InvalidRequest
 from serve_app.ingress.envelope import read_object
 from serve_app.job_types.context import Policy
+from serve_app.settings import TENANT_PATTERN
 from train_jobs.spec import DATASET_PATTERN, TrainSpec, problems_of
 
 B = TypeVar("B", bound=BaseModel)
 POLICY_MIN_S = 5.0
 POLICY_MAX_S = 7 * 24 * 3600.0
 LORA_BYTES_MAX = 4 * 1024**3
+
+PICTURE = "Base64, a data URL, an https URL, or the key of one of your files (`s3_key`)."
 
 REGISTERED: list[type[BaseModel]] = []
 """The models of all bodies, for the OpenAPI document."""
@@ -82,7 +85,13 @@ class LoraReference(Body):
 
 
 class GenerationCreate(PolicyFields):
-    """`num_images` pictures of one prompt; picture `i` uses seed `seed + i`. What is left out is the model's own."""
+    """`num_images` pictures of one prompt; picture `i` uses seed `seed + i`. What is left out is the model's own.
+
+    With an `init_image` they start from that picture, resized to `width` x `height`; of these, what is left out follows
+    from the picture: its own size, at most 1536 on the longer side, or its proportions where one side is given, rounded
+    down to what the model makes. `strength` is the share of the steps that is done. With a `mask`, resized likewise,
+    only where it is light is anything changed.
+    """
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -111,11 +120,23 @@ class GenerationCreate(PolicyFields):
     scheduler: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_+-]{1,50}$")
     output_format: Literal["png", "jpg", "webp"] = "png"
     loras: tuple[LoraReference, ...] = Field(default=(), max_length=8)
+    init_image: str | None = Field(default=None, min_length=1, repr=False, description=PICTURE)
+    mask: str | None = Field(default=None, min_length=1, repr=False, description=f"Needs an `init_image`. {PICTURE}")
+    strength: float | None = Field(default=None, gt=0.0, le=1.0, description="Needs an `init_image`; 0.8 by default.")
 
     def payload(self) -> dict[str, Any]:
         """As the input of the job type `generate`."""
         fields = self.model_dump(mode="json", exclude={"timeout_s", "ttl_s", "low_priority"}, exclude_none=True)
         return {**fields, "wait": True}
+
+
+class ApiKeyCreate(Body):
+    """A key that speaks for `tenant`, the caller's own by default. `name` is for people, to tell keys apart."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"name": "studio", "tenant": "ada"}]})
+
+    name: str = Field(min_length=1, max_length=100, pattern=r"\S")
+    tenant: str | None = Field(default=None, pattern=TENANT_PATTERN)
 
 
 class DatasetFileCreate(Body):

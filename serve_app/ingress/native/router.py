@@ -2,9 +2,11 @@
 
 from fastapi import APIRouter
 
+from serve_app.ingress.auth import KeyRing
 from serve_app.ingress.huggingface import huggingface_router
 from serve_app.ingress.native.datasets import datasets_router
 from serve_app.ingress.native.generations import generations_router
+from serve_app.ingress.native.keys import keys_router
 from serve_app.ingress.native.loras import loras_router
 from serve_app.ingress.native.once import OnceOnly, once_route
 from serve_app.ingress.native.training_files import training_files_router
@@ -14,7 +16,7 @@ from serve_app.ingress.openai_images import openai_router
 from serve_app.job_types.context import Services
 
 
-def native_router(services: Services) -> APIRouter:
+def native_router(services: Services, keys: KeyRing) -> APIRouter:
     route_class = once_route(OnceOnly(services))
     router = APIRouter()
     router.include_router(trainings_router(services, route_class))
@@ -23,6 +25,7 @@ def native_router(services: Services) -> APIRouter:
     router.include_router(datasets_router(services, route_class))
     router.include_router(uploads_router(services, route_class))
     router.include_router(loras_router(services, route_class))
+    router.include_router(keys_router(services, keys))
     router.include_router(openai_router(services))
     router.include_router(huggingface_router(services))
     return router

@@ -187,6 +187,37 @@ class Files(View, Generic[T]):
     items: list[T]
 
 
+class ApiKey(View):
+    """A key that was made over HTTP, without the key itself."""
+
+    id: str
+    tenant: str
+    name: str
+    created_at: datetime
+    revoked_at: datetime | None = None
+
+
+class ApiKeyCreated(ApiKey):
+    """`key` is shown here and nowhere else."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": "key_0123456789abcdef",
+                    "tenant": "ada",
+                    "name": "studio",
+                    "created_at": "2026-01-02T03:04:05Z",
+                    "revoked_at": None,
+                    "key": "rl_...",
+                }
+            ]
+        }
+    )
+
+    key: str
+
+
 class DatasetFile(View):
     filename: str
     size_bytes: int
@@ -331,7 +362,16 @@ def training_view(record: JobRecord, now: datetime) -> Training:
 
 def generation_view(record: JobRecord, now: datetime, images: list[Image] | None) -> Generation:
     spec = record.request.get("spec")
-    return Generation(**job_fields(record, now), spec=spec if isinstance(spec, dict) else {}, images=images)
+    shown = spec if isinstance(spec, dict) else {}
+    return Generation(**job_fields(record, now), spec=shown | _start(record.request.get("start")), images=images)
+
+
+def _start(start: Any) -> dict[str, Any]:
+    """What a generation begins with, under the names that ask for it; pictures by their keys."""
+    if not isinstance(start, dict):
+        return {}
+    pictures = {field: start[field]["key"] for field in ("init_image", "mask") if start.get(field) is not None}
+    return {**pictures, "strength": start["strength"]}
 
 
 def _text(value: Any) -> str | None:

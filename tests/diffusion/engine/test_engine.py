@@ -328,3 +328,49 @@ def test_the_time_of_an_iteration_is_told_while_it_lasts(family: StableDiffusion
     family.unet.register_forward_pre_hook(slow)
     engine.render([dataclasses.replace(PLAIN, steps=2)])
     assert (told, engine.iteration_s()) == ([700.0, 700.0], 0.0)
+
+
+def out_of_memory_in_the_vae(family: StableDiffusion1, *, whole_max: int, tiles_fit: bool = True) -> list[int]:
+    """More than ``whole_max`` pictures fit only in tiles. Returns the pictures of each call."""
+    asked: list[int] = []
+    decode = family.decode
+
+    def limited(latents: Tensor) -> Tensor:
+        asked.append(len(latents))
+        if not (tiles_fit if family.vae.use_tiling else len(latents) <= whole_max):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return decode(latents)
+
+    family.decode = limited  # type: ignore[method-assign]
+    return asked
+
+
+def test_pictures_that_end_together_are_decoded_together_and_are_what_they_are_alone(family: StableDiffusion1) -> None:
+    requests = [dataclasses.replace(PLAIN, seed=seed, steps=2) for seed in range(5)]
+    expected = pixels(Engine(family), *requests)
+    asked = out_of_memory_in_the_vae(family, whole_max=2)
+    made = pixels(Engine(family, decode_max=4), *requests)
+    assert asked == [4, 2, 2, 1]
+    assert max(difference(a, b) for a, b in zip(expected, made, strict=True)) < TOLERANCE
+
+
+def test_a_picture_that_the_vae_cannot_hold_is_decoded_in_tiles(family: StableDiffusion1, stock: Any) -> None:
+    large = dataclasses.replace(PLAIN, width=96, height=128, steps=2)
+    stock.vae.enable_tiling()
+    expected = stock_pixels(stock, large)
+    asked = out_of_memory_in_the_vae(family, whole_max=0)
+    assert difference(pixels(Engine(family), large)[0], expected) < TOLERANCE
+    assert asked == [1, 1]
+    assert not family.vae.use_tiling
+    assert difference(pixels(Engine(family, tiled=True), large)[0], expected) < TOLERANCE
+    assert asked == [1, 1, 1]
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_a_picture_that_does_not_fit_even_in_tiles_fails_alone(family: StableDiffusion1, tiled: bool) -> None:
+    out_of_memory_in_the_vae(family, whole_max=0, tiles_fit=False)
+    engine = Engine(family, tiled=tiled)
+    with pytest.raises(OutOfGpuMemory):
+        engine.generate([PLAIN])
+    del family.decode  # type: ignore[attr-defined]
+    assert len(engine.generate([PLAIN])) == 1

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.engine import Engine, GenerateRequest
+from diffusion.engine.start import size_near
 from diffusion.errors import SettingNotSupported
 from diffusion.families import StableDiffusion1
 from diffusion.families.discrete import SCHEDULERS
@@ -74,6 +75,23 @@ def test_the_size_is_the_pictures_own_rounded_down_to_what_the_model_makes(famil
     assert made.image.size == (64, 48)
     assert made.settings["mode"] == "image_to_image"
     assert made.settings["strength"] == 0.6
+
+
+@pytest.mark.parametrize(
+    ("size", "asked", "made"),
+    [
+        ((70, 50), (None, None), (64, 48)),
+        ((70, 50), (140, None), (140, 96)),
+        ((70, 50), (None, 100), (136, 100)),
+        ((70, 50), (32, 16), (32, 16)),
+        ((4000, 3000), (None, None), (1536, 1152)),
+        ((3, 300), (None, None), (8, 296)),
+    ],
+)
+def test_sides_that_are_not_asked_for_follow_the_picture(
+    size: tuple[int, int], asked: tuple[int | None, int | None], made: tuple[int, int]
+) -> None:
+    assert size_near(Image.new("L", size), 8, *asked) == made
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from serve_app.cli.doctor import breaker_finding
+from serve_app.cli.doctor import breaker_finding, capabilities_finding
 
 HEALTHY = {"ok": True, "breaker": "closed", "breaker_mode": "automatic", "retry_after_s": None}
 
@@ -28,3 +28,14 @@ def test_what_an_operator_forced_is_pointed_out_even_while_all_works(mode: str) 
 
     assert not finding.ok
     assert "raylora breaker auto" in finding.advice
+
+
+def test_what_the_s3_server_lacks_is_said_and_is_no_fault() -> None:
+    finding = capabilities_finding({"ranged_reads": True, "tags": False})
+
+    assert (finding.ok, finding.found) == (True, "has ranged reads; lacks tags")
+    assert capabilities_finding(None).ok
+
+
+def test_a_server_that_reads_no_parts_is_a_fault() -> None:
+    assert not capabilities_finding({"ranged_reads": False}).ok

@@ -38,13 +38,13 @@ class Ticks:
 
 
 class Scene:
-    def __init__(self, world: JobsWorld, slots: int = 2) -> None:
+    def __init__(self, world: JobsWorld, slots: int = 2, drain_s: float = 0.0) -> None:
         self.world = world
         self.jobs = AsyncJobs(world.jobs)
         self.ticks = Ticks()
         self.inference = ScriptedInference(InMemoryStore(now=world.clock))
         self.dispatcher = GenerationDispatcher(
-            self.jobs, self.inference, owner="dispatcher-1", slots=slots, sleep=self.ticks.sleep
+            self.jobs, self.inference, owner="dispatcher-1", slots=slots, drain_s=drain_s, sleep=self.ticks.sleep
         )
 
     async def submit(self, prompt: str = "a cat", **fields: Any) -> str:
@@ -62,6 +62,11 @@ class Scene:
         async with asyncio.timeout(20):
             while not condition():
                 await self.jobs.counts()
+
+    async def under_way(self, job_id: str) -> None:
+        async with asyncio.timeout(20):
+            while (await self.jobs.get(job_id)).state is not JobState.RUNNING:
+                pass
 
     async def ticking_until_ended(self, job_id: str) -> JobRecord:
         async with asyncio.timeout(20):
@@ -153,7 +158,7 @@ async def test_a_generation_over_its_time_is_stopped_and_timed_out(scene: Scene)
     scene.inference.gate = asyncio.Event()
     async with scene.running():
         job_id = await scene.submit(timeout_s=10.0)
-        await scene.until(lambda: len(scene.inference.begun) == 1)
+        await scene.under_way(job_id)
         scene.world.clock.advance(11)
         record = await scene.ticking_until_ended(job_id)
     assert record.state is JobState.TIMED_OUT
@@ -245,13 +250,80 @@ async def test_a_result_is_offered_again_when_the_record_could_not_be_written(sc
     assert (record.state, len(scene.inference.begun)) == (JobState.COMPLETED, 1)
 
 
-async def test_stopping_the_dispatcher_stops_its_work_and_leaves_the_lease_to_run_out(scene: Scene) -> None:
+async def test_a_generation_is_not_running_before_a_replica_has_taken_it(scene: Scene) -> None:
+    scene.inference.free = asyncio.Event()
+    async with scene.running():
+        job_id = await scene.submit(timeout_s=10.0)
+        await scene.until(lambda: len(scene.inference.asked) == 1)
+        scene.world.clock.advance(20)
+        scene.ticks.tick()
+        record = await scene.jobs.get(job_id)
+        assert (record.state, record.started_at) == (JobState.STARTING, None)
+        scene.inference.free.set()
+        assert (await scene.ended(job_id)).state is JobState.COMPLETED
+
+
+async def test_a_generation_that_waits_for_a_replica_can_be_cancelled(scene: Scene) -> None:
+    scene.inference.free = asyncio.Event()
+    async with scene.running():
+        job_id = await scene.submit()
+        await scene.until(lambda: len(scene.inference.asked) == 1)
+        await scene.jobs.request_cancel(job_id, tenant="matt")
+        assert (await scene.ticking_until_ended(job_id)).state is JobState.CANCELLED
+    assert scene.inference.begun == []
+
+
+async def test_told_to_stop_it_lets_what_runs_end_and_takes_nothing_new(world: JobsWorld) -> None:
+    scene = Scene(world, drain_s=20.0)
+    scene.inference.gate = asyncio.Event()
+    loop = asyncio.create_task(scene.dispatcher.run())
+    job_id = await scene.submit()
+    await scene.under_way(job_id)
+    loop.cancel()
+    late = await scene.submit()
+    scene.inference.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await loop
+    assert (await scene.jobs.get(job_id)).state is JobState.COMPLETED
+    assert (await scene.jobs.get(late)).state is JobState.QUEUED
+
+
+async def test_what_does_not_end_in_time_is_stopped_and_another_dispatcher_makes_it_as_the_same_attempt(
+    scene: Scene,
+) -> None:
+    scene.inference.gate = asyncio.Event()
+    async with scene.running():
+        job_id = await scene.submit(attempts_max=1)
+        await scene.under_way(job_id)
+    assert scene.inference.stopped == [job_id]
+    record = await scene.jobs.get(job_id)
+    assert (record.state, record.attempt, record.lease_owner) == (JobState.QUEUED, 1, None)
+    scene.inference.gate.set()
+    after = Scene(scene.world)
+    async with after.running():
+        assert (await after.ended(job_id)).state is JobState.COMPLETED
+
+
+async def test_a_stopped_generation_whose_cancelling_was_asked_for_is_cancelled(scene: Scene) -> None:
     scene.inference.gate = asyncio.Event()
     async with scene.running():
         job_id = await scene.submit()
-        await scene.until(lambda: len(scene.inference.begun) == 1)
-    assert scene.inference.stopped == [job_id]
+        await scene.under_way(job_id)
+        await scene.jobs.request_cancel(job_id, tenant="matt")
+    assert (await scene.jobs.get(job_id)).state is JobState.CANCELLED
+
+
+async def test_what_cannot_be_handed_back_is_queued_again_when_its_lease_has_run_out(scene: Scene, caplog: Any) -> None:
+    async def unavailable(*args: Any, **kwargs: Any) -> Any:
+        raise JobsUnavailable("hand_back")
+
+    scene.inference.gate = asyncio.Event()
+    scene.jobs.hand_back = unavailable  # type: ignore[method-assign]
+    async with scene.running():
+        job_id = await scene.submit()
+        await scene.under_way(job_id)
     assert (await scene.jobs.get(job_id)).state is JobState.RUNNING
+    assert "jobs_unavailable" in caplog.text
     scene.world.clock.advance(31)
     [record] = await scene.jobs.reap()
     assert record.state is JobState.QUEUED

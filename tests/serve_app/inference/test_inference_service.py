@@ -14,7 +14,13 @@ from diffusion.engine import GeneratedImage, GenerateRequest
 from diffusion.engine.memory import Memory
 from diffusion.errors import Cancelled, InsufficientMemory, SizeNotSupported
 from diffusion.images import read_settings
-from serve_app.inference.engines import DeviceFacts, EngineShelf
+from serve_app.inference.engines import (
+    DeviceFacts,
+    EngineShelf,
+    LastResort,
+    needed_by_largest_part_bytes,
+    needed_bytes,
+)
 from serve_app.inference.lora_cache import LoraCache, file_name
 from serve_app.inference.plan import GenerationRequest, GenerationWork, ResolvedLora
 from serve_app.inference.service import InferenceService, requested_pictures
@@ -246,6 +252,45 @@ async def test_a_model_that_does_not_fit_is_refused_with_the_numbers_and_loads_w
     assert replica.shelf.loaded == ()
     replica.free_bytes = 6000
     assert await replica.events(request())
+
+
+def test_a_model_that_does_not_fit_whole_is_loaded_by_the_last_resort_where_its_parts_fit() -> None:
+    loaded: list[str] = []
+    free_bytes = 6000
+
+    def load(way: str) -> Any:
+        def note(folder: str) -> ScriptedEngine:
+            loaded.append(way)
+            return ScriptedEngine()
+
+        return note
+
+    shelf = EngineShelf(
+        {"tiny": "/models/tiny"},
+        load("whole"),
+        memory=lambda: Memory(free_bytes, 10_000),
+        needed_bytes=lambda folder: 5000,
+        last_resort=LastResort(load("in parts"), lambda folder: 2000),
+    )
+    shelf.load("tiny")
+    assert loaded == ["whole"]
+    assert shelf._evict()
+    free_bytes = 3000
+    shelf.load("tiny")
+    assert loaded == ["whole", "in parts"]
+    assert shelf._evict()
+    free_bytes = 1000
+    with pytest.raises(InsufficientMemory) as caught:
+        shelf.load("tiny")
+    assert caught.value.needed_bytes == 2000
+
+
+def test_what_a_model_needs_is_read_from_its_weight_files(tmp_path: Path) -> None:
+    for name, size_bytes in (("unet/a.safetensors", 30), ("unet/b.safetensors", 20), ("vae/a.safetensors", 10)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(size_bytes))
+    assert needed_bytes(1)(str(tmp_path)) == 60 + 2**20
+    assert needed_by_largest_part_bytes(0)(str(tmp_path)) == 50
 
 
 def test_a_model_in_use_makes_room_for_no_other(replica: Replica) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr, ValidationError
 
+from serve_app.collaborators import WorkerCounts
 from serve_app.ingress.api import create_app
 from serve_app.ingress.auth import KeyRing
 from serve_app.ingress.readiness import DiskSpace
@@ -122,3 +123,16 @@ async def test_a_full_disk_is_not_ready(world: JobsWorld) -> None:
     async with server.client(key="k") as http:
         reply = await http.get("/readyz")
     assert (reply.status_code, reply.json()["checks"]["disk"]["ok"]) == (503, False)
+
+
+@pytest.mark.parametrize(("may_rest", "unhealthy", "ready"), [(False, 0, False), (True, 0, True), (True, 1, False)])
+async def test_no_replica_is_ready_only_where_there_may_be_none(
+    world: JobsWorld, may_rest: bool, unhealthy: int, ready: bool
+) -> None:
+    class Workers:
+        async def counts(self) -> WorkerCounts:
+            return WorkerCounts(unhealthy=unhealthy)
+
+    server = local_server(world.jobs, world.clock, workers=Workers(), may_rest=may_rest)
+    async with server.client() as http:
+        assert (await http.get("/readyz")).json()["checks"]["replicas"]["ok"] is ready

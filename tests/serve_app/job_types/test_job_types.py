@@ -205,11 +205,6 @@ async def test_adapters_that_cannot_be_applied_are_refused(server: LocalServer) 
         assert output["error_type"] == "lora_not_usable", lora
 
 
-async def test_what_is_not_offered_is_refused_by_name(server: LocalServer) -> None:
-    output = await refused(server, {"prompt": "a cat", "init_image": "abc", "strength": 0.5})
-    assert [problem["path"] for problem in output["validation_errors"]] == ["init_image", "strength"]
-
-
 async def test_an_unknown_field_is_a_warning(server: LocalServer) -> None:
     output = await done(server, {"prompt": "a cat", "wait": False, "stepz": 3})
     assert output["warnings"] == ["Unknown field 'stepz' was ignored"]

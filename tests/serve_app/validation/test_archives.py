@@ -101,6 +101,15 @@ def small_zip() -> bytes:
     return buffer.getvalue()
 
 
+def test_a_zip_whose_directory_lies_elsewhere_than_it_says_is_refused(tmp_path: Path) -> None:
+    data = bytearray(small_zip())
+    data[-5] = 1  # of the directory's place: 256 bytes further on
+    path = tmp_path / "a.zip"
+    path.write_bytes(bytes(data))
+    found, [problem] = unpack(path, tmp_path, "files[0]", bytes_max=1000)
+    assert (found, problem.path, problem.code) == ([], "files[0]", "invalid_value")
+
+
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(edits=st.lists(st.tuples(st.integers(0, len(small_zip()) - 1), st.integers(0, 255)), max_size=6), cut=st.data())
 def test_a_damaged_zip_is_files_or_a_problem(tmp_path: Path, edits: list[tuple[int, int]], cut: st.DataObject) -> None:

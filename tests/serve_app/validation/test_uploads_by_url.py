@@ -10,7 +10,7 @@ import pytest
 from serve_app.errors import InvalidRequest
 from serve_app.outbound import Outbound
 from serve_app.testing import BUCKET, keys_of, picture_base64, text_base64
-from serve_app.validation import uploads
+from serve_app.validation import sources
 from serve_app.validation.uploads import DatasetUploads
 from storage.datasets import latest_manifest
 from storage.jobs import utc_now
@@ -76,7 +76,7 @@ async def test_what_cannot_be_fetched_is_named_with_everything_else() -> None:
 
 
 async def test_a_file_over_the_cap_is_left_off_while_it_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "FILE_BYTES_MAX", len(PICTURE) - 1)
+    monkeypatch.setattr(sources, "FILE_BYTES_MAX", len(PICTURE) - 1)
     with pytest.raises(InvalidRequest) as caught:
         await stored(InMemoryStore(), [{"filename": "1.png", "url": "https://example.com/1.png"}])
     assert [(problem.path, problem.code) for problem in caught.value.problems] == [("files[0].url", "too_large")]

@@ -41,10 +41,10 @@ async def test_while_the_first_is_at_work_the_second_is_told_so(server: LocalSer
     begun, gate = asyncio.Event(), asyncio.Event()
     validate = server.services.validation.generation
 
-    async def slow(payload: dict[str, Any]) -> Any:
+    async def slow(*asked: Any) -> Any:
         begun.set()
         await gate.wait()
-        return await validate(payload)
+        return await validate(*asked)
 
     server.services.validation.generation = slow  # type: ignore[method-assign]
     first = asyncio.create_task(send(server))

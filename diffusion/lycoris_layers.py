@@ -1,0 +1,90 @@
+"""LoKr and LoHa as networks to be trained, through peft's layers.
+
+A layer's change is ``alpha / rank`` times a Kronecker product (LoKr) or a Hadamard product of two low-rank matrices
+(LoHa), Yeh et al. 2023, arXiv:2309.14859. Key names are peft's, which are LyCORIS' own: ``<path>.lokr_w1`` and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import LoHaConfig, LoKrConfig
+from peft.tuners.loha.layer import LoHaLayer
+from peft.tuners.lokr.layer import LoKrLayer
+from torch import Tensor, nn
+
+from diffusion.errors import SettingNotSupported
+from diffusion.lycoris import RANK_MAX, pair_rank
+
+FULL_RANK = 2**30
+"""Above half of every layer's sides, from where on LyCORIS keeps a factor whole."""
+
+
+@dataclass(frozen=True)
+class Lycoris:
+    """``factor`` is LoKr's: the side of the smaller matrix, -1 for the square root of the layer's. With ``full_rank``
+    the larger matrix is whole, and rank and alpha have no say."""
+
+    kind: Literal["lokr", "loha"]
+    factor: int = -1
+    full_rank: bool = False
+
+    def config(
+        self, *, rank: int, alpha: float, targets: Sequence[str], patterns: Mapping[str, dict[str, float]]
+    ) -> LoKrConfig | LoHaConfig:
+        """peft's settings; a new adapter changes nothing, because one of its factors is zero."""
+        rank = FULL_RANK if self.full_rank else rank
+        common: dict[str, Any] = {"r": rank, "alpha": alpha, "target_modules": list(targets)}
+        if not self.full_rank:
+            common |= patterns
+        if self.kind == "loha":
+            return LoHaConfig(**common)
+        return LoKrConfig(**common, decompose_factor=self.factor, init_weights="lycoris")
+
+    def network_args(self) -> dict[str, str]:
+        """As LyCORIS' trainer notes them in ``ss_network_args``."""
+        if self.kind == "loha":
+            return {"algo": "loha"}
+        return {"algo": "lokr", "factor": str(self.factor), "full_matrix": str(self.full_rank)}
+
+
+def settle_scales(component: nn.Module, adapter_name: str) -> None:
+    """LyCORIS applies no ``alpha / rank`` where both of LoKr's matrices are whole, peft does: here it is left out too,
+    as every reader of the file will."""
+    for _, layer in _layers(component):
+        if adapter_name in getattr(layer, "lokr_w1", ()) and adapter_name in layer.lokr_w2:
+            layer.r[adapter_name], layer.alpha[adapter_name] = 1, 1.0
+            layer.scaling[adapter_name] = 1.0
+
+
+def check_ranks(component: nn.Module, adapter_name: str) -> None:
+    """Raises SettingNotSupported where a layer's change has a higher rank than the engine serves."""
+    for path, layer in _layers(component):
+        rank = pair_rank(_factors(layer, adapter_name))
+        if rank > RANK_MAX:
+            advice = "a smaller rank" if isinstance(layer, LoHaLayer) else "'lokr_full_rank: false', or a smaller rank"
+            raise SettingNotSupported(
+                "network",
+                f"layer {path} would have rank {rank}, and {RANK_MAX} is the most that is served; use {advice}",
+            )
+
+
+def alphas(component: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """``<path>.alpha`` of every layer; 1 where it has no effect."""
+    return {
+        f"{path}.alpha": torch.tensor(float(layer.alpha[adapter_name]))
+        for path, layer in _layers(component)
+        if adapter_name in layer.alpha
+    }
+
+
+def _layers(component: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((n, m) for n, m in component.named_modules() if isinstance(m, LoKrLayer | LoHaLayer))
+
+
+def _factors(layer: Any, adapter_name: str) -> dict[str, Tensor]:
+    held = {name: getattr(layer, name) for name in layer.adapter_layer_names}
+    return {name: parameters[adapter_name] for name, parameters in held.items() if adapter_name in parameters}
