@@ -78,6 +78,14 @@ def warnings_of(pictures: Pictures) -> list[str]:
     ]
 
 
+def without_effect(spec: TrainSpec, family: Family) -> list[str]:
+    """Settings that this model has no place for. Trainers' interfaces write `conv` into every model's config."""
+    denoiser = next(iter(family.lora_components))
+    if spec.network.conv_rank is not None and not family.conv_target_modules(denoiser):
+        return ["The network's conv rank had no effect: this model has no convolutions to adapt."]
+    return []
+
+
 def plan_all_uses(spec: TrainSpec, pictures: Pictures, *, size_multiple: int) -> list[Use]:
     """Uses of all datasets; those held out for validation are marked."""
     uses: list[Use] = []
@@ -128,10 +136,11 @@ def _attach(spec: TrainSpec, family: Family) -> TrainableLora:
     if spec.train.train_text_encoder and not encoders:
         raise SettingNotSupported("train_text_encoder", f"the text encoder of {family.name} cannot be trained here")
     lycoris, conv = _lycoris(network), None
-    if network.conv_rank is not None:
-        conv = ConvLora(network.conv_rank, network.conv_alpha or float(network.conv_rank))
-    if lycoris is not None and lycoris.full_rank:
-        conv = ConvLora(network.rank, network.alpha_effective) if family.conv_target_modules(denoiser) else None
+    if family.conv_target_modules(denoiser):
+        if lycoris is not None and lycoris.full_rank:
+            conv = ConvLora(network.rank, network.alpha_effective)
+        elif network.conv_rank is not None:
+            conv = ConvLora(network.conv_rank, network.conv_alpha or float(network.conv_rank))
     return attach_lora(
         family,
         rank=network.rank,
@@ -253,8 +262,9 @@ class Preparation:
         if cache is None or self._should_stop():
             return None
         watched = spec.validation
+        warnings = [*warnings_of(pictures), *without_effect(spec, family)]
         validation = None if watched is None else Validation(watched, cache, batch_size=spec.train.batch_size)
-        return Prepared(family, lora, cache, checkpoint, pictures.uploads, previews, validation, warnings_of(pictures))
+        return Prepared(family, lora, cache, checkpoint, pictures.uploads, previews, validation, warnings)
 
     def _captioned(self, pictures: Pictures) -> Pictures | None:
         """With the captions that were asked for; None when asked to stop."""

@@ -11,7 +11,7 @@ from diffusion.errors import SettingNotSupported
 from diffusion.families import Family, load_family
 from diffusion.testing import write_tiny_model
 from train_jobs.errors import ModelNotAvailable
-from train_jobs.preparing import load_model
+from train_jobs.preparing import load_model, without_effect
 from train_jobs.spec import TrainSpec, spec_from_json
 
 CPU = torch.device("cpu")
@@ -50,7 +50,6 @@ def test_a_model_of_another_family_than_the_config_says_is_refused(flux: Path) -
     ("name", "change"),
     [
         ("z_image", {"train": {"train_text_encoder": True}}),
-        ("z_image", {"network": {"conv_rank": 4}}),
         ("z_image", {"network": {"only_if_contains": ["nowhere"]}}),
     ],
 )
@@ -58,6 +57,17 @@ def test_what_a_family_cannot_do_is_refused_by_name(name: str, change: dict[str,
     folder = write_tiny_model(name, tmp_path)
     with pytest.raises(SettingNotSupported):
         load_model(_spec(**change), {"m": str(folder)}, CPU, paths_allowed=False)
+
+
+@pytest.mark.parametrize(("name", "is_told"), [("flux1", True), ("sd1", False)])
+def test_a_conv_rank_for_a_model_without_convolutions_is_left_out_and_said(
+    name: str, is_told: bool, tmp_path: Path
+) -> None:
+    folder = write_tiny_model(name, tmp_path)
+    spec = _spec(network={"conv_rank": 4})
+    family, lora = load_model(spec, {"m": str(folder)}, CPU, paths_allowed=False)
+    assert bool(without_effect(spec, family)) == is_told
+    assert any("conv1" in parameter for parameter, _ in lora.named_parameters()) == (not is_told)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inside torch
