@@ -8,15 +8,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray._private.parameter
+import ray._private.utils
 
 
 def start_head(**options: Any) -> None:
-    """`ray.init` of a local head node whose job agent listens on a free port.
+    """`ray.init` of a local head node whose job agent listens on a free port, and whose jobs join this node.
 
-    Takes what `ray.init` takes and raises what it raises.
+    Takes what `ray.init` takes, `_temp_dir` not to be left out, and raises what it raises.
     """
     with _free_agent_port():
         ray.init(**options)
+    # Where this file is missing, as it is without `ray start`, Ray tells a submitted job to join any cluster that it
+    # finds on the machine, which may be another instance's.
+    ray._private.utils.write_ray_address(ray.get_runtime_context().gcs_address, options["_temp_dir"])
 
 
 @contextmanager

@@ -202,8 +202,12 @@ def test_two_instances_run_side_by_side_and_ending_one_leaves_the_other(running:
             assert list(neighbour.processes(10)) == []
         with httpx.Client(base_url=other.url, headers={"Authorization": f"Bearer {running.api_key}"}) as stranger:
             assert stranger.get("/readyz").status_code == 401
-        assert submitted(other, "true").returncode == 0
-        assert submitted(running, "true").returncode == 0
+        for instance in (other, running):
+            state = instance.instance.read_state()
+            assert state is not None
+            done = submitted(instance, "printenv", "RAY_ADDRESS")
+            assert done.returncode == 0
+            assert str(state.ray_address) in done.stdout
         home.stop()
         assert home.instance.processes() == []
     assert client.call("health")["status"]
