@@ -136,19 +136,26 @@ class Instance:
         return process if same and not has_ended(process) else None
 
     def processes(self) -> list[psutil.Process]:
-        """Every live process that carries this instance's name, except the caller and its ancestors."""
+        """Every live process of this instance, except the caller and its ancestors."""
         spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
         found = []
         for process in psutil.process_iter():
             try:
                 if process.pid in spared or process.status() == psutil.STATUS_ZOMBIE:
                     continue
-                if process.environ().get(INSTANCE_VARIABLE) == str(self.home):
+                if self._owns(process):
                     found.append(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 # Gone meanwhile, or another user's, which is never ours to end.
                 continue
         return found
+
+    def _owns(self, process: psutil.Process) -> bool:
+        environment = process.environ()
+        if environment:
+            return environment.get(INSTANCE_VARIABLE) == str(self.home)
+        # Ray's agents write their title over their environment. They keep their logs open, which lie in the instance.
+        return bool(process.cmdline()) and any(Path(f.path).is_relative_to(self.home) for f in process.open_files())
 
     def end_processes(self, *, grace_s: float = 2.0, rounds: int = 10, spare: frozenset[int] = frozenset()) -> int:
         """End what is left of this instance: ask once, then kill until a look finds nothing. Returns how many ended."""

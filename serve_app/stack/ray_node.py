@@ -17,7 +17,8 @@ def start_head(**options: Any) -> None:
     Takes what `ray.init` takes, `_temp_dir` not to be left out, and raises what it raises.
     """
     with _free_agent_port():
-        ray.init(**options)
+        # "local", or Ray would take the address that an earlier start left below for a cluster to join.
+        ray.init(address="local", **options)
     # Where this file is missing, as it is without `ray start`, Ray tells a submitted job to join any cluster that it
     # finds on the machine, which may be another instance's.
     ray._private.utils.write_ray_address(ray.get_runtime_context().gcs_address, options["_temp_dir"])

@@ -50,6 +50,25 @@ def test_only_the_processes_of_this_instance_are_ended(instance: Instance, tmp_p
             child.communicate()
 
 
+def test_a_process_that_lost_its_environment_is_known_by_its_open_files(instance: Instance, tmp_path: Path) -> None:
+    code = "import sys; log = open(sys.argv[1], 'w'); print('up', flush=True); sys.stdin.read()"
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(log)], env={}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for log in (instance.home / "agent.log", tmp_path / "other.log")
+    ]
+    try:
+        for child in children:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "up\n"
+        assert [process.pid for process in instance.processes()] == [children[0].pid]
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()
+
+
 def test_a_process_that_ignores_the_request_is_killed(instance: Instance) -> None:
     child = spawn(instance.home, STUBBORN)
     try:
