@@ -111,7 +111,7 @@ class ObjectFiles(FileSystemHandler):  # type: ignore[misc]
             try:
                 return _file(self._objects.head(folder.rstrip("/")))
             except ObjectNotFound:
-                pass
+                pass  # A folder is no object: whether it is one is asked below.
         is_folder = bool(self._objects.list(folder, limit=1))
         return FileInfo(path, FileType.Directory if is_folder else FileType.NotFound)
 

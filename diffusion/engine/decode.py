@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from diffusion.families.base import Family
+
+logger = logging.getLogger(__name__)
 
 
 class Decoder:
@@ -45,7 +48,8 @@ class Decoder:
             with _tiles(self._family, on=tiled):
                 return self._family.decode(torch.cat(list(latents))).cpu()
         except torch.OutOfMemoryError:
-            pass
+            # Without the error itself, whose frames would keep the failed call's tensors alive.
+            logger.warning("out of memory while decoding %d pictures%s", len(latents), " in tiles" if tiled else "")
         torch.cuda.empty_cache()  # does nothing where there is no CUDA
         return None
 
