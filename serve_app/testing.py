@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -22,9 +22,7 @@ from pydantic import SecretStr
 from serve_app.collaborators import (
     Clock,
     DispatchLoad,
-    GenerationPlan,
     InferenceHealth,
-    TrainingPlan,
     WorkerCounts,
 )
 from serve_app.dispatch.rates import Grant, Rate, RateLedger
@@ -35,15 +33,9 @@ from serve_app.ingress.auth import KeyRing
 from serve_app.job_types.context import Services
 from serve_app.outbound import Outbound
 from serve_app.settings import RequestLimits
-from serve_app.validation.bundles import Bundles
-from serve_app.validation.generations import Generations
-from serve_app.validation.lora_imports import LoraImports
-from serve_app.validation.staged import StagedUploads
-from serve_app.validation.start_pictures import StartPictures
-from serve_app.validation.uploads import DatasetUploads
+from serve_app.validation.service import ValidationService
 from serve_app.validation.validator import Validator
 from storage.async_jobs import AsyncJobs, AsyncJobsApi
-from storage.imported_loras import ImportedLora
 from storage.jobs import Jobs
 from storage.keys import Keys
 from storage.objects import ObjectStore
@@ -59,44 +51,19 @@ def keys_of(tenant: str) -> Keys:
     return Keys(PREFIX, tenant)
 
 
-class LocalValidation:
-    """`Validation` in this process, as its Serve shell runs it."""
+class LocalValidation(ValidationService):
+    """Validation in this process, as its Serve shell runs it."""
 
     def __init__(self, store: ObjectStore, clock: Clock, outbound: Outbound | None = None) -> None:
-        outbound = outbound or Outbound(any_address=False, timeout_s=5)
-        self._validator = Validator(MODELS, "tiny", random_seed=lambda: 1234)
-        self._loras = LoraImports(store, keys_of)
-        self._uploads = DatasetUploads(store, keys_of, BUCKET, clock, outbound)
-        self._generations = Generations(self._validator, StartPictures(store, keys_of, BUCKET, outbound))
-        self._bundles = Bundles(store, keys_of, clock)
-        self._staged = StagedUploads(store, keys_of, BUCKET, clock, self._uploads, url_expires_s=3600)
-
-    async def training(self, config: str | dict[str, Any]) -> TrainingPlan:
-        return await asyncio.to_thread(self._validator.training, config)
-
-    async def training_check(self, config: str | dict[str, Any]) -> dict[str, Any]:
-        return await asyncio.to_thread(self._validator.training_check, config)
-
-    async def training_spec(self, spec: dict[str, Any]) -> TrainingPlan:
-        return await asyncio.to_thread(self._validator.training_spec, spec)
-
-    async def finish_lora_import(self, tenant: str, lora_id: str) -> ImportedLora:
-        return await self._loras.finish(tenant, lora_id)
-
-    async def generation(self, tenant: str, process_id: str, payload: dict[str, Any]) -> GenerationPlan:
-        return await self._generations.plan(tenant, process_id, payload)
-
-    async def store_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
-        return await self._uploads.store(tenant, payload)
-
-    async def create_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
-        return await self._staged.create(tenant, payload)
-
-    async def finalize_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
-        return await self._staged.finalize(tenant, payload)
-
-    async def bundle(self, tenant: str, files: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-        return await self._bundles.make(tenant, files)
+        super().__init__(
+            Validator(MODELS, "tiny", random_seed=lambda: 1234),
+            store,
+            keys_of,
+            bucket=BUCKET,
+            clock=clock,
+            outbound=outbound or Outbound(any_address=False, timeout_s=5),
+            url_expires_s=3600,
+        )
 
 
 class LocalDispatch:

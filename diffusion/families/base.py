@@ -114,8 +114,8 @@ class Family(ABC):
     """Both picture sides must be multiples of this many pixels."""
     vae: Any
     """diffusers' autoencoder of the model, for its tiling."""
-    native_size: int
-    """Side in pixels of the square picture the model was trained on."""
+    native_size_px: int
+    """Width and height of the pictures that the model was made for."""
 
     @classmethod
     @abstractmethod
@@ -149,11 +149,6 @@ class Family(ABC):
         """The part of ``prompt`` that ``encode_prompts`` leaves out; empty when nothing is lost."""
 
     # -- pictures and latents
-
-    @property
-    @abstractmethod
-    def native_size_px(self) -> int:
-        """Width and height of the pictures that the model was made for."""
 
     @abstractmethod
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:

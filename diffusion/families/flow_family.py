@@ -29,10 +29,6 @@ class FlowFamily(Family):
         return transformer
 
     @property
-    def native_size_px(self) -> int:
-        return self.native_size
-
-    @property
     def schedulers(self) -> tuple[str, ...]:
         return tuple(SCHEDULERS)
 

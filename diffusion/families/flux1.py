@@ -51,7 +51,7 @@ class Flux1(FlowFamily):
         self.flow = FlowMatching(scheduler)
         self.latents = KlLatents(self.vae, patch=2)
         self.size_multiple = self.latents.size_multiple
-        self.native_size = 128 * self.latents.factor
+        self.native_size_px = 128 * self.latents.factor
 
     @classmethod
     def load(cls, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Self:

@@ -46,7 +46,7 @@ class Flux2Klein(FlowFamily):
         self.factor = 2 ** len(vae.config.block_out_channels)
         """Pixels to a side of one latent of the interface, the two by two patches counted in."""
         self.size_multiple = self.factor
-        self.native_size = 64 * self.factor
+        self.native_size_px = 64 * self.factor
         self._mean = self.vae.bn.running_mean.reshape(1, -1, 1, 1)
         self._std = torch.sqrt(self.vae.bn.running_var.reshape(1, -1, 1, 1) + self.vae.config.batch_norm_eps)
 

@@ -47,7 +47,7 @@ class QwenImage(FlowFamily):
         self.flow = FlowMatching(scheduler)
         self.factor = 2 ** len(vae.config.temperal_downsample)
         self.size_multiple = 2 * self.factor
-        self.native_size = 128 * self.factor
+        self.native_size_px = 128 * self.factor
         shape = (1, vae.config.z_dim, 1, 1)
         self._mean = torch.tensor(vae.config.latents_mean, device=self.device).reshape(shape)
         self._std = torch.tensor(vae.config.latents_std, device=self.device).reshape(shape)

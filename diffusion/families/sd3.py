@@ -52,7 +52,7 @@ class StableDiffusion3(FlowFamily):
         self.patch = int(transformer.config.patch_size)
         self.latents = KlLatents(self.vae, patch=self.patch)
         self.size_multiple = self.latents.size_multiple
-        self.native_size = int(transformer.config.sample_size) * self.latents.factor
+        self.native_size_px = int(transformer.config.sample_size) * self.latents.factor
 
     @classmethod
     def load(cls, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Self:

@@ -14,8 +14,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from diffusion.families.base import ALL_LEVELS, Family, LoraTargets, NoiseLevels, TextEmbeds
-from diffusion.families.discrete import SCHEDULERS, DiscreteNoise
+from diffusion.families.base import LoraTargets, TextEmbeds
+from diffusion.families.discrete import DiscreteNoise
 from diffusion.families.parts import (
     KlLatents,
     frozen,
@@ -25,10 +25,11 @@ from diffusion.families.parts import (
     text_beyond,
     tokenize_fixed,
 )
-from diffusion.families.sd1 import TEXT_TARGETS, UNET_CONVOLUTIONS, UNET_TARGETS
+from diffusion.families.sd1 import TEXT_TARGETS
+from diffusion.families.unet_family import UNET_TARGETS, UNetFamily
 
 
-class StableDiffusionXL(Family):
+class StableDiffusionXL(UNetFamily):
     """Pictures are conditioned on their own size, uncropped."""
 
     name = "sdxl"
@@ -46,7 +47,7 @@ class StableDiffusionXL(Family):
         self.noise = DiscreteNoise(scheduler)
         self.latents = KlLatents(self.vae)
         self.size_multiple = self.latents.size_multiple
-        self.native_size = self.latents.factor * int(unet.config.sample_size)
+        self.native_size_px = self._trained_size_px
 
     @classmethod
     def load(cls, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Self:
@@ -65,19 +66,11 @@ class StableDiffusionXL(Family):
     # -- parts
 
     @property
-    def denoiser(self) -> nn.Module:
-        unet: nn.Module = self.unet
-        return unet
-
-    @property
     def lora_components(self) -> Mapping[str, nn.Module]:
         return {"unet": self.unet, "text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
 
     def lora_target_modules(self, component: str, kind: LoraTargets = "attention") -> list[str]:
         return list((UNET_TARGETS if component == "unet" else TEXT_TARGETS)[kind])
-
-    def conv_target_modules(self, component: str) -> list[str]:
-        return list(UNET_CONVOLUTIONS) if component == "unet" else []
 
     # -- text
 
@@ -94,29 +87,7 @@ class StableDiffusionXL(Family):
     def truncated_text(self, prompt: str) -> str:
         return text_beyond(self.tokenizers[0], prompt, self.tokenizers[0].model_max_length, special=2)
 
-    # -- pictures and latents
-
-    @property
-    def native_size_px(self) -> int:
-        return self.native_size
-
-    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
-        return self.latents.shape(width, height)
-
-    def encode_image_moments(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        return self.latents.encode_moments(images_BCHW)
-
-    def decode(self, latents_BCHW: Tensor) -> Tensor:
-        return self.latents.decode(latents_BCHW)
-
     # -- denoising
-
-    @property
-    def schedulers(self) -> tuple[str, ...]:
-        return tuple(SCHEDULERS)
-
-    def make_schedule(self, name: str | None, steps: int, latent_shape: tuple[int, ...]) -> Any:
-        return self.noise.make_schedule(name, steps)
 
     def uses_negative_prompt(self, guidance_scale: float) -> bool:
         return guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
@@ -138,20 +109,3 @@ class StableDiffusionXL(Family):
         height, width = (side * self.latents.factor for side in latents_BCHW.shape[-2:])
         sizes = torch.tensor([height, width, 0, 0, height, width], device=latents_BCHW.device, dtype=self.dtype)
         return sizes.expand(len(latents_BCHW), -1)
-
-    # -- training
-
-    def sample_timesteps(
-        self, batch_size: int, generator: torch.Generator | None = None, levels: NoiseLevels = ALL_LEVELS,
-        latent_shape: tuple[int, ...] | None = None,
-    ) -> Tensor:  # fmt: skip
-        return self.noise.sample_timesteps(batch_size, generator, levels).to(self.device)
-
-    def add_noise(self, latents_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor) -> Tensor:
-        return self.noise.add_noise(latents_BCHW, noise_BCHW, timesteps_B)
-
-    def prediction_target(self, latents_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor) -> Tensor:
-        return self.noise.prediction_target(latents_BCHW, noise_BCHW, timesteps_B)
-
-    def loss_weight(self, timesteps_B: Tensor, snr_gamma: float | None = None) -> Tensor:
-        return self.noise.loss_weight(timesteps_B, snr_gamma)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusion.adapter import attach_lora
 from diffusion.families import StableDiffusion1, load_family
 from diffusion.lora import save_lora
+from diffusion.testing import write_clip_tokenizer
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,9 +23,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "filterwarnings", "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
     )
-
-
-START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,20 +33,9 @@ def few_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def write_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Every byte is a token, alone or at the end of a word; no merges but one."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    alphabet = [chr(code) for code in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    tokens = [*alphabet, *(c + "</w>" for c in alphabet), "re", START, END]
-    folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\nr e\n")
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
-
-
 def write_model(folder: Path, prediction_type: str) -> Path:
     torch.manual_seed(11)
-    tokenizer = write_tokenizer(folder / "words")
+    tokenizer = write_clip_tokenizer(folder / "words")
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,

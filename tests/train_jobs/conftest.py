@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,11 +9,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusion.families import Family, load_family
-
-START, END = "<|startoftext|>", "<|endoftext|>"
+from diffusion.testing import write_clip_tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,21 +23,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    alphabet = [chr(code) for code in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    tokens = [*alphabet, *(c + "</w>" for c in alphabet), "re", START, END]
-    folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\nr e\n")
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=16)
-
-
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(7)
-    tokenizer = _tokenizer(folder / "words")
+    tokenizer = write_clip_tokenizer(folder / "words", length=16)
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL(
             block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, sample_size=32, norm_num_groups=4,

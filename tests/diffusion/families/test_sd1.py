@@ -113,7 +113,7 @@ def test_a_perfect_prediction_leads_back_to_the_latents(kind: str, model_folders
 
 def test_latent_shapes_follow_the_pictures_sides(family: StableDiffusion1) -> None:
     assert family.latent_shape(64, 40) == (4, 10, 16)
-    assert (family.size_multiple, family.native_size) == (8, 64)
+    assert (family.size_multiple, family.native_size_px) == (8, 64)
     with pytest.raises(SizeNotSupported):
         family.latent_shape(64, 36)
 

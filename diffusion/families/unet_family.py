@@ -1,0 +1,71 @@
+"""What SD 1.x and SDXL have in common: a UNet over a KL-VAE's latents, with a discrete noise schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.families.base import ALL_LEVELS, Family, NoiseLevels
+from diffusion.families.discrete import SCHEDULERS, DiscreteNoise
+from diffusion.families.parts import KlLatents
+
+UNET_TARGETS = {
+    "attention": ["to_q", "to_k", "to_v", "to_out.0"],
+    "all": ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"],
+}
+UNET_CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
+
+
+class UNetFamily(Family):
+    """A family sets these three when it is made."""
+
+    unet: Any
+    noise: DiscreteNoise
+    latents: KlLatents
+
+    @property
+    def _trained_size_px(self) -> int:
+        sample_size = self.unet.config.sample_size
+        side_px: int = self.latents.factor * (sample_size if isinstance(sample_size, int) else max(sample_size))
+        return side_px
+
+    @property
+    def denoiser(self) -> nn.Module:
+        unet: nn.Module = self.unet
+        return unet
+
+    def conv_target_modules(self, component: str) -> list[str]:
+        return list(UNET_CONVOLUTIONS) if component == "unet" else []
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
+        return self.latents.shape(width, height)
+
+    def encode_image_moments(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        return self.latents.encode_moments(images_BCHW)
+
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        return self.latents.decode(latents_BCHW)
+
+    @property
+    def schedulers(self) -> tuple[str, ...]:
+        return tuple(SCHEDULERS)
+
+    def make_schedule(self, name: str | None, steps: int, latent_shape: tuple[int, ...]) -> Any:
+        return self.noise.make_schedule(name, steps)
+
+    def sample_timesteps(
+        self, batch_size: int, generator: torch.Generator | None = None, levels: NoiseLevels = ALL_LEVELS,
+        latent_shape: tuple[int, ...] | None = None,
+    ) -> Tensor:  # fmt: skip
+        return self.noise.sample_timesteps(batch_size, generator, levels).to(self.device)
+
+    def add_noise(self, latents_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor) -> Tensor:
+        return self.noise.add_noise(latents_BCHW, noise_BCHW, timesteps_B)
+
+    def prediction_target(self, latents_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor) -> Tensor:
+        return self.noise.prediction_target(latents_BCHW, noise_BCHW, timesteps_B)
+
+    def loss_weight(self, timesteps_B: Tensor, snr_gamma: float | None = None) -> Tensor:
+        return self.noise.loss_weight(timesteps_B, snr_gamma)
