@@ -57,9 +57,10 @@ def compare(shape: str, args: argparse.Namespace, folder: Path) -> None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         model, parameters = pool.submit(write_model, shape, folder).result()
     job = {
-        "model": str(model), "data": str(write_pictures(folder / "data", args)),
+        "model": str(model), "data": str(folder / "data"), "peer_data": str(folder / "peer-data"),
         "steps": args.steps, "batch": args.batch, "resolution": args.resolution, "output": str(folder / "output"),
     }  # fmt: skip
+    write_pictures(folder, args)
     runs = {"raylora": measure([sys.executable, __file__, "--run", json.dumps(job)], STEP_OURS, dict(os.environ))}
     environment = dict(os.environ)
     if args.peer_path:
@@ -85,21 +86,24 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_pictures(folder: Path, args: argparse.Namespace) -> Path:
-    """Square pictures with captions, in both programs' ways of naming them."""
+def write_pictures(folder: Path, args: argparse.Namespace) -> None:
+    """Square pictures with captions, in both programs' ways: `datasets` takes a folder with text files for texts."""
     import numpy as np
     from PIL import Image
 
-    folder.mkdir()
+    ours, theirs = folder / "data", folder / "peer-data"
+    ours.mkdir()
+    theirs.mkdir()
     random = np.random.default_rng(SEED)
     lines = []
     for index in range(args.pictures):
         low = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(low).resize((args.resolution,) * 2).save(folder / f"{index}.png")
-        (folder / f"{index}.txt").write_text(f"picture {index}")
+        picture = Image.fromarray(low).resize((args.resolution,) * 2)
+        for side in (ours, theirs):
+            picture.save(side / f"{index}.png")
+        (ours / f"{index}.txt").write_text(f"picture {index}")
         lines.append(json.dumps({"file_name": f"{index}.png", "text": f"picture {index}"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
+    (theirs / "metadata.jsonl").write_text("\n".join(lines))
 
 
 def peer_command(script: Path, job: dict[str, Any]) -> list[str]:
@@ -111,10 +115,10 @@ def peer_command(script: Path, job: dict[str, Any]) -> list[str]:
     }  # fmt: skip
     if "dreambooth" in script.name:
         # The caption column counts; the script wants an instance prompt all the same.
-        options |= {"dataset_name": job["data"], "image_column": "image", "instance_prompt": "picture"}
+        options |= {"dataset_name": job["peer_data"], "image_column": "image", "instance_prompt": "picture"}
         options |= {"lora_alpha": RANK} if "flux" in script.name else {}
     else:
-        options["train_data_dir"] = job["data"]
+        options["train_data_dir"] = job["peer_data"]
     return [sys.executable, str(script), "--center_crop", *(f"--{key}={value}" for key, value in options.items())]
 
 
