@@ -158,9 +158,9 @@ async def _by_name(services: Services, tenant: str, name: str) -> dict[str, Any]
 
 
 async def _lora_by_path(services: Services, tenant: str, path: str, scale: float) -> ResolvedLora:
-    """`path`: a key, or `s3://<bucket>/<key>`, inside the tenant's prefix."""
+    """`path`: a key that the tenant may read, or `s3://<bucket>/<key>` with such a key."""
     key = path.removeprefix(f"s3://{services.bucket}/")
-    if not services.keys_of(tenant).owns(key) or not key.endswith(".safetensors"):
+    if not services.keys_of(tenant).may_read(key) or not key.endswith(".safetensors"):
         raise LoraNotUsable(path, "it is not one of your .safetensors files")
     try:
         info = await services.store.head(key)
