@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from dataclasses import replace
 from typing import Any
@@ -22,9 +21,8 @@ from storage.imported_loras import IMPORTED_ID_PATTERN, ImportedLoraNotFound, re
 from storage.job_record import JOB_ID_PATTERN, JobRecord, NewJob, NewWebhook
 from storage.job_state import JobKind, JobState
 from storage.jobs import new_job_id
+from storage.ray_counters import note_cleanup_failure
 from train_jobs.spec import GenerateSpec
-
-logger = logging.getLogger(__name__)
 
 QUEUE_RETRY_AFTER_S = 10.0
 
@@ -107,7 +105,7 @@ async def _discard(services: Services, start: StartingPoint | None) -> None:
         await services.store.delete_many([picture.key for picture in pictures])
     except StorageError as error:
         # The sweeper takes them after a while.
-        logger.warning("pictures of a refused generation were left behind: %s", error.code)
+        note_cleanup_failure("start_pictures", error.code)
 
 
 async def _check_queue(services: Services) -> None:
