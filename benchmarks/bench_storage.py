@@ -33,6 +33,7 @@ import psutil
 import ray
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
+from botocore.exceptions import ClientError
 
 from storage.actor import StorageClient, storage_actor_name
 from storage.datasets import write_dataset
@@ -86,7 +87,8 @@ class Bench:
         """`base` is the peer: the ratio is how many times faster ours is."""
         took: dict[str, list[float]] = {who: [] for who in contestants}
         for turn in range(repeats or self.repeats):
-            for who, timed in contestants.items():
+            # Every other turn in reverse: whoever comes second finds caches and disks in another state.
+            for who, timed in list(contestants.items())[:: -1 if turn % 2 else 1]:
                 took[who].append(await timed(f"bench/{abs(hash((name, who))):x}/{turn}"))
         median = {who: statistics.median(times) for who, times in took.items()}
         ratios = {who: median[base] / median[who] for who in contestants}
@@ -198,6 +200,13 @@ async def objects(
     bare = await clients.internal()
     bucket = settings.bucket
 
+    async def bare_put(key: str) -> None:
+        try:
+            await bare.put_object(Bucket=bucket, Key=key, Body=data)
+        except ClientError:
+            # rclone refuses a few of the first writes below a new prefix.
+            await bare.put_object(Bucket=bucket, Key=key, Body=data)
+
     async def bare_get(key: str) -> None:
         answer = await bare.get_object(Bucket=bucket, Key=key)
         async with answer["Body"] as body:
@@ -206,9 +215,7 @@ async def objects(
     puts: dict[str, Timed] = {
         "raylora actor": lambda p: gathered(store.put(f"{p}/{n}", data) for n in range(OBJECTS)),
         IN_PROCESS: lambda p: gathered(local.put(f"{p}/{n}", data) for n in range(OBJECTS)),
-        "aiobotocore": lambda p: gathered(
-            bare.put_object(Bucket=bucket, Key=f"{p}/{n}", Body=data) for n in range(OBJECTS)
-        ),
+        "aiobotocore": lambda p: gathered(bare_put(f"{p}/{n}") for n in range(OBJECTS)),
     }
     source = f"bench/source-{label.replace(' ', '-')}"
     await gathered(store.put(f"{source}/{n}", data) for n in range(OBJECTS))
@@ -313,7 +320,8 @@ async def large(bench: Bench, settings: S3Settings, store: StorageClient, size_m
             fast = obstore_store(settings)
             ups["obstore"] = timed(lambda p: obstore.put(fast, f"{p}/large", source))
             downs["obstore"] = timed(lambda _: _obstore_download(fast, "bench/large", target))
-        ups = {who: _and_removed(store, timing) for who, timing in ups.items()}
+        ups = {who: _settled(_and_removed(store, timing)) for who, timing in ups.items()}
+        downs = {who: _settled(timing) for who, timing in downs.items()}
         await store.upload_file(source, "bench/large")
         memory = ActorMemory()
         name = f"{size_mib} MiB file, {label}"
@@ -334,6 +342,16 @@ def _and_removed(store: StorageClient, timing: Timed) -> Timed:
         took_s = await timing(prefix)
         await store.delete(f"{prefix}/large")
         return took_s
+
+    return run
+
+
+def _settled(timing: Timed) -> Timed:
+    """Nobody waits for the disk because of what another has written."""
+
+    async def run(prefix: str) -> float:
+        await asyncio.to_thread(os.sync)
+        return await timing(prefix)
 
     return run
 
