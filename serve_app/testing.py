@@ -204,6 +204,7 @@ def local_server(jobs: Jobs, clock: Clock, limits: RequestLimits | None = None, 
         "environment": {"server": "test"},
         "models": MODELS,
         "limits": limits or RequestLimits(),
+        "reads_older": TENANT,
     }
     services = Services(**{**fields, **replaced})
     ring = KeyRing({TENANT: SecretStr(KEY), OTHER_TENANT: SecretStr(OTHER_KEY)}, manager=TENANT)

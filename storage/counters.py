@@ -30,7 +30,9 @@ METRICS: dict[str, Metric] = {
     ATTEMPTS: Metric("counter", "Attempts on the backend, by what they told the breaker.", ("operation", "outcome")),
     OPERATIONS: Metric("counter", "Ended operations, by ok or their error's code.", ("operation", "result")),
     RETRIES: Metric("counter", "Attempts that were repeated, by why.", ("operation", "reason")),
-    REQUESTS: Metric("counter", "HTTP requests sent to the backend.", ("method",)),
+    REQUESTS: Metric(
+        "counter", "HTTP requests sent to the backend, by the operation they are part of.", ("operation", "method")
+    ),
     BREAKER_STATE: Metric("gauge", "0 closed, 1 half-open, 2 open."),
     CLEANUP_FAILURES: Metric("counter", "Things that should be gone and could not be removed.", ("resource",)),
     SWEPT_OBJECTS: Metric("counter", "Things removed by the sweeper.", ("kind",)),

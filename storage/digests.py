@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +26,7 @@ class Digest:
         server-side encryption it may be neither, so False means unknown, not different.
         """
         joined = b"".join(bytes.fromhex(part) for part in self.part_md5s)
-        composite = f"{_md5(joined)}-{len(self.part_md5s)}"
+        composite = f"{md5_of(joined)}-{len(self.part_md5s)}"
         whole = self.part_md5s if len(self.part_md5s) == 1 else ()
         return etag.strip('"') in {composite, *whole}
 
@@ -38,16 +37,7 @@ def is_hash(etag: str) -> bool:
 
 
 def digest_bytes(data: bytes) -> Digest:
-    return Digest(len(data), hashlib.sha256(data).hexdigest(), (_md5(data),), max(1, len(data)))
-
-
-def digest_file(path: Path, part_size_bytes: int) -> Digest:
-    """The two kinds of hashes on a core each. Raises OSError."""
-    with ThreadPoolExecutor(1) as other:
-        parts = other.submit(_part_md5s, path, part_size_bytes)
-        sha256 = sha256_file(path)
-        size_bytes, md5s = parts.result()
-    return Digest(size_bytes, sha256, md5s, part_size_bytes)
+    return Digest(len(data), hashlib.sha256(data).hexdigest(), (md5_of(data),), max(1, len(data)))
 
 
 def sha256_file(path: Path) -> str:
@@ -55,14 +45,6 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _part_md5s(path: Path, part_size_bytes: int) -> tuple[int, tuple[str, ...]]:
-    size_bytes, md5s = 0, []
-    with path.open("rb") as file:
-        while part := file.read(part_size_bytes):
-            size_bytes += len(part)
-            md5s.append(_md5(part))
-    return size_bytes, tuple(md5s)
-
-
-def _md5(data: bytes) -> str:
+def md5_of(data: bytes) -> str:
+    """In hex: what servers make their ETags of."""
     return hashlib.md5(data, usedforsecurity=False).hexdigest()

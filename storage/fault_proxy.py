@@ -46,6 +46,25 @@ class Fault(Enum):
 REFUSALS = {Fault.SLOW_DOWN: (503, "SlowDown"), Fault.FORBIDDEN: (403, "AccessDenied")}
 
 
+# By verb, by whether the path names an object, and by what tells calls of the same verb apart.
+_METHODS = {
+    ("DELETE", "object", ""): "delete_object",
+    ("DELETE", "object", "uploadId"): "abort_multipart_upload",
+    ("GET", "bucket", "list-type"): "list_objects_v2",
+    ("GET", "bucket", "uploads"): "list_multipart_uploads",
+    ("GET", "object", ""): "get_object",
+    ("HEAD", "bucket", ""): "head_bucket",
+    ("HEAD", "object", ""): "head_object",
+    ("POST", "bucket", "delete"): "delete_objects",
+    ("POST", "object", "uploadId"): "complete_multipart_upload",
+    ("POST", "object", "uploads"): "create_multipart_upload",
+    ("PUT", "bucket", ""): "create_bucket",
+    ("PUT", "object", ""): "put_object",
+    ("PUT", "object", "copy"): "copy_object",
+    ("PUT", "object", "uploadId"): "upload_part",
+}
+
+
 @dataclass
 class Recorded:
     """One request as it came in. `status` None: it has got no answer, or never will."""
@@ -56,10 +75,23 @@ class Recorded:
     user_agent: str
     fault: Fault
     status: int | None = None
+    copies: bool = False
 
     @property
     def is_presigned(self) -> bool:
         return "X-Amz-Signature" in self.query
+
+    @property
+    def key(self) -> str:
+        """What follows the bucket in the path; "" for calls on the bucket."""
+        return self.path.removeprefix("/").partition("/")[2]
+
+    @property
+    def s3_method(self) -> str:
+        """The client's method that makes such requests, of those in `storage.s3_client.ALLOWED_CALLS`; else ""."""
+        operations = (name for name in ("uploads", "uploadId", "list-type", "delete") if name in self.query)
+        kind = "copy" if self.copies else next(operations, "")
+        return _METHODS.get((self.method, "object" if self.key else "bucket", kind), "")
 
 
 class FaultProxy:
@@ -192,4 +224,5 @@ class FaultProxy:
 
 def _record(request: web.Request, fault: Fault) -> Recorded:
     query = tuple(sorted(set(request.query)))
-    return Recorded(request.method, request.path, query, request.headers.get("User-Agent", ""), fault)
+    agent, copies = request.headers.get("User-Agent", ""), "x-amz-copy-source" in request.headers
+    return Recorded(request.method, request.path, query, agent, fault, copies=copies)

@@ -7,6 +7,7 @@
     <prefix>/<tenant>/kept/<kind>/<sha256>                   results of caching, shared by trainings
     <prefix>/processes/<process_id>.json                     mirror of a job record, all tenants
     <prefix>/probes/<token>                                  written and removed to try a server out
+    <prefix>/{dataset,datasets,results}/...                  of the system before this one, only read
 
 Every part is one validated segment, so a key cannot leave its tenant; every prefix ends with "/", so `matt`
 never matches `matt2`. Pure: no I/O.
@@ -30,7 +31,9 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _PUNCTUATION_OF_FILES = frozenset(" ._-+=@,()[]!'&~")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _EXTENSION = re.compile(r"[A-Za-z0-9]{1,10}")
-_SIBLINGS_OF_TENANTS = frozenset({"processes", "dataset", "datasets", "results", "probes"})
+_OLDER_DATASETS = ("dataset", "datasets")
+_OLDER_RESULTS = "results"
+_SIBLINGS_OF_TENANTS = frozenset({"processes", "probes", *_OLDER_DATASETS, _OLDER_RESULTS})
 
 
 def check_name(value: str, what: str) -> str:
@@ -84,6 +87,14 @@ def probe_object(prefix: str, token: str) -> str:
     return check_key(f"{prefix}/probes/{check_name(token, 'a token')}")
 
 
+def _is_key(text: str) -> bool:
+    try:
+        check_key(text)
+    except InvalidKey:
+        return False
+    return True
+
+
 def _allowed_in_filename(character: str) -> bool:
     return character in _PUNCTUATION_OF_FILES or unicodedata.category(character)[0] in "LMN"
 
@@ -133,22 +144,37 @@ def place_of(prefix: str, key: str) -> Place | None:
 
 
 class Keys:
-    """The keys of one tenant. Every method raises InvalidKey for a part that may not be one."""
+    """The keys of one tenant. Every method raises InvalidKey for a part that may not be one.
 
-    def __init__(self, prefix: str, tenant: str) -> None:
+    `reads_older`: what the system before this one, which knew no tenants, has left is this tenant's to read.
+    """
+
+    def __init__(self, prefix: str, tenant: str, *, reads_older: bool = False) -> None:
         self._prefix = "/".join(check_name(segment, "a prefix's segment") for segment in prefix.split("/"))
         if check_name(tenant, "a tenant").lower() in _SIBLINGS_OF_TENANTS:
             raise InvalidKey(tenant, "this tenant's name is reserved")
         self.tenant = tenant
         self.tenant_prefix = f"{self._prefix}/{tenant}/"
+        self._reads_older = reads_older
 
     def owns(self, key: str) -> bool:
         """Whether `key` is a usable key of this tenant."""
-        try:
-            check_key(key)
-        except InvalidKey:
-            return False
-        return key.startswith(self.tenant_prefix)
+        return _is_key(key) and key.startswith(self.tenant_prefix)
+
+    def may_read(self, key: str) -> bool:
+        """Whether `key` is this tenant's, or of the older layout and so for it to read."""
+        older = (*self.older_datasets_prefixes(), *self.older_results_prefixes())
+        return self.owns(key) or (_is_key(key) and key.startswith(older))
+
+    def older_datasets_prefixes(self, folder: str | None = None) -> tuple[str, ...]:
+        """Of all data sets of the older layout, or of the one in `folder`. Empty where they are not to be read."""
+        if not self._reads_older:
+            return ()
+        below = "" if folder is None else f"{check_name(folder, 'a folder')}/"
+        return tuple(f"{self._prefix}/{name}/{below}" for name in _OLDER_DATASETS)
+
+    def older_results_prefixes(self) -> tuple[str, ...]:
+        return (f"{self._prefix}/{_OLDER_RESULTS}/",) if self._reads_older else ()
 
     def datasets_prefix(self) -> str:
         return f"{self.tenant_prefix}datasets/"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
-from storage.counters import METRICS, Tally
+from storage.counters import CLEANUP_FAILURES, METRICS, Tally
+
+logger = logging.getLogger(__name__)
 
 
 class RayCounters(Tally):
@@ -29,3 +33,18 @@ class RayCounters(Tally):
     def show(self, metric: str, value: float, **labels: str) -> None:
         super().show(metric, value, **labels)
         self._metrics[metric].set(value, tags=labels)
+
+
+@cache
+def of_this_process() -> RayCounters:
+    """For code that is handed no counters."""
+    return RayCounters()
+
+
+def note_cleanup_failure(resource: str, reason: str) -> None:
+    """Something that should be gone is still there. `resource`: what kind of thing; `reason`: an error's code or class.
+
+    Logged and counted.
+    """
+    logger.warning("could not remove %s (%s)", resource, reason)
+    of_this_process().add(CLEANUP_FAILURES, resource=resource)

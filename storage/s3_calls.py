@@ -55,7 +55,7 @@ class S3Calls:
         """`key` None: the call concerns the bucket, so that 404 means the bucket is missing."""
         with mapped(operation, key):
             client = await (self._clients.patient() if method in ANSWERED_LATE else self._clients.internal())
-            self._counters.add(REQUESTS, method=method)
+            self._counters.add(REQUESTS, operation=operation, method=method)
             answer: Answer = await getattr(client, method)(Bucket=self._bucket, **parameters)
             return answer
 

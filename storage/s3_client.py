@@ -114,7 +114,8 @@ def _client_config(settings: S3Settings, endpoint_url: str | None, read_timeout_
     checksums = "when_supported" if aws else "when_required"
     return AioConfig(
         signature_version="s3v4",
-        user_agent_extra=USER_AGENT,
+        # botocore puts its own together anew for each request, which takes a twentieth of the time of a small one.
+        user_agent=USER_AGENT,
         s3={"addressing_style": "auto" if aws else "path", **_signing(endpoint_url)},
         request_checksum_calculation=checksums,
         response_checksum_validation=checksums,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
-import os
 import secrets
 from collections.abc import Coroutine
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from storage.bounded import run_bounded
 from storage.byte_budget import ByteBudget
 from storage.counters import CLEANUP_FAILURES, Counters
-from storage.digests import Digest, digest_bytes, digest_file, sha256_file
+from storage.digests import Digest, md5_of, sha256_file
 from storage.errors import IntegrityError, StorageError, StorageTimeout
 from storage.objects import ObjectInfo
 from storage.resilience import Attempt, Resilience, TransientFaultError
@@ -25,6 +26,29 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PARTS_MAX = 10_000
+
+
+class _Hash(Protocol):
+    def update(self, data: bytes, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Tells whether a file is still what it was."""
+
+    device: int
+    inode: int
+    size_bytes: int
+    changed_ns: int
+
+
+@dataclass(frozen=True)
+class _SentPart:
+    """`md5` in hex, of the bytes as they were sent; `etag` is the server's answer."""
+
+    number: int
+    etag: str
+    md5: str
 
 
 class FileTransfers:
@@ -46,19 +70,20 @@ class FileTransfers:
         await asyncio.gather(*self._aborts)
 
     async def upload(self, path: Path, key: str, *, content_type: str | None) -> ObjectInfo:
-        """Multipart, verified. An upload that fails or is cancelled is aborted in the background."""
-        size_bytes = (await asyncio.to_thread(path.stat)).st_size
-        part_size_bytes = max(self._settings.part_size_bytes, -(-size_bytes // PARTS_MAX))
-        digest = await asyncio.to_thread(digest_file, path, part_size_bytes)
-        upload = self._upload_parts(path, key, digest, content_type)
-        return await self._within("upload_file", digest.size_bytes, upload)
+        """Multipart, verified. An upload that fails or is cancelled is aborted in the background.
+
+        Raises IntegrityError for a file that changes while it is sent.
+        """
+        before = await asyncio.to_thread(_look_of, path)
+        sha256 = await asyncio.to_thread(sha256_file, path)
+        upload = self._upload_parts(path, key, before, sha256, content_type)
+        return await self._within("upload_file", before.size_bytes, upload)
 
     async def download(self, info: ObjectInfo, path: Path, *, expected_sha256: str | None) -> ObjectInfo:
         """Into a hidden file beside `path`, which it replaces once complete and verified."""
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         try:
-            await self._within("download_file", info.size_bytes, self._download_parts(info, temporary))
-            sha256 = await asyncio.to_thread(sha256_file, temporary)
+            sha256 = await self._within("download_file", info.size_bytes, self._download_parts(info, temporary))
             if expected_sha256 is not None and sha256 != expected_sha256:
                 raise IntegrityError(info.key, expected_sha256, sha256)
             await asyncio.to_thread(temporary.replace, path)
@@ -78,11 +103,22 @@ class FileTransfers:
                 raise
             raise StorageTimeout(operation, deadline_s) from error
 
-    async def _upload_parts(self, path: Path, key: str, digest: Digest, content_type: str | None) -> ObjectInfo:
-        upload_id = await self._begin_upload(key, digest, content_type)
+    async def _upload_parts(
+        self, path: Path, key: str, before: _Look, sha256: str, content_type: str | None
+    ) -> ObjectInfo:
+        part_size_bytes = max(self._settings.part_size_bytes, -(-before.size_bytes // PARTS_MAX))
+        upload_id = await self._begin_upload(key, sha256, content_type)
         try:
-            parts = (self._upload_part(path, key, digest, upload_id, index) for index in range(len(digest.part_md5s)))
+            starts = range(0, before.size_bytes, part_size_bytes)
+            ends = (min(first + part_size_bytes, before.size_bytes) for first in starts)
+            parts = (
+                self._upload_part(path, key, upload_id, number, first, end)
+                for number, (first, end) in enumerate(zip(starts, ends, strict=True), start=1)
+            )
             sent = await run_bounded(parts, self._settings.parts_in_flight)
+            if await asyncio.to_thread(_look_of, path) != before:
+                raise IntegrityError(key, sha256, "a file that changes")
+            digest = Digest(before.size_bytes, sha256, tuple(part.md5 for part in sent), part_size_bytes)
             return await self._complete_upload(key, digest, upload_id, sent, content_type)
         except BaseException:
             abort = asyncio.create_task(self._abort_upload(key, upload_id))
@@ -90,8 +126,8 @@ class FileTransfers:
             abort.add_done_callback(self._aborts.discard)
             raise
 
-    async def _begin_upload(self, key: str, digest: Digest, content_type: str | None) -> str:
-        parameters = {"Key": key, **description(digest.sha256, content_type)}
+    async def _begin_upload(self, key: str, sha256: str, content_type: str | None) -> str:
+        parameters = {"Key": key, **description(sha256, content_type)}
 
         async def attempt(_: Attempt) -> str:
             answer = await self._calls.send("upload_file", key, "create_multipart_upload", parameters)
@@ -99,27 +135,23 @@ class FileTransfers:
 
         return await self._resilience.call("upload_file", attempt)
 
-    async def _upload_part(
-        self, path: Path, key: str, digest: Digest, upload_id: str, index: int
-    ) -> dict[str, str | int]:
-        offset = index * digest.part_size_bytes
-        size_bytes = min(digest.part_size_bytes, digest.size_bytes - offset)
-        number = index + 1
-        async with self._in_flight.hold(size_bytes):
-            data = await asyncio.to_thread(_read_part, path, offset, size_bytes)
+    async def _upload_part(self, path: Path, key: str, upload_id: str, number: int, first: int, end: int) -> _SentPart:
+        async with self._in_flight.hold(end - first):
+            data, md5 = await asyncio.to_thread(_read_hashed, path, first, end - first)
             parameters = {"Key": key, "UploadId": upload_id, "PartNumber": number, "Body": data}
 
-            async def attempt(_: Attempt) -> dict[str, str | int]:
+            async def attempt(_: Attempt) -> _SentPart:
+                # What changes on its way is noticed when the upload is completed, by the ETag of the whole.
                 answer = await self._calls.send("upload_file", key, "upload_part", parameters)
-                await _check_unchanged(key, digest.part_md5s[index], data, answer["ETag"])
-                return {"PartNumber": number, "ETag": answer["ETag"]}
+                return _SentPart(number, answer["ETag"], md5)
 
             return await self._resilience.call("upload_file", attempt, size_bytes=len(data))
 
     async def _complete_upload(
-        self, key: str, digest: Digest, upload_id: str, parts: list[dict[str, str | int]], content_type: str | None
+        self, key: str, digest: Digest, upload_id: str, parts: list[_SentPart], content_type: str | None
     ) -> ObjectInfo:
-        parameters = {"Key": key, "UploadId": upload_id, "MultipartUpload": {"Parts": parts}}
+        named = [{"PartNumber": part.number, "ETag": part.etag} for part in parts]
+        parameters = {"Key": key, "UploadId": upload_id, "MultipartUpload": {"Parts": named}}
 
         async def attempt(state: Attempt) -> ObjectInfo:
             if state.ambiguous and (stored := await self._calls.stored("upload_file", key, digest)):
@@ -139,20 +171,34 @@ class FileTransfers:
             self._counters.add(CLEANUP_FAILURES, resource="multipart_upload")
             logger.warning("an unfinished upload was left behind", extra={"code": error.code})
 
-    async def _download_parts(self, info: ObjectInfo, target: Path) -> None:
-        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    async def _download_parts(self, info: ObjectInfo, target: Path) -> str:
+        """Returns the SHA-256 of what is in the file, which is read back while later parts are still on their way."""
+        await asyncio.to_thread(target.touch, 0o644, exist_ok=False)
+        size_bytes = self._settings.part_size_bytes
+        starts = range(0, info.size_bytes, size_bytes)
+        written = {first: asyncio.Event() for first in starts}
 
         async def fetch(first: int) -> None:
-            last = min(first + self._settings.part_size_bytes, info.size_bytes) - 1
+            last = min(first + size_bytes, info.size_bytes) - 1
             async with self._in_flight.hold(last - first + 1):
                 data = await self._download_part(info.key, first, last)
-                await asyncio.to_thread(os.pwrite, descriptor, data, first)
+                await asyncio.to_thread(_write_part, target, first, data)
+            written[first].set()
 
+        async def hashed() -> str:
+            sha256 = hashlib.sha256()
+            for first in starts:
+                await written[first].wait()
+                await asyncio.to_thread(_hash_part, target, first, size_bytes, sha256)
+            return sha256.hexdigest()
+
+        hashing = asyncio.create_task(hashed())
         try:
-            starts = range(0, info.size_bytes, self._settings.part_size_bytes)
             await run_bounded((fetch(first) for first in starts), self._settings.parts_in_flight)
+            return await hashing
         finally:
-            os.close(descriptor)
+            hashing.cancel()
+            await asyncio.gather(hashing, return_exceptions=True)
 
     async def _download_part(self, key: str, first: int, last: int) -> bytes:
         async def attempt(state: Attempt) -> bytes:
@@ -164,19 +210,28 @@ class FileTransfers:
         return await self._resilience.call("download_file", attempt)
 
 
-async def _check_unchanged(key: str, expected_md5: str, data: bytes, etag: str) -> None:
-    """Raises IntegrityError for a file that has changed since it was hashed.
-
-    What changed on its way is noticed when the upload is completed, by the ETag of the whole.
-    """
-    if etag.strip('"') == expected_md5:
-        return
-    actual = (await asyncio.to_thread(digest_bytes, data)).part_md5s[0]
-    if actual != expected_md5:
-        raise IntegrityError(key, expected_md5, actual)
+def _look_of(path: Path) -> _Look:
+    found = path.stat()
+    return _Look(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
-def _read_part(path: Path, offset: int, size_bytes: int) -> bytes:
+# Each opens the file by its name: a thread cannot be cancelled, and a descriptor that is closed under it may be
+# another file's by then.
+def _read_hashed(path: Path, first: int, size_bytes: int) -> tuple[bytes, str]:
+    """A part and its MD5. It is shorter at the end of a file that shrank."""
     with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(size_bytes)
+        file.seek(first)
+        data = file.read(size_bytes)
+    return data, md5_of(data)
+
+
+def _write_part(path: Path, first: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(first)
+        file.write(data)
+
+
+def _hash_part(path: Path, first: int, size_bytes: int, sha256: _Hash) -> None:
+    with path.open("rb") as file:
+        file.seek(first)
+        sha256.update(file.read(size_bytes))

@@ -26,6 +26,7 @@ from diffusion.errors import Cancelled, OutOfGpuMemory
 from storage.actor import StorageClient
 from storage.keys import Keys
 from storage.loop_thread import LoopThread
+from storage.ray_counters import note_cleanup_failure
 from storage.settings import BreakerSettings, S3Settings
 from train_jobs.artifacts import Artifacts
 from train_jobs.checkpoint import read_checkpoint, write_checkpoint
@@ -91,7 +92,15 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
         if reporter is not None:
             reporter.close()
         runner.stop()
-        shutil.rmtree(scratch, ignore_errors=True)
+        _remove(scratch)
+
+
+def _remove(scratch: Path) -> None:
+    """What is left of it costs the training nothing but disk."""
+    try:
+        shutil.rmtree(scratch)
+    except OSError as error:
+        note_cleanup_failure("training_scratch", type(error).__name__)
 
 
 def _agree(value: bool) -> bool:

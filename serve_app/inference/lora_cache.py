@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,8 +11,7 @@ from pathlib import Path
 
 from serve_app.inference.plan import ResolvedLora
 from storage.objects import ObjectStore
-
-logger = logging.getLogger(__name__)
+from storage.ray_counters import note_cleanup_failure
 
 NAME_BYTES = 20
 
@@ -81,7 +79,7 @@ class LoraCache:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
-            logger.warning("A cached adapter could not be removed: %s", type(error).__name__)
+            note_cleanup_failure("cached_adapter", type(error).__name__)
 
 
 def file_name(lora: ResolvedLora) -> str:

@@ -57,6 +57,7 @@ class Ingress:
             rate_limits=settings.rate_limits,
             ingress_replicas=settings.ingress_replicas,
             webhooks=settings.webhooks,
+            reads_older=settings.default_tenant,
         )
         self._app = create_app(
             services,

@@ -26,7 +26,7 @@ class JobDefaults:
 @dataclass(frozen=True)
 class Services:
     """Everything that a request may use. `worker_id` names this process in replies; `models` are the aliases served;
-    `may_rest`: no inference replica is no fault."""
+    `may_rest`: no inference replica is no fault; `reads_older`: the tenant for whom the older layout is readable."""
 
     jobs: JobsApi
     store: ObjectStore
@@ -46,10 +46,11 @@ class Services:
     ingress_replicas: int = 1
     may_rest: bool = False
     webhooks: WebhookSettings = field(default_factory=WebhookSettings)
+    reads_older: str | None = None
 
     def keys_of(self, tenant: str) -> Keys:
         """Raises InvalidKey for a tenant whose name cannot be part of a key."""
-        return Keys(self.prefix, tenant)
+        return Keys(self.prefix, tenant, reads_older=tenant == self.reads_older)
 
 
 @dataclass(frozen=True)

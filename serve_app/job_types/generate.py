@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from dataclasses import replace
 from typing import Any
@@ -22,9 +21,8 @@ from storage.imported_loras import IMPORTED_ID_PATTERN, ImportedLoraNotFound, re
 from storage.job_record import JOB_ID_PATTERN, JobRecord, NewJob, NewWebhook
 from storage.job_state import JobKind, JobState
 from storage.jobs import new_job_id
+from storage.ray_counters import note_cleanup_failure
 from train_jobs.spec import GenerateSpec
-
-logger = logging.getLogger(__name__)
 
 QUEUE_RETRY_AFTER_S = 10.0
 
@@ -107,7 +105,7 @@ async def _discard(services: Services, start: StartingPoint | None) -> None:
         await services.store.delete_many([picture.key for picture in pictures])
     except StorageError as error:
         # The sweeper takes them after a while.
-        logger.warning("pictures of a refused generation were left behind: %s", error.code)
+        note_cleanup_failure("start_pictures", error.code)
 
 
 async def _check_queue(services: Services) -> None:
@@ -158,9 +156,9 @@ async def _by_name(services: Services, tenant: str, name: str) -> dict[str, Any]
 
 
 async def _lora_by_path(services: Services, tenant: str, path: str, scale: float) -> ResolvedLora:
-    """`path`: a key, or `s3://<bucket>/<key>`, inside the tenant's prefix."""
+    """`path`: a key that the tenant may read, or `s3://<bucket>/<key>` with such a key."""
     key = path.removeprefix(f"s3://{services.bucket}/")
-    if not services.keys_of(tenant).owns(key) or not key.endswith(".safetensors"):
+    if not services.keys_of(tenant).may_read(key) or not key.endswith(".safetensors"):
         raise LoraNotUsable(path, "it is not one of your .safetensors files")
     try:
         info = await services.store.head(key)

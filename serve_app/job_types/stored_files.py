@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from serve_app.job_types.context import Finished, JobContext, Services
 from serve_app.job_types.files import redirect_item, url_item
 from serve_app.validation.validator import parse_payload
-from storage.datasets import dataset_folders
 from storage.errors import InvalidKey, ObjectNotFound
 from storage.keys import Keys, check_key
 from storage.objects import ObjectInfo
+from storage.older_layout import readable_folders
 
 MIB = 1024 * 1024
 INLINE_BYTES_MAX = 5 * MIB
@@ -49,7 +49,7 @@ class FolderChoice(BaseModel):
 
 async def download_by_key(services: Services, context: JobContext, payload: dict[str, Any]) -> Finished:
     """Raises InvalidRequest, ObjectNotFound, StorageError."""
-    key = own_key(services, context.tenant, parse_payload(KeyChoice, payload).s3_key)
+    key = readable_key(services, context.tenant, parse_payload(KeyChoice, payload).s3_key)
     info = await services.store.head(key)
     item = await url_item(services.store, _stored(info), expires_s=services.limits.url_expires_s)
     return Finished({**item, "s3_key": key})
@@ -59,7 +59,7 @@ async def download_file(services: Services, context: JobContext, payload: dict[s
     """The bytes themselves where they are few, else where to get them. Raises InvalidRequest, ObjectNotFound,
     StorageError.
     """
-    key = own_key(services, context.tenant, parse_payload(FileChoice, payload).file_path)
+    key = readable_key(services, context.tenant, parse_payload(FileChoice, payload).file_path)
     info = await services.store.head(key)
     content_type = info.content_type or mimetypes.guess_type(key)[0] or DEFAULT_CONTENT_TYPE
     if info.size_bytes > INLINE_BYTES_MAX:
@@ -80,23 +80,24 @@ async def download_file(services: Services, context: JobContext, payload: dict[s
 async def list_files(services: Services, context: JobContext, payload: dict[str, Any]) -> Finished:
     """Adapters and pictures below `path`, or of all processes. Raises InvalidRequest, ObjectNotFound, StorageError."""
     keys = services.keys_of(context.tenant)
-    prefix = _own_prefix(services, keys, parse_payload(FolderChoice, payload).path)
+    prefixes = _readable_prefixes(services, keys, parse_payload(FolderChoice, payload).path)
     loras: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
-    async for info in all_below(services, prefix):
-        suffix = PurePosixPath(info.key).suffix.lower()
-        if info.key.startswith(keys.stagings_prefix()):
-            continue
-        if suffix == LORA_SUFFIX and "/checkpoints/" not in info.key:
-            loras.append(_listed(keys, info))
-        elif suffix in IMAGE_SUFFIXES:
-            images.append(_listed(keys, info))
+    for prefix in prefixes:
+        async for info in all_below(services, prefix):
+            suffix = PurePosixPath(info.key).suffix.lower()
+            if info.key.startswith(keys.stagings_prefix()):
+                continue
+            if suffix == LORA_SUFFIX and "/checkpoints/" not in info.key:
+                loras.append(_listed(keys, info))
+            elif suffix in IMAGE_SUFFIXES:
+                images.append(_listed(keys, info))
     return Finished({"lora_files": loras, "image_files": images, "total_files": len(loras) + len(images)})
 
 
 async def list_dataset_folders(services: Services, context: JobContext, payload: dict[str, Any]) -> Finished:
     keys = services.keys_of(context.tenant)
-    return Finished({"folders": await dataset_folders(services.store, keys), "prefix": keys.datasets_prefix()})
+    return Finished({"folders": await readable_folders(services.store, keys), "prefix": keys.datasets_prefix()})
 
 
 async def all_below(services: Services, prefix: str) -> AsyncIterator[ObjectInfo]:
@@ -111,26 +112,26 @@ async def all_below(services: Services, prefix: str) -> AsyncIterator[ObjectInfo
         after = page[-1].key
 
 
-def own_key(services: Services, tenant: str, named: str) -> str:
+def readable_key(services: Services, tenant: str, named: str) -> str:
     """The key that a client named: whole, as `s3://<bucket>/<key>`, or relative to its own folder.
 
-    Raises ObjectNotFound for anything outside of that folder.
+    Raises ObjectNotFound for anything outside of what it may read.
     """
     keys = services.keys_of(tenant)
     key = named.removeprefix(f"s3://{services.bucket}/")
-    key = key if key.startswith(keys.tenant_prefix) else keys.tenant_prefix + key
-    if not keys.owns(key):
+    key = key if keys.may_read(key) else keys.tenant_prefix + key
+    if not keys.may_read(key):
         raise ObjectNotFound(named)
     return key
 
 
-def _own_prefix(services: Services, keys: Keys, path: str | None) -> str:
+def _readable_prefixes(services: Services, keys: Keys, path: str | None) -> tuple[str, ...]:
     """Raises ObjectNotFound."""
     if not path or not path.strip("/"):
-        return f"{keys.tenant_prefix}processes/"
-    key = own_key(services, keys.tenant, path.rstrip("/"))
+        return (f"{keys.tenant_prefix}processes/", *keys.older_results_prefixes())
+    key = readable_key(services, keys.tenant, path.rstrip("/"))
     try:
-        return f"{check_key(key)}/"
+        return (f"{check_key(key)}/",)
     except InvalidKey:
         raise ObjectNotFound(path) from None
 

@@ -11,9 +11,9 @@ from serve_app.collaborators import TrainingPlan
 from serve_app.errors import InvalidRequest
 from serve_app.job_types.context import Finished, Following, JobContext, Outcome, Services, runpod_id_of, webhook_of
 from serve_app.validation.validator import parse_payload
-from storage.datasets import latest_manifest
 from storage.job_record import NewJob
 from storage.job_state import JobKind
+from storage.older_layout import readable_manifest
 from train_jobs.errors import DatasetEmpty, Problem
 from train_jobs.spec import TrainSpec
 
@@ -81,7 +81,8 @@ async def _with_datasets(services: Services, tenant: str, plan: TrainingPlan) ->
         raise InvalidRequest([Problem("network.pretrained", "is not a .safetensors file of yours", "not_found")])
     used = [name for dataset in spec.all_datasets for name in (dataset.dataset, dataset.mask_dataset)]
     names = list(dict.fromkeys(name for name in used if name is not None))
-    manifests = await asyncio.gather(*(latest_manifest(services.store, keys, name) for name in names))
+    now = services.clock()
+    manifests = await asyncio.gather(*(readable_manifest(services.store, keys, name, now=now) for name in names))
     for manifest in manifests:
         if not any((file.content_type or "").startswith(IMAGE_CONTENT) for file in manifest.files):
             raise DatasetEmpty(manifest.folder)

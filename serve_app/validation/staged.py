@@ -37,9 +37,10 @@ from serve_app.validation.payloads import CreateUploadPayload, FinalizePayload, 
 from serve_app.validation.uploads import DatasetUploads
 from serve_app.validation.validator import parse_payload, unknown_fields
 from storage.datasets import DatasetNotFound, latest_manifest, new_upload_id
-from storage.errors import ObjectNotFound
+from storage.errors import ObjectNotFound, StorageError
 from storage.keys import Keys
 from storage.objects import ObjectStore
+from storage.ray_counters import note_cleanup_failure
 from train_jobs.errors import Problem
 
 ZIP = "zip"
@@ -106,7 +107,11 @@ class StagedUploads:
             reply = await self._make(tenant, keys, request, token)
         else:
             reply = dataset_reply(manifest, keys, self._bucket, [])
-        await self._store.delete_many([keys.staging_file(token, file.filename) for file in request.files])
+        try:
+            await self._store.delete_many([keys.staging_file(token, file.filename) for file in request.files])
+        except StorageError as error:
+            # The data set is there; the sweeper takes what is left of its upload.
+            note_cleanup_failure("staging", error.code)
         return reply
 
     async def _make(self, tenant: str, keys: Keys, request: CreateUploadPayload, token: str) -> dict[str, Any]:

@@ -13,16 +13,17 @@ import pytest
 
 from serve_app.cli.client import ApiClient
 from serve_app.cli.trainings import upload_folder
+from storage.embedded import EmbeddedS3
+from storage.fault_proxy import FaultProxy
+from storage.loop_thread import LoopThread
 from tests.integration.instance import REPOSITORY, Running, temporary_home, training_config
 
 PICTURES = REPOSITORY / "examples" / "zib" / "images"
 
 
 @pytest.fixture(scope="session")
-def embedded_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+def embedded_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedS3]:
     """A running `storage.embedded.EmbeddedS3` on a free port; `.settings()` reaches it."""
-    from storage.embedded import EmbeddedS3
-
     with EmbeddedS3(tmp_path_factory.mktemp("s3"), 0) as server:
         yield server
 
@@ -52,11 +53,38 @@ def ray_cluster() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def running() -> Iterator[Running]:
-    """A whole instance, as `raylora up` starts it; all tests that need one share it."""
+def instance_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedS3]:
+    """The `storage.embedded.EmbeddedS3` of `running`."""
+    with EmbeddedS3(tmp_path_factory.mktemp("instance-s3"), 0) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_proxy(instance_s3: EmbeddedS3) -> Iterator[FaultProxy]:
+    """Records what the S3 server of `running` is asked, from the instance's start on."""
+    proxy, thread = FaultProxy(str(instance_s3.settings().endpoint_url)), LoopThread("s3-proxy")
+    thread.run_blocking(proxy.start())
+    yield proxy
+    thread.run_blocking(proxy.stop())
+    thread.stop()
+
+
+@pytest.fixture(scope="session")
+def running(instance_s3: EmbeddedS3, s3_proxy: FaultProxy) -> Iterator[Running]:
+    """A whole instance, as `raylora up` starts it where S3 is elsewhere; all tests that need one share it."""
+    key, secret = instance_s3.settings().access_key_id, instance_s3.settings().secret_access_key
+    assert key is not None
+    assert secret is not None
     with temporary_home() as home:
-        # The receivers of webhooks are on this machine.
-        yield home.start({"RAYLORA_WEBHOOKS__ANY_ADDRESS": "true"})
+        yield home.start(
+            {
+                # The receivers of webhooks are on this machine.
+                "RAYLORA_WEBHOOKS__ANY_ADDRESS": "true",
+                "RAYLORA_S3_ENDPOINT_URL": s3_proxy.url,
+                "RAYLORA_S3_ACCESS_KEY_ID": key.get_secret_value(),
+                "RAYLORA_S3_SECRET_ACCESS_KEY": secret.get_secret_value(),
+            }
+        )
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ import aiohttp
 import pytest
 from pydantic import SecretStr
 
-from storage.digests import digest_bytes
 from storage.embedded import EmbeddedS3
 from storage.errors import (
     IntegrityError,
@@ -300,8 +299,9 @@ async def test_a_missing_bucket_is_a_misconfiguration_that_ensure_bucket_mends(e
 
 async def test_orphan_multipart_uploads_are_found_and_aborted(store: S3Store, key: str) -> None:
     prefix = f"{key.rpartition('/')[0]}/"
-    upload_id = await store._files._begin_upload(key, digest_bytes(b"1"), None)
-    neighbour = await store._files._begin_upload(f"raylora/{secrets.token_hex(6)}/b", digest_bytes(b"1"), None)
+    sha256 = hashlib.sha256(b"1").hexdigest()
+    upload_id = await store._files._begin_upload(key, sha256, None)
+    neighbour = await store._files._begin_upload(f"raylora/{secrets.token_hex(6)}/b", sha256, None)
 
     pending = await store.list_uploads(prefix)
     assert [(upload.key, upload.upload_id) for upload in pending] == [(key, upload_id)]

@@ -250,4 +250,4 @@ async def test_an_operator_decides_for_the_whole_cluster_and_lets_it_decide_agai
     assert await client.get(key) == b"1"
     counts = await client.counts()
     assert counts[OPERATIONS]["get,storage_unavailable"] == 1
-    assert counts[REQUESTS]["get_object"] == 1
+    assert counts[REQUESTS]["get,get_object"] == 1

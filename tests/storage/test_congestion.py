@@ -145,6 +145,72 @@ async def test_a_burst_after_a_quiet_time_begins_carefully_again(clock: Clock) -
     assert breaker.snapshot().state is BreakerState.CLOSED
 
 
+class SteadyServer(SharedServer):
+    """Answers each request `delay_s` after it came, however many there are."""
+
+    def __init__(self, clock: Clock, delay_s: float) -> None:
+        super().__init__(clock, 0.0)
+        self.delay_s = delay_s
+        self.hits = 0
+
+    async def serve(self, state: Attempt) -> None:
+        self.hits += 1
+        await super().serve(state)
+
+    async def work(self, calls: asyncio.Future[Any], *, tick_s: float = BEAT_S) -> None:
+        while not calls.done():
+            await settle()
+            self.clock.advance(tick_s)
+            for answer, (since_s, _) in list(self._open.items()):
+                waited_s = self.clock.now - since_s
+                if answer.done():
+                    continue
+                if waited_s >= self.delay_s:
+                    answer.set_result(None)
+                elif waited_s >= TIMEOUT_S:
+                    answer.set_exception(TransientFaultError("timeout", timed_out=True))
+
+
+async def test_a_server_that_turns_slow_under_a_full_window_loses_nothing_while_it_answers_in_time(
+    clock: Clock,
+) -> None:
+    resilience, breaker = resilience_of(clock)
+    assert await outcomes_of(SharedServer(clock, 1000.0), resilience, 500) == []
+    assert resilience._window.size == 64
+    slow = SteadyServer(clock, delay_s=3.0)
+
+    assert await outcomes_of(slow, resilience, 300) == []
+    assert slow.hits == 300
+    assert breaker.snapshot().state is BreakerState.CLOSED
+
+
+async def test_a_server_that_turns_slower_than_its_timeout_under_a_full_window_is_hit_once_by_each_and_then_probed(
+    clock: Clock,
+) -> None:
+    resilience, breaker = resilience_of(clock)
+    assert await outcomes_of(SharedServer(clock, 1000.0), resilience, 500) == []
+    slow = SteadyServer(clock, delay_s=2 * TIMEOUT_S)
+    began_s = clock.now
+
+    errors = await outcomes_of(slow, resilience, 300)
+
+    # The attempts that were under way together are all that the server feels, and nobody waits for a second one.
+    # Those for whose retry the budget has nothing left say that they timed out.
+    assert slow.hits == 64
+    assert {type(error) for error in errors} <= {StorageTimeout, StorageUnavailable}
+    assert len(errors) == 300
+    assert breaker.snapshot().state is BreakerState.OPEN
+    assert clock.now - began_s <= 2 * TIMEOUT_S
+
+    clock.advance(60.0)
+    assert len(await outcomes_of(slow, resilience, 20)) == 20
+    assert slow.hits == 65
+    clock.advance(60.0)
+    slow.delay_s = 1.0
+    assert len(await outcomes_of(slow, resilience, 20)) < 20
+    assert breaker.snapshot().state is BreakerState.CLOSED
+
+
 async def test_a_server_that_has_died_still_opens_the_breaker(clock: Clock) -> None:
     resilience, breaker = resilience_of(clock)
     assert await outcomes_of(SharedServer(clock, 1000.0), resilience, 100) == []

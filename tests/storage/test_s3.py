@@ -251,5 +251,5 @@ async def test_what_happens_is_counted(silent_port: int) -> None:
     assert counts[counters.ATTEMPTS] == {"head,failure": 2}
     assert counts[counters.RETRIES] == {"head,timeout": 1}
     assert counts[counters.OPERATIONS] == {"head,storage_timeout": 1, "head,storage_unavailable": 1}
-    assert counts[counters.REQUESTS] == {"head_object": 2}
+    assert counts[counters.REQUESTS] == {"head,head_object": 2}
     assert counts[counters.BREAKER_STATE] == {"": 2}

@@ -19,9 +19,11 @@ from safetensors.torch import load
 from diffusion.images import read_settings
 from diffusion.lora import read_lora
 from diffusion.testing import write_tiny_model
+from storage.counters import CLEANUP_FAILURES
 from storage.datasets import write_dataset
 from storage.keys import Keys
 from storage.loop_thread import LoopThread
+from storage.ray_counters import of_this_process
 from storage.settings import BreakerSettings, S3Settings
 from storage.testing import InMemoryStore
 from train_jobs.aitoolkit import parse_train_yaml
@@ -31,7 +33,7 @@ from train_jobs.errors import ConfigInvalid, DatasetEmpty
 from train_jobs.local_datasets import upload_local_datasets, upload_names
 from train_jobs.loop import Alone, Progress
 from train_jobs.spec import TrainSpec, spec_from_json
-from train_jobs.worker import BoardReporter, Training, WorkerConfig
+from train_jobs.worker import BoardReporter, Training, WorkerConfig, _remove
 
 JOB = "train_0123456789ab"
 KEYS = Keys("raylora", "default")
@@ -639,3 +641,12 @@ def test_a_users_ai_toolkit_config_runs_with_only_the_model_pointed_elsewhere(
     assert [c["step"] for c in result["output"]["checkpoints"]] == [3]
     key = next(k for k in result["output"]["checkpoints"][0]["keys"] if k.endswith("adapter.safetensors"))
     assert {name.partition(".")[0] for name in load(_get(store, key))} == parts
+
+
+def test_scratch_that_cannot_be_removed_is_counted(tmp_path: Path) -> None:
+    before = of_this_process().counts().get(CLEANUP_FAILURES, {}).get("training_scratch", 0)
+    _remove(tmp_path / "missing")
+    assert of_this_process().counts()[CLEANUP_FAILURES]["training_scratch"] == before + 1
+    (tmp_path / "folder").mkdir()
+    _remove(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()

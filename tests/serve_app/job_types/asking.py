@@ -3,6 +3,8 @@
 from typing import Any
 
 from serve_app.testing import LocalServer
+from storage.counters import CLEANUP_FAILURES
+from storage.ray_counters import of_this_process
 
 
 async def ask(server: LocalServer, payload: dict[str, Any], key: str | None = None) -> dict[str, Any]:
@@ -26,3 +28,8 @@ async def refused(server: LocalServer, payload: dict[str, Any], key: str | None 
     assert reply["error"] == reply["output"]["error"]
     output: dict[str, Any] = reply["output"]
     return output
+
+
+def cleanup_failures() -> dict[str, float]:
+    """How many so far, by the kind of thing."""
+    return of_this_process().counts().get(CLEANUP_FAILURES, {})

@@ -96,6 +96,17 @@ async def test_train_answers_at_once_and_leaves_a_record_that_the_driver_can_rea
     assert record.state is JobState.QUEUED
 
 
+async def test_a_data_set_of_the_older_layout_is_trained_on_by_the_tenant_it_belongs_to(server: LocalServer) -> None:
+    await server.store.put("raylora/dataset/cats/a.png", b"picture")
+    output = await done(server, {"type": "train", "config": train_config()})
+    spec = TrainSpec.model_validate((await server.jobs.get(output["process_id"])).request)
+    manifest = await latest_manifest(server.store, server.services.keys_of("matt"), "cats")
+    assert spec.datasets[0].upload_id == manifest.upload_id
+    assert [file.key for file in manifest.files] == ["raylora/dataset/cats/a.png"]
+    refusal = await refused(server, {"type": "train", "config": train_config()}, OTHER_KEY)
+    assert refusal["error_type"] == "dataset_not_found"
+
+
 async def test_train_takes_yaml_text_under_either_name(server: LocalServer) -> None:
     await done(server, upload_payload("cats"))
     yaml = """

@@ -10,9 +10,9 @@ import pytest
 
 from serve_app.outbound import Outbound
 from serve_app.testing import BUCKET, OTHER_KEY, LocalServer, LocalValidation, keys_of, local_server, picture_base64
-from storage.errors import JobsUnavailable
+from storage.errors import JobsUnavailable, StorageFailed
 from storage.jobs_testing import JobsWorld
-from tests.serve_app.job_types.asking import done, refused
+from tests.serve_app.job_types.asking import cleanup_failures, done, refused
 
 PICTURE, MASK = picture_base64(8, 4), picture_base64(8, 4, color="white")
 INPUT = {"prompt": "a cat", "wait": False}
@@ -113,6 +113,16 @@ async def test_a_picture_by_url_goes_where_uploads_may_go(world: JobsWorld) -> N
 async def test_a_generation_that_is_refused_later_leaves_no_pictures(server: LocalServer) -> None:
     await refused(server, {**INPUT, "init_image": PICTURE, "lora": "nobody"})
     assert list(server.store.keys()) == []
+
+
+async def test_pictures_that_cannot_be_removed_are_counted_and_the_refusal_stays_what_it_was(
+    server: LocalServer,
+) -> None:
+    before = cleanup_failures().get("start_pictures", 0)
+    server.store.fail("delete_many", StorageFailed("delete_many", 4, "connection"))
+    output = await refused(server, {**INPUT, "init_image": PICTURE, "loras": [{"id": "train_000000000000"}]})
+    assert output["error_type"] != "storage_failed"
+    assert cleanup_failures()["start_pictures"] == before + 1
 
 
 async def test_pictures_stay_where_the_record_may_have_been_made(

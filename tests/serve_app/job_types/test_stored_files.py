@@ -187,3 +187,20 @@ async def test_a_reply_over_the_limit_is_a_redirect_to_itself(
     data = bytes_behind(server, reply["url"])
     assert (len(data), hashlib.sha256(data).hexdigest()) == (reply["size"], reply["sha256"])
     assert json.loads(data)["lora_files"] == whole["lora_files"]
+
+
+async def test_files_of_the_older_layout_are_the_first_tenants_to_read(server: LocalServer) -> None:
+    key = "raylora/results/person/lora/person.safetensors"
+    await server.store.put(key, b"weights")
+    await server.store.put("raylora/dataset/zib/a.png", b"picture")
+    for named in (key, f"s3://bucket/{key}"):
+        reply = await done(server, {"type": "download_by_key", "s3_key": named})
+        assert (reply["s3_key"], reply["size"]) == (key, 7)
+    listed = await done(server, {"type": "list_files"})
+    assert [entry["s3_key"] for entry in listed["lora_files"]] == [key]
+    assert (await done(server, {"type": "list_files", "path": "raylora/results/person"}))["total_files"] == 1
+    assert (await done(server, {"type": "list_dataset_folders"}))["folders"] == ["zib"]
+    assert (await refused(server, {"type": "download_by_key", "s3_key": key}, OTHER_KEY))["error_type"]
+    for path in (None, "raylora/results/person"):
+        assert (await done(server, {"type": "list_files", "path": path}, OTHER_KEY))["total_files"] == 0
+    assert (await done(server, {"type": "list_dataset_folders"}, OTHER_KEY))["folders"] == []

@@ -12,7 +12,7 @@ import pytest
 from serve_app.testing import OTHER_KEY, LocalServer, picture_base64
 from storage.datasets import DatasetNotFound, latest_manifest
 from storage.errors import StorageFailed
-from tests.serve_app.job_types.asking import done, refused
+from tests.serve_app.job_types.asking import cleanup_failures, done, refused
 
 PICTURE = b64decode(picture_base64(8, 8))
 MASK = b64decode(picture_base64(8, 8, color="white"))
@@ -78,6 +78,14 @@ async def test_what_was_put_becomes_a_dataset_when_it_is_finalized(server: Local
     manifest = await latest_manifest(server.store, keys, "cats")
     assert {file.filename: await server.store.get(file.key) for file in manifest.files} == files
     assert [key for key in list(server.store.keys()) if "/staging/" in key and not key.endswith("manifest.json")] == []
+
+
+async def test_what_cannot_be_cleaned_up_is_counted_and_spoils_no_dataset(server: LocalServer) -> None:
+    token = await uploaded(server, {"1.png": PICTURE})
+    before = cleanup_failures().get("staging", 0)
+    server.store.fail("delete_many", StorageFailed("delete_many", 4, "connection"))
+    assert (await finalized(server, token))["upload_id"] == token
+    assert cleanup_failures()["staging"] == before + 1
 
 
 async def test_finalizing_again_gives_the_same_dataset(server: LocalServer) -> None:
