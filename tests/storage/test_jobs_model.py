@@ -21,7 +21,7 @@ from storage.errors import (
 )
 from storage.job_state import TRANSITIONS, JobKind, JobState
 from storage.jobs_testing import JobsWorld
-from tests.storage.postgres import database, server
+from tests.storage.postgres import REASON, database, server
 
 LEASE_S = 30.0
 ATTEMPTS_MAX = 2
@@ -281,6 +281,6 @@ class PostgresMachine(JobsMachine):
 PostgresMachine.TestCase.settings = settings(JobsMachine.TestCase.settings, max_examples=8)
 
 
-@pytest.mark.skipif(server() is None, reason="no PostgreSQL server runs here")
+@pytest.mark.skipif(server() is None, reason=REASON)
 class TestAnyOrderOfCallsOnPostgres(PostgresMachine.TestCase):  # type: ignore[misc, name-defined]
     pass
