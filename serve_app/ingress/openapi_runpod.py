@@ -36,7 +36,7 @@ RUNPOD_SCHEMAS: dict[str, Any] = {
             },
             "webhook": {
                 "type": ["string", "null"],
-                "description": "Where the final status is sent: https, and a public address, unless the server is set to take any.",
+                "description": "Where the final status is sent: a public address, unless the server takes any.",
                 "maxLength": URL_LENGTH_MAX,
                 "pattern": _HTTPS_URL,
                 "examples": ["https://example.com/hook"],
