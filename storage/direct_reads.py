@@ -51,6 +51,10 @@ class DirectReads:
         self._jobs: Jobs | None = None
         self._file: tuple[Path, int] | None = None
 
+    @property
+    def is_open(self) -> bool:
+        return self._jobs is not None
+
     async def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The method of `Jobs` of that name, one of READS. Raises what it raises, and NotReadableError."""
         if self._jobs is None or self._is_replaced():

@@ -68,6 +68,10 @@ class JobsClient(AsyncJobsApi):
     def __reduce__(self) -> tuple[Callable[..., JobsClient], tuple[str, float, bool]]:
         return _client, (self._namespace, self._unavailable_after_s, self._reads is not None)
 
+    def reads_directly(self) -> bool:
+        """Whether reads go past the actor at present."""
+        return self._reads is not None and self._reads.is_open
+
     async def cluster_config(self) -> JobsConfig:
         """The configuration that the actor runs with, storage settings included."""
         config: JobsConfig = await self._send("config", lambda actor: actor.config.remote())
