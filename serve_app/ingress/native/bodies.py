@@ -112,6 +112,10 @@ class GenerationCreate(PolicyFields):
 
     model_config = ConfigDict(
         json_schema_extra={
+            "anyOf": [
+                {"required": ["init_image"], "properties": {"init_image": {"type": "string"}}},
+                {"properties": {"mask": {"type": "null"}, "strength": {"type": "null"}}},
+            ],
             "examples": [
                 {
                     "prompt": "a large red star on a blue background",

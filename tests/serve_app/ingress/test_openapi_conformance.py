@@ -92,6 +92,8 @@ STATEFUL = {
     "invalid_cursor": "a cursor comes from the page before",
     "idempotency_conflict": "the same Idempotency-Key may have come with another request before",
 }
+# Fields that must hold a picture, or a URL that leads to one.
+PICTURES = frozenset({"init_image", "mask"})
 # Operations whose bodies must hold more than a schema can say.
 BEYOND_SCHEMAS = {
     "POST /v1/datasets": "the files must be pictures, and names in Unicode's normal form",
@@ -109,7 +111,8 @@ def is_excused(operation: Any, reply: Any) -> bool:
     body = reply.json()
     error = body.get("error")
     codes = [body.get("code"), body.get("error_type"), error.get("code") if isinstance(error, dict) else None]
-    return any(code in STATEFUL for code in codes)
+    wrong = {problem["path"] for problem in body.get("validation_errors", [])}
+    return any(code in STATEFUL for code in codes) or (bool(wrong) and wrong <= PICTURES)
 
 
 def check(operation: Any, mode: GenerationMode) -> None:
