@@ -125,7 +125,7 @@ class GenerationCreate(PolicyFields):
                     "seed": 1,
                     "loras": [{"id": "train_0123456789ab", "scale": 0.8}],
                 }
-            ]
+            ],
         }
     )
 
