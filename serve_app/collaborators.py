@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from serve_app.dispatch.rates import Grant, Rate
-from serve_app.dispatch.replies import Fingerprint, Reply
+from serve_app.dispatch.replies import EndedReply, Fingerprint, Reply
 from serve_app.inference.plan import GenerationWork, StartingPoint
 from storage.async_jobs import AsyncJobsApi
 from storage.imported_loras import ImportedLora
@@ -99,6 +99,7 @@ class Dispatch(Protocol):
     async def settle_reply(
         self, tenant: str, runpod_id: str, *, output: dict[str, Any] | None = None, error: str | None = None
     ) -> None: ...
+    async def keep_replies(self, ended: Sequence[EndedReply]) -> None: ...
     async def hand_over_reply(self, tenant: str, runpod_id: str, *, to: str) -> None: ...
     async def wait_reply(self, tenant: str, runpod_id: str, timeout_s: float) -> Reply | None: ...
     async def drain_reply(self, tenant: str, runpod_id: str) -> bool: ...

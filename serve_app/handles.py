@@ -20,7 +20,7 @@ from serve_app.collaborators import (
     Workers,
 )
 from serve_app.dispatch.rates import Grant, Rate
-from serve_app.dispatch.replies import Fingerprint, Reply
+from serve_app.dispatch.replies import EndedReply, Fingerprint, Reply
 from serve_app.errors import ServiceUnavailable
 from serve_app.inference.plan import GenerationWork
 from serve_app.ingress.errors import unwrapped
@@ -126,6 +126,9 @@ class HandleDispatch:
     ) -> None:
         response = self._handle.settle_reply.remote(tenant, runpod_id, output=output, error=error)
         await answer(DISPATCH, response, CALL_TIMEOUT_S)
+
+    async def keep_replies(self, ended: Sequence[EndedReply]) -> None:
+        await answer(DISPATCH, self._handle.keep_replies.remote(list(ended)), CALL_TIMEOUT_S)
 
     async def hand_over_reply(self, tenant: str, runpod_id: str, *, to: str) -> None:
         await answer(DISPATCH, self._handle.hand_over_reply.remote(tenant, runpod_id, to=to), CALL_TIMEOUT_S)

@@ -26,7 +26,7 @@ from serve_app.collaborators import (
     WorkerCounts,
 )
 from serve_app.dispatch.rates import Grant, Rate, RateLedger
-from serve_app.dispatch.replies import Fingerprint, Reply, ReplyTable
+from serve_app.dispatch.replies import EndedReply, Fingerprint, Reply, ReplyTable
 from serve_app.inference.plan import GenerationRequest, GenerationWork
 from serve_app.ingress.api import create_app
 from serve_app.ingress.auth import KeyRing
@@ -87,6 +87,10 @@ class LocalDispatch:
         self, tenant: str, runpod_id: str, *, output: dict[str, Any] | None = None, error: str | None = None
     ) -> None:
         self.replies.settle(tenant, runpod_id, output=output, error=error)
+
+    async def keep_replies(self, ended: Sequence[EndedReply]) -> None:
+        for one in ended:
+            self.replies.keep(one)
 
     async def hand_over_reply(self, tenant: str, runpod_id: str, *, to: str) -> None:
         self.replies.hand_over(tenant, runpod_id, to=to)

@@ -4,7 +4,7 @@ where that database is lost, so are they, and the keys of the settings remain.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import TypeAlias
 
@@ -48,3 +48,10 @@ class IssuedKeys:
         if known is None:
             raise ApiKeyNotFound(key_id)
         return known
+
+    def note_key_uses(self, key_ids: Sequence[str]) -> None:
+        """That these keys were used just now. Ids that are unknown are left out."""
+        now = self._clock()
+        with self._records.write("note_key_uses") as tx:
+            for key_id in key_ids:
+                tx.keys.note_use(key_id, now)

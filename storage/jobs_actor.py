@@ -59,6 +59,12 @@ class JobsActor:
     async def config(self) -> JobsConfig:
         return self._config
 
+    async def url_on(self, node_id: str) -> str | None:
+        """The database's URL for a process on that node of the cluster; None where a file lies on another."""
+        url = self._config.records.url
+        here = str(ray.get_runtime_context().get_node_id())
+        return url if node_id == here or not url.startswith("sqlite") else None
+
 
 class _Serving:
     """A service that opens and runs in the background. Calls wait until it has looked for records to restore."""

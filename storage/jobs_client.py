@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -15,6 +16,7 @@ from tenacity import wait_random_exponential as wait_random
 
 from storage.actor import NAMESPACE
 from storage.async_jobs import AsyncJobsApi, Until
+from storage.direct_reads import READS, DirectReads, NotReadableError
 from storage.errors import JobError, JobsUnavailable
 from storage.job_record import JobRecord
 from storage.jobs import Jobs
@@ -22,6 +24,8 @@ from storage.jobs_config import JobsConfig
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 ACTOR_NAME = "jobs"
 UNAVAILABLE_AFTER_S = 30.0
@@ -48,13 +52,25 @@ class JobsClient(AsyncJobsApi):
     case a write may or may not have happened.
     """
 
-    def __init__(self, *, namespace: str = NAMESPACE, unavailable_after_s: float = UNAVAILABLE_AFTER_S) -> None:
+    def __init__(
+        self,
+        *,
+        namespace: str = NAMESPACE,
+        unavailable_after_s: float = UNAVAILABLE_AFTER_S,
+        reads_directly: bool = False,
+    ) -> None:
+        """`reads_directly`: ask the database itself where this process can open it; see `storage.direct_reads`."""
         self._namespace = namespace
         self._unavailable_after_s = unavailable_after_s
         self._actor: Any = None
+        self._reads = DirectReads(self._url_here) if reads_directly else None
 
-    def __reduce__(self) -> tuple[Callable[..., JobsClient], tuple[str, float]]:
-        return _client, (self._namespace, self._unavailable_after_s)
+    def __reduce__(self) -> tuple[Callable[..., JobsClient], tuple[str, float, bool]]:
+        return _client, (self._namespace, self._unavailable_after_s, self._reads is not None)
+
+    def reads_directly(self) -> bool:
+        """Whether reads go past the actor at present."""
+        return self._reads is not None and self._reads.is_open
 
     async def cluster_config(self) -> JobsConfig:
         """The configuration that the actor runs with, storage settings included."""
@@ -86,8 +102,20 @@ class JobsClient(AsyncJobsApi):
 
     async def call(self, method: Callable[Concatenate[Jobs, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         name = method.__name__
+        if self._reads is not None and name in READS:
+            try:
+                read: T = await self._reads.call(name, args, kwargs)
+            except NotReadableError:
+                logger.debug("%s is asked of the actor", name)
+            else:
+                return read
         result: T = await self._send(name, lambda actor: actor.call.remote(name, args, kwargs))
         return result
+
+    async def _url_here(self) -> str | None:
+        node_id = ray.get_runtime_context().get_node_id()
+        url: str | None = await self._send("url_on", lambda actor: actor.url_on.remote(node_id))
+        return url
 
     async def _send(self, operation: str, send: Callable[[Any], Awaitable[Any]]) -> Any:
         retrying = AsyncRetrying(
@@ -129,5 +157,5 @@ def _long_poll(
     return answer
 
 
-def _client(namespace: str, unavailable_after_s: float) -> JobsClient:
-    return JobsClient(namespace=namespace, unavailable_after_s=unavailable_after_s)
+def _client(namespace: str, unavailable_after_s: float, reads_directly: bool) -> JobsClient:
+    return JobsClient(namespace=namespace, unavailable_after_s=unavailable_after_s, reads_directly=reads_directly)

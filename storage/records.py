@@ -23,8 +23,10 @@ from storage.job_state import LEASED_STATES, TERMINAL_STATES, JobKind, JobState
 from storage.key_rows import KeyRows
 from storage.records_streams import StreamsTx
 from storage.records_tables import (
-    DERIVED,
     FIXED,
+    NOT_OF_RECORDS,
+    OUTBOX_SEQ,
+    api_key_uses,
     api_keys,
     flags,
     idempotency,
@@ -78,16 +80,24 @@ class Records:
     for every other error of the database.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, read_only: bool = False) -> None:
+        """`read_only`: of a database that another process keeps. Raises RecordsUnavailable where its file is not."""
         with _mapped("open"):
-            self._engine = _open_engine(url)
+            self._engine = _open_engine(url, read_only=read_only)
             self._writer = self._engine.execution_options(**{WRITES: True})
-            metadata.create_all(self._writer)
+            if not read_only:
+                metadata.create_all(self._writer)
         # Databases let one writer in and make the others poll or wait in line; a lock hands over at once.
         self._write_lock = threading.Lock()
 
     def close(self) -> None:
         self._engine.dispose()
+
+    @property
+    def file(self) -> Path | None:
+        """Of SQLite."""
+        url = self._engine.url
+        return Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None
 
     @contextlib.contextmanager
     def write(self, operation: str) -> Iterator[RecordsTx]:
@@ -110,7 +120,7 @@ def _mapped(operation: str) -> Iterator[None]:
         raise map_error(error, operation) from error
 
 
-def _open_engine(url: str) -> sa.Engine:
+def _open_engine(url: str, *, read_only: bool) -> sa.Engine:
     parsed = sa.make_url(url)
     if parsed.get_backend_name() == "postgresql":
         return _open_postgres(parsed)
@@ -118,9 +128,13 @@ def _open_engine(url: str) -> sa.Engine:
         raise RecordsMisconfigured("the records are kept in SQLite or PostgreSQL")
     if not parsed.database or parsed.database == ":memory:":
         raise RecordsMisconfigured("an SQLite database needs a file, or its records end with the process")
-    Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    if not read_only:
+        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    elif not Path(parsed.database).is_file():
+        # SQLite would make an empty one.
+        raise RecordsUnavailable("open")
     engine = sa.create_engine(parsed, hide_parameters=True, connect_args={"timeout": BUSY_TIMEOUT_S})
-    sa.event.listen(engine, "connect", _prepare_sqlite)
+    sa.event.listen(engine, "connect", _prepare_sqlite_reader if read_only else _prepare_sqlite)
     sa.event.listen(engine, "begin", _begin_sqlite)
     return engine
 
@@ -150,6 +164,11 @@ def _prepare_sqlite(connection: Any, _: object) -> None:
         connection.execute(f"PRAGMA {pragma}").close()
 
 
+def _prepare_sqlite_reader(connection: Any, _: object) -> None:
+    connection.isolation_level = None
+    connection.execute("PRAGMA query_only=ON").close()
+
+
 def _begin_sqlite(connection: sa.Connection) -> None:
     writes = connection.get_execution_options().get(WRITES)
     connection.exec_driver_sql(f"BEGIN {'IMMEDIATE' if writes else 'DEFERRED'}")
@@ -161,7 +180,7 @@ class RecordsTx(StreamsTx):
     def __init__(self, connection: sa.Connection) -> None:
         super().__init__(connection)
         self.replies = ReplyRows(connection, replies)
-        self.keys = KeyRows(connection, api_keys)
+        self.keys = KeyRows(connection, api_keys, api_key_uses)
 
     # --- jobs
 
@@ -319,12 +338,12 @@ class RecordsTx(StreamsTx):
     def outbox(self, limit: int) -> list[OutboxEntry]:
         """What the mirror has yet to hold, those that failed least first, so that one bad record blocks no other."""
         query = (
-            sa.select(jobs, outbox.c.seq.label("outbox_seq"))
+            sa.select(jobs, outbox.c.seq.label(OUTBOX_SEQ))
             .join(outbox, outbox.c.job_id == jobs.c.id)
             .order_by(outbox.c.failures, outbox.c.seq)
             .limit(limit)
         )
-        return [OutboxEntry(row.outbox_seq, _record(row)) for row in self._connection.execute(query)]
+        return [OutboxEntry(row._mapping[OUTBOX_SEQ], _record(row)) for row in self._connection.execute(query)]
 
     def settle_outbox(self, *, written: Sequence[int], failed: Sequence[int]) -> None:
         """Remove the entries that were written. An entry queued again meanwhile has a new number and stays."""
@@ -361,11 +380,11 @@ def _scoped(query: sa.Select[Any], tenant: str | None, kind: JobKind | None) -> 
     return query if kind is None else query.where(jobs.c.kind == kind.value)
 
 
-_RECORD_COLUMNS = tuple(column.name for column in jobs.columns if column.name not in DERIVED)
-
-
 def _record(row: sa.Row[Any]) -> JobRecord:
-    return JobRecord.model_validate({name: row._mapping[name] for name in _RECORD_COLUMNS})
+    fields = row._asdict()
+    for name in NOT_OF_RECORDS:
+        fields.pop(name, None)
+    return JobRecord.model_validate(fields)
 
 
 def _row(record: JobRecord) -> dict[str, Any]:

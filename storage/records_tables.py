@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
-from storage.key_rows import keys_table
+from storage.key_rows import key_uses_table, keys_table
 from storage.reply_rows import replies_table
 
 
@@ -67,7 +67,9 @@ jobs = sa.Table(
     sa.Index("jobs_by_tenant", "tenant", "created_at", "seq"),
     sqlite_autoincrement=True,
 )
-DERIVED = ("seq", "run_deadline_at", "expires_at")
+OUTBOX_SEQ = "outbox_seq"
+NOT_OF_RECORDS = ("seq", "run_deadline_at", "expires_at", OUTBOX_SEQ)
+"""Columns of a row that is read as a record, and no fields of that."""
 FIXED = ("id", "tenant", "kind", "request", "source", "runpod_id", "created_at")
 
 idempotency = sa.Table(
@@ -108,6 +110,7 @@ outbox = sa.Table(
 
 replies = replies_table(metadata, UtcDateTime())
 api_keys = keys_table(metadata, UtcDateTime())
+api_key_uses = key_uses_table(metadata, UtcDateTime())
 
 flags = sa.Table("flags", metadata, sa.Column("name", sa.String(64), primary_key=True))
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-COLUMNS = ("id", "tenant", "name", "created_at", "revoked_at")
+COLUMNS = ("id", "tenant", "name", "created_at", "last_used_at", "revoked_at")
 
 
 def keys_table(keys: Iterable[dict[str, Any]]) -> Table:

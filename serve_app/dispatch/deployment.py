@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from serve_app.collaborators import DispatchLoad
 from serve_app.dispatch.dispatcher import GenerationDispatcher
 from serve_app.dispatch.rates import Grant, Rate, RateLedger
-from serve_app.dispatch.replies import Fingerprint, Reply, ReplyTable
+from serve_app.dispatch.replies import EndedReply, Fingerprint, Reply, ReplyTable
 from serve_app.dispatch.webhooks import WebhookSender
 from serve_app.handles import HandleInference
 from serve_app.job_types.results import Presenter
@@ -64,6 +65,10 @@ class Dispatcher:
         self, tenant: str, runpod_id: str, *, output: dict[str, Any] | None = None, error: str | None = None
     ) -> None:
         self._replies.settle(tenant, runpod_id, output=output, error=error)
+
+    async def keep_replies(self, ended: Sequence[EndedReply]) -> None:
+        for one in ended:
+            self._replies.keep(one)
 
     async def hand_over_reply(self, tenant: str, runpod_id: str, *, to: str) -> None:
         self._replies.hand_over(tenant, runpod_id, to=to)

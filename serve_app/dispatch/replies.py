@@ -40,6 +40,16 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class EndedReply:
+    """A final reply that is to be found under its id for `kept_s`."""
+
+    tenant: str
+    runpod_id: str
+    reply: Reply
+    kept_s: float
+
+
+@dataclass(frozen=True)
 class Fingerprint:
     """What makes two requests the same one: the client's key, or the body itself; kept for `kept_s`.
 
@@ -113,6 +123,9 @@ class ReplyTable:
                 now + timedelta(seconds=fingerprint.kept_s),
                 fingerprint.named_by_client,
             )
+        if (tenant, runpod_id) in self._entries:
+            # It ended on its way here.
+            return runpod_id
         expires_at = now + timedelta(seconds=self._pending_max_s)
         reply = Reply(status="IN_QUEUE", created_at=now)
         self._entries[tenant, runpod_id] = _Entry(reply, kept_s, expires_at, fingerprint=mark)
@@ -141,6 +154,14 @@ class ReplyTable:
             self._forget_unnamed(entry)
         entry.settled.set()
         self._shrink()
+
+    def keep(self, ended: EndedReply) -> None:
+        """Note a job that has ended, whether it was opened before or not; a second ending is ignored."""
+        key = (ended.tenant, ended.runpod_id)
+        if key not in self._entries:
+            expires_at = self._clock() + timedelta(seconds=ended.kept_s)
+            self._entries[key] = _Entry(Reply("IN_QUEUE", ended.reply.created_at), ended.kept_s, expires_at)
+        self.settle(*key, output=ended.reply.output, error=ended.reply.error)
 
     def hand_over(self, tenant: str, runpod_id: str, *, to: str) -> None:
         """A job record answers from now on, under the id `to`; the same request sent again is told that id."""

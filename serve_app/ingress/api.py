@@ -47,7 +47,12 @@ def create_app(
     Browsers of `cors_origins`, and of no other origin, may read replies; they send their key, never a cookie.
     """
     jobs = RunpodJobs(services)
-    keys.learn(KnownKeys(lambda: services.jobs.call(Jobs.issued_keys, valid_only=True)))
+    keys.learn(
+        KnownKeys(
+            lambda: services.jobs.call(Jobs.issued_keys, valid_only=True),
+            lambda key_ids: services.jobs.call(Jobs.note_key_uses, key_ids),
+        )
+    )
     gate = RateGate(services.dispatch, services.rate_limits, replicas=services.ingress_replicas)
 
     @asynccontextmanager

@@ -34,7 +34,7 @@ class Ingress:
         workers = ServeWorkers(dispatcher, application, deployment)
         replicas: Inference = HandleInference(inference)
         services = Services(
-            jobs=JobsClient(),
+            jobs=JobsClient(reads_directly=True),
             store=StorageClient(s3, settings.breaker()),
             validation=HandleValidation(validation),
             dispatch=dispatcher,

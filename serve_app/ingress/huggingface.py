@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Path, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app.errors import GenerationFailed
-from serve_app.ingress.native.bodies import LoraReference, reads, takes
+from serve_app.ingress.native.bodies import MODEL, LoraReference, reads, takes
 from serve_app.ingress.native.calls import context_of
 from serve_app.ingress.pictures import drawn
 from serve_app.job_types.context import Services
@@ -66,7 +66,9 @@ def huggingface_router(services: Services) -> APIRouter:
 
     @router.post("/{model:path}", openapi_extra=takes(TextToImage), response_class=Response, responses=PICTURE)
     async def text_to_image(
-        request: Request, model: str, asked: Annotated[TextToImage, Depends(reads(TextToImage))]
+        request: Request,
+        model: Annotated[str, Path(pattern=MODEL)],
+        asked: Annotated[TextToImage, Depends(reads(TextToImage))],
     ) -> Response:
         """Draw one picture of a model: an alias of this server, or a Hugging Face id that it serves."""
         images = await drawn(services, await context_of(request), asked.payload(model))

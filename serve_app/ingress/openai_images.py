@@ -12,13 +12,14 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from serve_app.ingress.native.bodies import LoraReference, reads, takes
+from serve_app.ingress.native.bodies import MODEL, LoraReference, reads, takes
 from serve_app.ingress.native.calls import context_of
 from serve_app.ingress.native.views import View
 from serve_app.ingress.pictures import drawn
 from serve_app.job_types.context import Services
 
-SIZE = r"^(auto|[1-9][0-9]{1,3}x[1-9][0-9]{1,3})$"
+_SIDE = "(1[6-9]|[2-9][0-9]|[1-9][0-9]{2}|[1-3][0-9]{3}|40[0-8][0-9]|409[0-6])"
+SIZE = rf"^(auto|{_SIDE}x{_SIDE})$"
 FORMATS = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 
 
@@ -47,7 +48,7 @@ class ImagesCreate(BaseModel):
     )
 
     prompt: str = Field(min_length=1, max_length=2000, pattern=r"\S")
-    model: str | None = Field(default=None, min_length=1, max_length=200)
+    model: str | None = Field(default=None, pattern=MODEL)
     n: int | None = Field(default=None, ge=1, le=10)
     size: str | None = Field(default=None, pattern=SIZE)
     response_format: Literal["url", "b64_json"] | None = None

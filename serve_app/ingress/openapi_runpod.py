@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from serve_app.ingress.envelope import POLICY_MAX_MS, POLICY_MIN_MS
+from serve_app.outbound import URL_LENGTH_MAX
+
 STATUSES = ["IN_QUEUE", "IN_PROGRESS", "COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"]
 _COUNT = {"type": "integer", "minimum": 0}
 _WORKERS = ("idle", "initializing", "ready", "running", "throttled", "unhealthy")
 _JOB = {"id": {"type": "string"}, "status": {"type": "string", "enum": STATUSES}}
+_POLICY_MS = {"type": ["integer", "null"], "minimum": POLICY_MIN_MS, "maximum": POLICY_MAX_MS}
+_PORT = "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+_HTTPS_URL = f"^https://[A-Za-z0-9]([A-Za-z0-9.-]{{0,252}}[A-Za-z0-9])?(:({_PORT}))?([/?][\\x21-\\x7e]*)?$"
 _EXAMPLE_ID = "2f0ff4a4-4f0c-4d0c-9d5c-2a1f4a3f5d11-u1"
 
 RUNPOD_SCHEMAS: dict[str, Any] = {
@@ -21,10 +27,21 @@ RUNPOD_SCHEMAS: dict[str, Any] = {
                 "properties": {"type": {"type": "string"}, "prompt": {"type": "string"}},
             },
             "policy": {
-                "type": "object",
-                "description": "`executionTimeout` and `ttl` in ms, `lowPriority`.",
+                "type": ["object", "null"],
+                "properties": {
+                    "executionTimeout": {**_POLICY_MS, "description": "ms that the work may take."},
+                    "ttl": {**_POLICY_MS, "description": "ms from now to the job's end, whatever it is."},
+                    "lowPriority": {"type": "boolean", "description": "Run when nothing else waits."},
+                },
             },
-            "webhook": {"type": "string", "description": "Where the final status is sent."},
+            "webhook": {
+                "type": ["string", "null"],
+                "description": "Where the final status is sent: a public address, unless the server takes any.",
+                "maxLength": URL_LENGTH_MAX,
+                "pattern": _HTTPS_URL,
+                "examples": ["https://example.com/hook"],
+            },
+            "s3Config": {"type": "null", "description": "Not offered: results are stored by this server."},
         },
         "examples": [
             {"input": {"prompt": "a large red star", "width": 64, "height": 64, "seed": 1}},

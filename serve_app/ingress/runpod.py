@@ -1,8 +1,7 @@
 """The routes of `/v2/{endpoint_id}`: RunPod's serverless API. Existing clients change only their base URL."""
 
-from typing import Any
-
 from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse
 
 from serve_app.errors import BodyInvalid
 from serve_app.ingress.auth import Principal
@@ -15,50 +14,53 @@ ENDPOINT = "/v2/{endpoint_id}"
 
 
 def runpod_router(jobs: RunpodJobs, limits: RequestLimits) -> APIRouter:
-    """The endpoint id is taken as it comes: one server is one endpoint, under any name."""
+    """The endpoint id is taken as it comes: one server is one endpoint, under any name.
+
+    Replies are plain JSON already; FastAPI would check each against its annotation first.
+    """
     router = APIRouter(prefix=ENDPOINT, tags=["runpod"])
 
     @router.post("/run")
-    async def run(request: Request) -> dict[str, Any]:
-        return await jobs.run(await _submission(request, None))
+    async def run(request: Request) -> JSONResponse:
+        return JSONResponse(await jobs.run(await _submission(request, None)))
 
     @router.post("/runsync")
-    async def runsync(request: Request) -> dict[str, Any]:
+    async def runsync(request: Request) -> JSONResponse:
         held_s = wait_s(request, limits, default_s=limits.runsync_wait_default_s)
-        return await jobs.runsync(await _submission(request, held_s))
+        return JSONResponse(await jobs.runsync(await _submission(request, held_s)))
 
     @router.get("/status/{job_id}")
     @router.post("/status/{job_id}")
-    async def status(request: Request, job_id: str) -> dict[str, Any]:
-        return await jobs.status(tenant_of(request), request_id_of(request.scope), job_id)
+    async def status(request: Request, job_id: str) -> JSONResponse:
+        return JSONResponse(await jobs.status(tenant_of(request), request_id_of(request.scope), job_id))
 
     @router.get("/status-sync/{job_id}")
     @router.post("/status-sync/{job_id}")
-    async def status_sync(request: Request, job_id: str) -> dict[str, Any]:
+    async def status_sync(request: Request, job_id: str) -> JSONResponse:
         held_s = wait_s(request, limits, default_s=limits.runsync_wait_default_s)
-        return await jobs.status(tenant_of(request), request_id_of(request.scope), job_id, wait_s=held_s)
+        return JSONResponse(await jobs.status(tenant_of(request), request_id_of(request.scope), job_id, wait_s=held_s))
 
     @router.get("/stream/{job_id}")
     @router.post("/stream/{job_id}")
-    async def stream(request: Request, job_id: str) -> dict[str, Any]:
+    async def stream(request: Request, job_id: str) -> JSONResponse:
         held_s = wait_s(request, limits, default_s=limits.stream_wait_default_s)
-        return await jobs.stream(tenant_of(request), request_id_of(request.scope), job_id, wait_s=held_s)
+        return JSONResponse(await jobs.stream(tenant_of(request), request_id_of(request.scope), job_id, wait_s=held_s))
 
     @router.post("/cancel/{job_id}")
-    async def cancel(request: Request, job_id: str) -> dict[str, Any]:
-        return await jobs.cancel(tenant_of(request), job_id)
+    async def cancel(request: Request, job_id: str) -> JSONResponse:
+        return JSONResponse(await jobs.cancel(tenant_of(request), job_id))
 
     @router.post("/retry/{job_id}")
-    async def retry(request: Request, job_id: str) -> dict[str, Any]:
-        return await jobs.retry(tenant_of(request), job_id)
+    async def retry(request: Request, job_id: str) -> JSONResponse:
+        return JSONResponse(await jobs.retry(tenant_of(request), job_id))
 
     @router.post("/purge-queue")
-    async def purge_queue(request: Request) -> dict[str, Any]:
-        return await jobs.purge_queue(tenant_of(request))
+    async def purge_queue(request: Request) -> JSONResponse:
+        return JSONResponse(await jobs.purge_queue(tenant_of(request)))
 
     @router.get("/health")
-    async def health(request: Request) -> dict[str, Any]:
-        return await jobs.health(tenant_of(request))
+    async def health(request: Request) -> JSONResponse:
+        return JSONResponse(await jobs.health(tenant_of(request)))
 
     return router
 

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.dispatch.replies import Fingerprint, Reply
+from serve_app.dispatch.replies import EndedReply, Fingerprint, Reply
 from serve_app.errors import RequestTimedOut, RunpodJobNotFound, RunpodJobNotRetryable, ServiceUnavailable
 from serve_app.ingress.envelope import RunEnvelope, read_envelope
 from serve_app.ingress.errors import INTERNAL, describe
 from serve_app.ingress.middleware import log_unexpected
+from serve_app.ingress.near_replies import NearReplies
 from serve_app.ingress.replies import runpod_error
 from serve_app.ingress.runpod_output import within_limit
 from serve_app.ingress.runpod_status import status_object
@@ -64,8 +65,11 @@ class RunpodJobs:
         self._new_uuid = new_uuid
         self._tasks: set[asyncio.Task[str]] = set()
         self._watched = WatchedRecords(services.jobs)
+        self._near = NearReplies(services.dispatch, is_only_one=services.ingress_replicas == 1)
         # Of jobs that a request of this process waits for: None until they have ended.
         self._awaited: dict[tuple[str, str], Reply | None] = {}
+        # Of jobs whose ids no client knows yet: None until the shared table is told of them.
+        self._untold: dict[tuple[str, str], asyncio.Task[str] | None] = {}
 
     async def run(self, call: Submission) -> dict[str, Any]:
         """`{"id", "status": "IN_QUEUE"}`, soon, whatever the job type does.
@@ -91,6 +95,8 @@ class RunpodJobs:
                 await asyncio.wait({task}, timeout=max(0.0, until - loop.time()))
             finally:
                 reply = self._awaited.pop(key)
+            if not task.done() and key in self._untold:
+                await self._told(key)
             runpod_id = task.result() if task.done() else runpod_id
             if reply is not None:
                 return reply_view(runpod_id, reply, self._services.clock(), self._services.worker_id)
@@ -103,7 +109,7 @@ class RunpodJobs:
         if watched is not None and (wait_s <= 0 or watched.state.is_terminal):
             return await status_object(services, watched, request_id)
         until = loop.time() + wait_s
-        reply = await services.dispatch.wait_reply(tenant, runpod_id, wait_s)
+        reply = await self._reply(tenant, runpod_id, wait_s)
         if reply is not None:
             return reply_view(runpod_id, reply, services.clock(), services.worker_id)
         record = await self._record(tenant, runpod_id)
@@ -121,6 +127,7 @@ class RunpodJobs:
         """
         services, loop = self._services, asyncio.get_running_loop()
         until = loop.time() + wait_s
+        await self._near.arrived(tenant, runpod_id)
         reply = await services.dispatch.wait_reply(tenant, runpod_id, wait_s)
         if reply is not None:
             return reply_stream(reply, is_first=await services.dispatch.drain_reply(tenant, runpod_id))
@@ -129,7 +136,7 @@ class RunpodJobs:
 
     async def cancel(self, tenant: str, runpod_id: str) -> dict[str, Any]:
         """Asks the job to stop. A job that has ended is told as it ended. Raises RunpodJobNotFound."""
-        reply = await self._services.dispatch.wait_reply(tenant, runpod_id, 0.0)
+        reply = await self._reply(tenant, runpod_id, 0.0)
         if reply is not None:
             return {"id": runpod_id, "status": reply.status}
         record = await self._record(tenant, runpod_id)
@@ -145,7 +152,7 @@ class RunpodJobs:
 
     async def retry(self, tenant: str, runpod_id: str) -> dict[str, Any]:
         """Queues a FAILED or TIMED_OUT job again. Raises RunpodJobNotFound, RunpodJobNotRetryable, JobNotRetryable."""
-        if await self._services.dispatch.wait_reply(tenant, runpod_id, 0.0) is not None:
+        if await self._reply(tenant, runpod_id, 0.0) is not None:
             raise RunpodJobNotRetryable
         record = await self._record(tenant, runpod_id)
         if is_accepted_only(record):
@@ -189,6 +196,33 @@ class RunpodJobs:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._near.close()
+
+    async def _reply(self, tenant: str, runpod_id: str, wait_s: float) -> Reply | None:
+        near = self._near.get(tenant, runpod_id)
+        return near or await self._services.dispatch.wait_reply(tenant, runpod_id, wait_s)
+
+    async def _told(self, key: tuple[str, str]) -> None:
+        """Tell the shared table of a job that goes on when its request has ended. Raises ServiceUnavailable."""
+        telling = self._untold[key]
+        if telling is None:
+            opened = self._services.dispatch.open_reply(
+                *key, kept_s=self._services.limits.runsync_result_kept_s, fingerprint=None
+            )
+            telling = self._untold[key] = asyncio.ensure_future(opened)
+        await asyncio.shield(telling)
+
+    async def _is_told(self, key: tuple[str, str]) -> bool:
+        """Whether the shared table knows of this job. It is not told any more of one that it does not know."""
+        if key not in self._untold:
+            return True
+        telling = self._untold[key]
+        if telling is None:
+            del self._untold[key]
+            return False
+        # What arrived after the job was handed over would stand before its record.
+        await asyncio.wait({telling})
+        return True
 
     async def _begin(self, call: Submission) -> tuple[str, asyncio.Task[str] | None]:
         """The job's id, and its task; no task where the same request was sent before."""
@@ -197,14 +231,18 @@ class RunpodJobs:
         sync = call.wait_s is not None
         runpod_id = f"{SYNC_PREFIX if sync else ''}{self._new_uuid()}-u1"
         digest = hashlib.sha256(call.body).hexdigest()
-        known = await services.dispatch.open_reply(
-            call.tenant,
-            runpod_id,
-            kept_s=limits.runsync_result_kept_s if sync else limits.run_result_kept_s,
-            fingerprint=self._fingerprint(call, envelope, digest),
-        )
-        if known != runpod_id:
-            return known, None
+        fingerprint = self._fingerprint(call, envelope, digest)
+        if sync and fingerprint is None:
+            self._untold[call.tenant, runpod_id] = None
+        else:
+            known = await services.dispatch.open_reply(
+                call.tenant,
+                runpod_id,
+                kept_s=limits.runsync_result_kept_s if sync else limits.run_result_kept_s,
+                fingerprint=fingerprint,
+            )
+            if known != runpod_id:
+                return known, None
         context = JobContext(
             tenant=call.tenant,
             request_id=call.request_id,
@@ -217,6 +255,7 @@ class RunpodJobs:
         task = asyncio.create_task(self._execute(context, envelope.input))
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        task.add_done_callback(lambda _: self._untold.pop((call.tenant, runpod_id), None))
         return runpod_id, task
 
     def _ended(self, task: asyncio.Task[str]) -> None:
@@ -260,9 +299,12 @@ class RunpodJobs:
             duration_ms=round((now - began).total_seconds() * 1000),
             timestamp=now,
         )
-        await services.dispatch.settle_reply(context.tenant, context.runpod_id, output=output, error=error)
         reply = Reply("COMPLETED" if error is None else "FAILED", began, now, output, error)
         key = (context.tenant, context.runpod_id)
+        if key in self._untold:
+            await self._near.keep(EndedReply(*key, reply, services.limits.runsync_result_kept_s))
+        else:
+            await services.dispatch.settle_reply(*key, output=output, error=error)
         if key in self._awaited:
             # Whoever waits for this job in this process need not ask for what was just sent.
             self._awaited[key] = reply
@@ -304,7 +346,9 @@ class RunpodJobs:
     async def _followed(self, context: JobContext, record: JobRecord) -> str:
         """From here on the record answers for the job, under the id of the request that first made it."""
         found_as = public_runpod_id(record) or context.runpod_id
-        await self._services.dispatch.hand_over_reply(context.tenant, context.runpod_id, to=found_as)
+        key = (context.tenant, context.runpod_id)
+        if await self._is_told(key):
+            await self._services.dispatch.hand_over_reply(*key, to=found_as)
         await self._wake_for(record)
         return found_as
 

@@ -129,6 +129,23 @@ async def test_after_a_death_for_good_the_same_client_finds_the_next_actor(setti
     assert await client.get(record.id) == record
 
 
+async def test_a_client_beside_the_database_reads_on_while_no_actor_is_there(setting: Setting):
+    setting.start(InMemoryStore())
+    client = JobsClient(namespace=setting.namespace, unavailable_after_s=PATIENCE_S, reads_directly=True)
+    record = await _running(client)
+    ends_at = time.monotonic() + PATIENCE_S
+    while not client.reads_directly():
+        assert await client.get(record.id) == record
+        assert time.monotonic() < ends_at
+        await asyncio.sleep(0.05)
+    setting.kill(for_good=True)
+    assert await client.get(record.id) == record
+    assert (await client.list("default")).records == (record,)
+    setting.start(InMemoryStore())
+    done = await client.complete(record.id, "w1", {"images": []})
+    assert await client.get(record.id) == done
+
+
 async def test_a_creation_whose_answer_was_lost_makes_no_second_job(setting: Setting):
     client = setting.start(InMemoryStore())
     creating = [asyncio.create_task(client.create(_new())) for _ in range(20)]

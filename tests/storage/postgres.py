@@ -1,8 +1,9 @@
-"""A real PostgreSQL server, where one runs on this machine without a password."""
+"""A real PostgreSQL server: the one that RAYLORA_TEST_POSTGRES_URL names, or one on this machine without a password."""
 
 from __future__ import annotations
 
 import functools
+import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +11,19 @@ from contextlib import contextmanager
 import psycopg
 import pytest
 
+VARIABLE = "RAYLORA_TEST_POSTGRES_URL"
 ADDRESS = "127.0.0.1:5432/test"
 USERS = ("postgres", "root")
+REASON = f"no PostgreSQL server runs here, and {VARIABLE} names none"
 
 
 @functools.cache
 def server() -> str | None:
-    """The URL of a database to test in, None where there is no server."""
+    """The URL of a database to test in, None where there is no server. One that is named must be there."""
+    named = os.environ.get(VARIABLE)
+    if named is not None:
+        psycopg.connect(named, connect_timeout=5).close()
+        return named
     for user in USERS:
         url = f"postgresql://{user}@{ADDRESS}"
         try:
@@ -47,6 +54,6 @@ def database(kind: str) -> Iterator[str | None]:
         yield None
         return
     if server() is None:
-        pytest.skip("no PostgreSQL server runs here")
+        pytest.skip(REASON)
     with own_schema() as url:
         yield url

@@ -1,4 +1,4 @@
-"""Any order of calls against a model: no job is lost, none has two owners, each gets one final state."""
+"""Any order of calls, expiries and restarts against a model: no job is lost, none has two owners or two ends."""
 
 import itertools
 import tempfile
@@ -21,10 +21,13 @@ from storage.errors import (
 )
 from storage.job_state import TRANSITIONS, JobKind, JobState
 from storage.jobs_testing import JobsWorld
-from tests.storage.postgres import database, server
+from tests.storage.postgres import REASON, database, server
 
 LEASE_S = 30.0
 ATTEMPTS_MAX = 2
+# Not a sum of the steps that time takes, so that no comparison is at its edge.
+TTL_S = LEASE_S / 3 + 0.0005
+CANCEL_GRACE_S, TIMEOUT_GRACE_S = 120.0, 60.0
 OWNERS = st.sampled_from(["w1", "w2"])
 # Mostly the rightful owner calls, or the histories would hold little but refusals.
 CALLERS = st.sampled_from([None, None, None, "w1", "w2"])
@@ -44,6 +47,12 @@ class Expected:
     attempt: int = 1
     attempts_max: int = ATTEMPTS_MAX
     finals: list[JobState] = field(default_factory=list)
+    queued_at: float = 0.0
+    ttl_s: float | None = None
+    cancel_at: float = 0.0
+
+    def has_expired(self, now: float) -> bool:
+        return self.ttl_s is not None and self.queued_at + self.ttl_s <= now
 
 
 class JobsMachine(RuleBasedStateMachine):
@@ -69,11 +78,11 @@ class JobsMachine(RuleBasedStateMachine):
         self.now += 0.001
         self.world.clock.advance(0.001)
 
-    @rule(target=jobs, tenant=TENANTS)
-    def create(self, tenant: str) -> str:
+    @rule(target=jobs, tenant=TENANTS, ttl_s=st.sampled_from([None, TTL_S]))
+    def create(self, tenant: str, ttl_s: float | None) -> str:
         self.time_passes_a_little()
-        record = self.world.create(tenant=tenant, attempts_max=ATTEMPTS_MAX)
-        self.model[record.id] = Expected(tenant, next(self.order))
+        record = self.world.create(tenant=tenant, attempts_max=ATTEMPTS_MAX, ttl_s=ttl_s)
+        self.model[record.id] = Expected(tenant, next(self.order), queued_at=self.now, ttl_s=ttl_s)
         return record.id
 
     @rule(target=jobs, tenant=TENANTS, key=st.sampled_from(["k1", "k2"]), body=st.sampled_from(["x", "y"]))
@@ -90,7 +99,7 @@ class JobsMachine(RuleBasedStateMachine):
             assert (record.id, body) == known
             return multiple()
         self.keys[tenant, key] = (record.id, body)
-        self.model[record.id] = Expected(tenant, next(self.order))
+        self.model[record.id] = Expected(tenant, next(self.order), queued_at=self.now)
         return record.id
 
     @rule(owner=OWNERS, limit=st.integers(1, 3))
@@ -125,6 +134,7 @@ class JobsMachine(RuleBasedStateMachine):
         def beat() -> None:
             answer = self.world.jobs.heartbeat(job, owner, progress={"step": step}, lease_s=LEASE_S)
             assert answer.cancel_requested == expected.cancel
+            assert answer.timed_out == expected.has_expired(self.now)
 
         if not self._refused(expected, owner, beat):
             expected.lease_until = self.now + LEASE_S
@@ -166,6 +176,8 @@ class JobsMachine(RuleBasedStateMachine):
             return
         if expected.cancel:
             self._end(expected, JobState.CANCELLED)
+        elif expected.has_expired(self.now):
+            self._end(expected, JobState.TIMED_OUT)
         else:
             expected.state, expected.owner = JobState.QUEUED, None
 
@@ -180,8 +192,8 @@ class JobsMachine(RuleBasedStateMachine):
             return
         if expected.state is JobState.QUEUED:
             self._end(expected, JobState.CANCELLED)
-        elif expected.state.is_leased:
-            expected.cancel = True
+        elif expected.state.is_leased and not expected.cancel:
+            expected.cancel, expected.cancel_at = True, self.now
 
     @rule(job=jobs)
     def retry(self, job: str) -> None:
@@ -197,7 +209,7 @@ class JobsMachine(RuleBasedStateMachine):
         expected.state, expected.cancel = JobState.QUEUED, False
         expected.attempt += 1
         expected.attempts_max = max(expected.attempts_max, expected.attempt)
-        expected.order = next(self.order)
+        expected.order, expected.queued_at = next(self.order), self.now
         expected.finals.clear()
 
     @rule(seconds=st.sampled_from([1.0, LEASE_S / 2, LEASE_S]))
@@ -207,16 +219,27 @@ class JobsMachine(RuleBasedStateMachine):
 
     @rule()
     def reap(self) -> None:
-        swept = {record.id for record in self.world.jobs.reap()}
-        due = {job for job, it in self.model.items() if it.state.is_leased and it.lease_until <= self.now}
-        assert due <= swept
-        for job in swept:
+        due = {job for job, it in self.model.items() if self._is_overdue(it)}
+        assert {record.id for record in self.world.jobs.reap()} == due
+        for job in due:
             expected = self.model[job]
-            if job in due:
-                self._interrupt(expected)
-            else:
-                assert expected.cancel
+            if expected.state is JobState.QUEUED:
+                self._end(expected, JobState.TIMED_OUT)
+            elif expected.cancel and expected.cancel_at + CANCEL_GRACE_S <= self.now:
                 self._end(expected, JobState.CANCELLED)
+            elif expected.has_expired(self.now - TIMEOUT_GRACE_S):
+                self._end(expected, JobState.TIMED_OUT)
+            else:
+                self._interrupt(expected)
+
+    def _is_overdue(self, expected: Expected) -> bool:
+        if expected.state is JobState.QUEUED:
+            return expected.has_expired(self.now)
+        return expected.state.is_leased and (
+            expected.lease_until <= self.now
+            or (expected.cancel and expected.cancel_at + CANCEL_GRACE_S <= self.now)
+            or expected.has_expired(self.now - TIMEOUT_GRACE_S)
+        )
 
     @rule()
     def restart(self) -> None:
@@ -258,6 +281,8 @@ class JobsMachine(RuleBasedStateMachine):
     def _interrupt(self, expected: Expected) -> None:
         if expected.cancel:
             self._end(expected, JobState.CANCELLED)
+        elif expected.has_expired(self.now):
+            self._end(expected, JobState.TIMED_OUT)
         elif expected.attempt >= expected.attempts_max:
             self._end(expected, JobState.FAILED)
         else:
@@ -281,6 +306,6 @@ class PostgresMachine(JobsMachine):
 PostgresMachine.TestCase.settings = settings(JobsMachine.TestCase.settings, max_examples=8)
 
 
-@pytest.mark.skipif(server() is None, reason="no PostgreSQL server runs here")
+@pytest.mark.skipif(server() is None, reason=REASON)
 class TestAnyOrderOfCallsOnPostgres(PostgresMachine.TestCase):  # type: ignore[misc, name-defined]
     pass

@@ -11,20 +11,28 @@ from storage.jobs_testing import JobsWorld
 from storage.keys import Keys
 from storage.mirror import FlushReport, Mirror, RestoreReport
 from storage.testing import InMemoryStore
+from tests.storage.postgres import database
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[JobsWorld]:
-    world = JobsWorld(tmp_path / "first")
-    yield world
-    world.close()
+def world(tmp_path: Path, kind: str) -> Iterator[JobsWorld]:
+    with database(kind) as url:
+        world = JobsWorld(tmp_path / "first", url=url)
+        yield world
+        world.close()
 
 
 @pytest.fixture
-def empty(tmp_path: Path) -> Iterator[JobsWorld]:
-    world = JobsWorld(tmp_path / "second")
-    yield world
-    world.close()
+def empty(tmp_path: Path, kind: str) -> Iterator[JobsWorld]:
+    with database(kind) as url:
+        world = JobsWorld(tmp_path / "second", url=url)
+        yield world
+        world.close()
 
 
 def _key(record: JobRecord) -> str:

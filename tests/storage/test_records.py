@@ -11,15 +11,17 @@ from storage.job_record import JobRecord
 from storage.job_state import JobKind, JobState
 from storage.jobs_testing import JobsWorld
 from storage.records import Records
+from tests.storage.postgres import database
 
 AT = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 
 
-@pytest.fixture
-def records(tmp_path: Path) -> Iterator[Records]:
-    records = Records(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
-    yield records
-    records.close()
+@pytest.fixture(params=["sqlite", "postgres"])
+def records(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Records]:
+    with database(request.param) as url:
+        records = Records(url or f"sqlite:///{tmp_path / 'jobs.sqlite'}")
+        yield records
+        records.close()
 
 
 def _record(number: int = 1, **fields: object) -> JobRecord:
@@ -74,17 +76,21 @@ def test_times_are_stored_in_utc_and_read_aware(records: Records, tmp_path: Path
     assert read is not None
     assert read.created_at == AT
     assert read.created_at.tzinfo is UTC
+    if records.file is None:
+        return
     connection = sqlite3.connect(tmp_path / "jobs.sqlite")
     assert connection.execute("SELECT created_at FROM jobs").fetchone() == ("2026-01-02 03:04:05.678901",)
     connection.close()
 
 
-def test_the_database_is_in_wal_mode_with_foreign_keys_and_full_sync(records: Records, tmp_path: Path):
+def test_the_database_is_in_wal_mode_with_foreign_keys_and_full_sync(tmp_path: Path):
+    records = Records(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
     connection = sqlite3.connect(tmp_path / "jobs.sqlite")
     assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     connection.close()
     with pytest.raises(RecordConflict), records.write("test") as tx:
         tx.open_submission("train_x", "train_that_is_not_there")
+    records.close()
 
 
 def test_an_error_undoes_the_whole_transaction(records: Records):

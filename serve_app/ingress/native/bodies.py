@@ -1,12 +1,14 @@
 """What the routes of `/v1` take, and how a body becomes it.
 
-Bodies are read strictly, as JSON: "1" is no number here, an unknown field is an error. So what the OpenAPI document
-says about a body is all there is to know.
+Bodies are read strictly, as JSON: "1" is no number here, an unknown field is an error, and 1.0 is a whole number, as in
+JSON Schema. So what the OpenAPI document says about a body is all there is to know.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import json
+import re
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 from fastapi import Request
@@ -16,15 +18,30 @@ from serve_app.errors import InvalidRequest
 from serve_app.ingress.envelope import read_object
 from serve_app.job_types.context import Policy
 from serve_app.settings import TENANT_PATTERN
-from train_jobs.spec import DATASET_PATTERN, TrainSpec, problems_of
+from serve_app.validation.file_checks import EXTENSIONS
+from serve_app.validation.staged import ZIP
+from train_jobs.spec import DATASET_PATTERN, MODEL_ALIAS_PATTERN, MODEL_ID_PATTERN, TrainSpec, problems_of
 
 B = TypeVar("B", bound=BaseModel)
+
+
+def _ending_in(endings: Sequence[str]) -> dict[str, Any]:
+    """The schema of a file's name: a pattern without flags, which JSON Schema does not have."""
+    alternatives = ("".join(f"[{letter}{letter.upper()}]" for letter in ending) for ending in endings)
+    return {"pattern": rf"\.({'|'.join(alternatives)})$"}
+
+
 POLICY_MIN_S = 5.0
 POLICY_MAX_S = 7 * 24 * 3600.0
 LORA_BYTES_MAX = 4 * 1024**3
 
+MODEL = f"{MODEL_ALIAS_PATTERN}|{MODEL_ID_PATTERN}"
+"""The pattern of a model's name here, or of a Hugging Face id."""
 PICTURE = "Base64, a data URL, an https URL, or the key of one of your files (`s3_key`)."
 
+# A number that is written with a point or an exponent, and may be a whole one.
+_WHOLE = re.compile(rb"[\s:,\[]-?\d[\d.]*(?:\.0|[eE])")
+_DATASET_FILES, _UPLOAD_FILES = _ending_in(EXTENSIONS), _ending_in((*EXTENSIONS, ZIP))
 REGISTERED: list[type[BaseModel]] = []
 """The models of all bodies, for the OpenAPI document."""
 
@@ -95,6 +112,10 @@ class GenerationCreate(PolicyFields):
 
     model_config = ConfigDict(
         json_schema_extra={
+            "anyOf": [
+                {"required": ["init_image"], "properties": {"init_image": {"type": "string"}}},
+                {"properties": {"mask": {"type": "null"}, "strength": {"type": "null"}}},
+            ],
             "examples": [
                 {
                     "prompt": "a large red star on a blue background",
@@ -104,13 +125,13 @@ class GenerationCreate(PolicyFields):
                     "seed": 1,
                     "loras": [{"id": "train_0123456789ab", "scale": 0.8}],
                 }
-            ]
+            ],
         }
     )
 
     prompt: str = Field(min_length=1, max_length=2000, pattern=r"\S")
     negative_prompt: str = Field(default="", max_length=2000)
-    model: str | None = Field(default=None, min_length=1, max_length=200)
+    model: str | None = Field(default=None, pattern=MODEL)
     width: int | None = Field(default=None, ge=16, le=4096)
     height: int | None = Field(default=None, ge=16, le=4096)
     num_inference_steps: int | None = Field(default=None, ge=1, le=500)
@@ -140,10 +161,13 @@ class ApiKeyCreate(Body):
 
 
 class DatasetFileCreate(Body):
-    """A picture, or its caption under the same name with `.txt`. `content` is base64."""
+    """A picture, or its caption under the same name with `.txt`. `content` is base64.
 
-    filename: str = Field(min_length=1, max_length=200)
-    content: str = Field(repr=False)
+    A file's name is letters and digits of any script, spaces and plain punctuation.
+    """
+
+    filename: str = Field(min_length=1, max_length=200, json_schema_extra=_DATASET_FILES)
+    content: str = Field(repr=False, json_schema_extra={"contentEncoding": "base64"})
 
 
 class DatasetCreate(Body):
@@ -183,7 +207,7 @@ class DatasetCreate(Body):
 class UploadFileCreate(Body):
     """A file to come. `sha256` in hex, checked where it is given."""
 
-    filename: str = Field(min_length=1, max_length=200)
+    filename: str = Field(min_length=1, max_length=200, json_schema_extra=_UPLOAD_FILES)
     size_bytes: int = Field(ge=1, le=500 * 1024**2)
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
@@ -241,13 +265,23 @@ def reads(kind: type[B]) -> Callable[[Request], Awaitable[B]]:
 
     async def read(request: Request) -> B:
         body = await request.body()
-        read_object(body)
+        document = read_object(body)
+        if _WHOLE.search(body):
+            body = json.dumps(_with_integers(document)).encode()
         try:
             return kind.model_validate_json(body, strict=True)
         except ValidationError as invalid:
             raise InvalidRequest(problems_of(invalid)) from None
 
     return read
+
+
+def _with_integers(value: Any) -> Any:
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else value
+    if isinstance(value, dict):
+        return {name: _with_integers(item) for name, item in value.items()}
+    return [_with_integers(item) for item in value] if isinstance(value, list) else value
 
 
 def takes(kind: type[BaseModel]) -> dict[str, Any]:

@@ -188,13 +188,14 @@ class Files(View, Generic[T]):
 
 
 class ApiKey(View):
-    """A key that was made over HTTP, without the key itself."""
+    """A key that was made over HTTP, without the key itself. `last_used_at` is some minutes behind."""
 
     id: str
     tenant: str
     name: str
     created_at: datetime
     revoked_at: datetime | None = None
+    last_used_at: datetime | None = None
 
 
 class ApiKeyCreated(ApiKey):
@@ -209,6 +210,7 @@ class ApiKeyCreated(ApiKey):
                     "name": "studio",
                     "created_at": "2026-01-02T03:04:05Z",
                     "revoked_at": None,
+                    "last_used_at": None,
                     "key": "rl_...",
                 }
             ]

@@ -151,3 +151,14 @@ async def test_a_client_that_goes_away_cancels_what_it_waited_for(server: LocalS
         await asyncio.gather(waiting, return_exceptions=True)
         [made] = (await http.get("/v1/generations")).json()["items"]
     assert made["state"] == "CANCELLED"
+
+
+async def test_a_whole_number_may_be_written_with_a_point(server: LocalServer) -> None:
+    body = '{"prompt": "a red circle", "seed": 7.0, "width": 6.4e1, "height": 64.0, "guidance_scale": 1.5}'
+    async with server.client() as http:
+        made = await http.post("/v1/generations", content=body)
+        refused = await http.post("/v1/generations", content='{"prompt": "a red circle", "seed": 7.5}')
+    assert made.status_code == 202, made.text
+    [record] = (await server.jobs.list("matt")).records
+    assert (record.request["spec"]["seed"], record.request["spec"]["width"]) == (7, 64)
+    assert refused.status_code == 400

@@ -80,15 +80,6 @@ async def test_a_key_without_a_name_or_for_no_tenant_is_not_made(server: LocalSe
         assert (await http.get("/v1/keys")).json()["items"] == []
 
 
-def test_adding_and_revoking_again_change_nothing(world: JobsWorld) -> None:
-    first = world.jobs.add_key("key_1", "ada", "a", "0" * 64)
-    assert world.jobs.add_key("key_1", "ada", "a", "0" * 64) == first
-    revoked = world.jobs.revoke_key("key_1")
-    world.clock.advance(5)
-    assert world.jobs.revoke_key("key_1") == revoked
-    assert world.jobs.issued_keys(valid_only=True) == []
-
-
 async def test_a_key_of_the_settings_costs_no_look_at_the_database(
     server: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,16 +150,91 @@ async def test_what_was_read_before_a_change_is_not_believed_after_it() -> None:
     assert look.count == 2
 
 
-async def test_where_the_keys_cannot_be_looked_at_nobody_is_let_in_by_an_old_answer() -> None:
-    look = Look()
+class Failing(Look):
+    """Fails while `is_away`."""
 
-    async def load() -> Sequence[IssuedKey]:
-        if look.now > 100:
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_away = False
+
+    async def __call__(self) -> Sequence[IssuedKey]:
+        if self.is_away:
+            self.count += 1
             raise JobsUnavailable("call")
-        return await look()
+        return await super().__call__()
 
-    known = KnownKeys(load, now=lambda: look.now)
+
+async def test_while_the_keys_cannot_be_looked_at_a_known_one_is_taken_for_half_a_minute() -> None:
+    look = Failing()
+    known = KnownKeys(look, now=lambda: look.now)
     assert await known.find(KEY.key_sha256) == KEY
-    look.now += 2
+    look.is_away = True
+    look.now += 29.9
+    assert await known.find(KEY.key_sha256) == KEY
+    look.now += 0.1
     with pytest.raises(JobsUnavailable):
         await known.find(KEY.key_sha256)
+
+
+async def test_while_the_keys_cannot_be_looked_at_others_are_neither_taken_nor_refused() -> None:
+    look = Failing()
+    known = KnownKeys(look, now=lambda: look.now)
+    assert await known.find("cd" * 32) is None
+    look.is_away = True
+    look.now += 2
+    for _ in range(5):
+        with pytest.raises(JobsUnavailable):
+            await known.find("cd" * 32)
+    assert look.count == 2, "those after the first are not to wait for a look of their own"
+    look.is_away = False
+    look.now += 1
+    assert await known.find("cd" * 32) is None
+
+
+async def test_a_look_that_does_not_end_is_given_up() -> None:
+    look = Look()
+    look.gate.clear()
+    with pytest.raises(JobsUnavailable):
+        await KnownKeys(look, look_s_max=0.001, now=lambda: look.now).find(KEY.key_sha256)
+
+
+async def test_a_key_that_was_revoked_here_is_not_taken_from_memory() -> None:
+    look = Failing()
+    known = KnownKeys(look, now=lambda: look.now)
+    assert await known.find(KEY.key_sha256) == KEY
+    known.forget()
+    look.is_away = True
+    with pytest.raises(JobsUnavailable):
+        await known.find(KEY.key_sha256)
+
+
+async def test_the_use_of_a_key_is_shown_and_noted_once_in_five_minutes(server: LocalServer, world: JobsWorld) -> None:
+    key = await made(server)
+    unused = await made(server, name="unused")
+    for _ in range(3):
+        assert await status_with(server, key["key"]) == 200
+    async with server.client() as http:
+        used: dict[str, Any] = {}
+        for _ in range(1000):
+            used = {item["id"]: item["last_used_at"] for item in (await http.get("/v1/keys")).json()["items"]}
+            if used[key["id"]] is not None:
+                break
+    assert used == {key["id"]: world.clock.now.isoformat().replace("+00:00", "Z"), unused["id"]: None}
+
+
+async def test_uses_are_noted_in_the_background_and_again_after_a_failure() -> None:
+    look, noted, errors = Look(), [], [JobsUnavailable("call")]
+
+    async def note(key_ids: Sequence[str]) -> None:
+        noted.append(list(key_ids))
+        if errors:
+            raise errors.pop()
+
+    known = KnownKeys(look, note, now=lambda: look.now)
+    for seconds, times in ((0, 1), (1, 2), (1, 2), (298, 2), (1, 3)):
+        look.now += seconds
+        await known.find(KEY.key_sha256)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert len(noted) == times, (seconds, times)
+    assert noted == [[KEY.id]] * 3

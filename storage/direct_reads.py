@@ -1,0 +1,117 @@
+"""Reads of the job records straight from their database, for processes that can reach it.
+
+The jobs actor answers a write after its commit, and a read that begins after a commit sees it, in SQLite's WAL mode
+from any process of the machine and in PostgreSQL from anywhere. So these reads are as true as the actor's own, and
+they go on while it is away. Everything that writes goes through the actor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from storage.errors import JobError, RecordsError
+from storage.jobs import RESTORED_FLAG, Jobs
+from storage.records import Records
+
+logger = logging.getLogger(__name__)
+
+READS = frozenset(
+    method.__name__
+    for method in (
+        Jobs.get,
+        Jobs.get_by_runpod_id,
+        Jobs.list,
+        Jobs.counts,
+        Jobs.retried,
+        Jobs.events,
+        Jobs.issued_keys,
+    )
+)
+"""What may be asked here: nothing of it writes."""
+
+Find = Callable[[], Awaitable[str | None]]
+
+
+class NotReadableError(Exception):
+    """Ask the jobs actor: the database is not open here, or did not answer."""
+
+
+class DirectReads:
+    """Belongs to one event loop. The database is looked for in the background, so that no call waits for that."""
+
+    def __init__(self, find: Find) -> None:
+        """`find` brings the database's URL, None where this process cannot open it."""
+        self._find = find
+        self._opening: asyncio.Task[None] | None = None
+        self._records: Records | None = None
+        self._jobs: Jobs | None = None
+        self._file: tuple[Path, int] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._jobs is not None
+
+    async def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The method of `Jobs` of that name, one of READS. Raises what it raises, and NotReadableError."""
+        if self._jobs is None or self._is_replaced():
+            self._open_again()
+            raise NotReadableError
+        try:
+            return await asyncio.to_thread(getattr(Jobs, name), self._jobs, *args, **kwargs)
+        except RecordsError as error:
+            logger.warning("the records were not readable here (%s)", error.code)
+            raise NotReadableError from error
+
+    def close(self) -> None:
+        if self._opening is not None:
+            self._opening.cancel()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._jobs = None
+        if self._records is not None:
+            self._records.close()
+            self._records = None
+
+    def _is_replaced(self) -> bool:
+        """Whether the file that is open here is no longer the database, which may have been lost and made anew."""
+        if self._file is None:
+            return False
+        path, inode = self._file
+        try:
+            return path.stat().st_ino != inode
+        except OSError:
+            return True
+
+    def _open_again(self) -> None:
+        self._let_go()
+        if self._opening is None or self._opening.done():
+            self._opening = asyncio.create_task(self._open())
+
+    async def _open(self) -> None:
+        try:
+            url = await self._find()
+            if url is None:
+                # Another node's file. That does not change while this process lives, so the task never ends.
+                await asyncio.Event().wait()
+            elif not await asyncio.to_thread(self._opened, url):
+                # The actor is still looking for records to restore, and has calls wait until it has.
+                await asyncio.sleep(1.0)
+        except JobError as error:
+            logger.warning("the records are read through the jobs actor (%s)", error.code)
+            await asyncio.sleep(1.0)
+
+    def _opened(self, url: str) -> bool:
+        records = Records(url, read_only=True)
+        with records.read("restored") as tx:
+            if not tx.has_flag(RESTORED_FLAG):
+                records.close()
+                return False
+        file = records.file
+        self._file = None if file is None else (file, file.stat().st_ino)
+        self._records, self._jobs = records, Jobs(records)
+        return True
