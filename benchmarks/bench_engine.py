@@ -223,7 +223,7 @@ def mixed_traffic(bench: Bench) -> None:
                   ours.images_per_s / other.images_per_s, None, targets.get(name, ""))  # fmt: skip
         for quantile, mine, theirs in (("p50", ours.p50_s, other.p50_s), ("p99", ours.p99_s, other.p99_s)):
             wanted = ">= 2.0" if (quantile, name) == ("p99", "stock, batched by adapter") else ""
-            bench.add(f"  {quantile} latency", mine, theirs, "s", theirs / mine, None, wanted)
+            bench.add(f"  {quantile} latency, {name}", mine, theirs, "s", theirs / mine, None, wanted)
     engine.close()
 
 

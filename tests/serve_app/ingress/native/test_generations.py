@@ -29,6 +29,16 @@ async def test_a_generation_answers_with_its_pictures_once_they_are_there(workin
         assert (listed["id"], listed["images"]) == (again["id"], None)
 
 
+@pytest.mark.parametrize("path", ["/v1/generations", "/v2/local/run"])
+async def test_the_first_block_cache_asked_for_is_in_the_record(path: str, server: LocalServer) -> None:
+    fields = {"prompt": PROMPT, "first_block_cache": 0.1}
+    body = fields if path.startswith("/v1") else {"input": {"type": "generate", **fields}}
+    async with server.client() as http:
+        made = (await http.post(path, json=body)).json()
+        shown = (await http.get(f"/v1/generations/{made['id']}")).json()
+    assert shown["spec"]["first_block_cache"] == 0.1
+
+
 async def test_a_generation_that_waits_no_longer_answers_as_it_stands(server: LocalServer) -> None:
     async with server.client() as http:
         reply = await http.post("/v1/generations", json={"prompt": PROMPT}, params={"wait": 0.01})
@@ -48,6 +58,8 @@ async def test_a_generation_that_waits_no_longer_answers_as_it_stands(server: Lo
         {"prompt": PROMPT, "surprise": 1},
         {"prompt": PROMPT, "loras": [{"id": "../x"}]},
         {"prompt": PROMPT, "model": "not-served"},
+        {"prompt": PROMPT, "first_block_cache": -0.1},
+        {"prompt": PROMPT, "first_block_cache": 1.5},
     ],
 )
 async def test_a_wrong_generation_is_refused_and_nothing_is_queued(server: LocalServer, body: dict[str, Any]) -> None:
