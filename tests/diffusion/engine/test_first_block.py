@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffusion.adapter import attach_lora
 from diffusion.engine import Engine, GenerateRequest, LoraRef
+from diffusion.engine.offload import offload
 from diffusion.errors import SettingNotSupported
 from diffusion.families import Family, load_family
 from diffusion.lora import save_lora
@@ -123,6 +124,15 @@ def test_blocks_run_only_for_those_that_do_not_reuse(folders: dict[str, Path]) -
     rows.clear()
     engine.render([request, PLAIN])
     assert sum(rows) == alone + PLAIN.steps
+
+
+def test_a_model_whose_parts_take_turns_reuses_the_same(folders: dict[str, Path]) -> None:
+    [whole] = Engine(load(folders["flux1"])).render([cached()])
+    family = load(folders["flux1"])
+    offload(family, torch.device("cpu"))
+    [made] = Engine(family).render([cached()])
+    assert made.steps_reused == whole.steps_reused > 0
+    assert torch.equal(made.pixels_CHW, whole.pixels_CHW)
 
 
 def test_the_servers_default_is_for_models_with_blocks_and_a_request_may_switch_it_off(
