@@ -1,15 +1,16 @@
 """A TCP proxy that delivers what clients send some milliseconds late; runs until its standard input closes.
 
-    python benchmarks/latency_proxy.py --target-port 9000 --latency-ms 30
+    python benchmarks/latency_proxy.py --target-port 9000 --latency-ms 30 --mb-per-s 200
 
-Prints the port it listens on. Bytes are delayed one way, so every request takes that much longer, and the bandwidth
-stays as it is.
+Prints the port it listens on. Bytes are delayed one way, so every request takes that much longer. `--mb-per-s` bounds
+what each connection brings back; without it the bandwidth stays as it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import sys
 from collections import deque
 
@@ -17,8 +18,9 @@ from collections import deque
 class Delayed(asyncio.Protocol):
     """One direction of a connection: what arrives here is written to `peer`, `delay_s` later."""
 
-    def __init__(self, delay_s: float) -> None:
-        self.delay_s = delay_s
+    def __init__(self, delay_s: float, bytes_per_s: float = math.inf) -> None:
+        self.delay_s, self._bytes_per_s = delay_s, bytes_per_s
+        self._free_at = 0.0
         self.peer: Delayed | None = None
         self.transport: asyncio.Transport | None = None
         self._waiting: deque[tuple[float, bytes | None]] = deque()
@@ -35,7 +37,10 @@ class Delayed(asyncio.Protocol):
         self._later(None)
 
     def _later(self, data: bytes | None) -> None:
-        due = self._loop.time() + self.delay_s
+        due = max(self._loop.time() + self.delay_s, self._free_at)
+        if data is not None:
+            due += len(data) / self._bytes_per_s
+            self._free_at = due
         self._waiting.append((due, data))
         if self.delay_s == 0 or len(self._waiting) == 1:
             self._loop.call_at(due, self._deliver)
@@ -56,9 +61,9 @@ class Delayed(asyncio.Protocol):
 class Entrance(Delayed):
     """A client's connection, which opens one of its own to the server."""
 
-    def __init__(self, target_port: int, delay_s: float) -> None:
+    def __init__(self, target_port: int, delay_s: float, bytes_per_s: float) -> None:
         super().__init__(delay_s)
-        self._target_port = target_port
+        self._target_port, self._back_bytes_per_s = target_port, bytes_per_s
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -67,15 +72,17 @@ class Entrance(Delayed):
         self._connecting = asyncio.ensure_future(self._connect())
 
     async def _connect(self) -> None:
-        _, back = await self._loop.create_connection(lambda: Delayed(0.0), "127.0.0.1", self._target_port)
+        _, back = await self._loop.create_connection(
+            lambda: Delayed(0.0, self._back_bytes_per_s), "127.0.0.1", self._target_port
+        )
         back.peer, self.peer = self, back
         assert self.transport is not None
         self.transport.resume_reading()
 
 
-async def serve(target_port: int, delay_s: float) -> None:
+async def serve(target_port: int, delay_s: float, bytes_per_s: float) -> None:
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Entrance(target_port, delay_s), "127.0.0.1", 0)
+    server = await loop.create_server(lambda: Entrance(target_port, delay_s, bytes_per_s), "127.0.0.1", 0)
     print(server.sockets[0].getsockname()[1], flush=True)
     await loop.run_in_executor(None, sys.stdin.read)
 
@@ -84,8 +91,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target-port", type=int, required=True)
     parser.add_argument("--latency-ms", type=float, required=True)
+    parser.add_argument("--mb-per-s", type=float, default=math.inf, help="of what comes back")
     options = parser.parse_args()
-    asyncio.run(serve(options.target_port, options.latency_ms / 1000))
+    asyncio.run(serve(options.target_port, options.latency_ms / 1000, options.mb_per_s * 1e6))
 
 
 if __name__ == "__main__":

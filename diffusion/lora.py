@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from diffusion.errors import LoraInvalid, LoraMismatch
 from diffusion.lycoris import expand
+from diffusion.quantized import weight_shape
 
 logger = logging.getLogger(__name__)
 
@@ -337,19 +338,19 @@ def _shaped(path: str, layer: LoraLayer, component: nn.Module) -> LoraLayer:
     """The layer's pair in the shapes of the module it adapts. Raises LoraMismatch where it is not for that module."""
     module = component.get_submodule(path)
     module = getattr(module, "base_layer", module)  # already carries another adapter
-    weight = getattr(module, "weight", None)
-    if not isinstance(module, nn.Linear | nn.Conv2d) or not isinstance(weight, Tensor):
+    if not isinstance(module, nn.Linear | nn.Conv2d):
         raise LoraMismatch(f"layer {path!r} cannot carry a LoRA")
     if isinstance(module, nn.Conv2d) and module.groups != 1:
         raise LoraMismatch(f"layer {path!r} is a grouped convolution")
-    if layer.A.ndim == 2 and weight.ndim == 4 and layer.A.shape[1] == weight[0].numel():
-        kernel = layer.A.reshape(layer.rank, *weight.shape[1:])
+    shape = weight_shape(module)
+    if layer.A.ndim == 2 and len(shape) == 4 and layer.A.shape[1] == math.prod(shape[1:]):
+        kernel = layer.A.reshape(layer.rank, *shape[1:])
         layer = replace(layer, A=kernel, B=layer.B.reshape(*layer.B.shape[:2], 1, 1))
-    if weight.ndim == 2 and layer.A.ndim == 4 and layer.A.shape[2:] == (1, 1):
+    if len(shape) == 2 and layer.A.ndim == 4 and layer.A.shape[2:] == (1, 1):
         # Models of one architecture have these projections as 1x1 convolutions or as linear layers.
         layer = replace(layer, A=layer.A.flatten(1), B=layer.B.flatten(1))
-    expected = (weight.shape[0], weight.shape[1], weight.ndim)
+    expected = (shape[0], shape[1], len(shape))
     found = (layer.B.shape[0], layer.A.shape[1], layer.A.ndim)
-    if found != expected or layer.A.shape[2:] != weight.shape[2:]:
-        raise LoraMismatch(f"layer {path!r} is {tuple(weight.shape)}, the LoRA was made for {found[:2]}")
+    if found != expected or layer.A.shape[2:] != shape[2:]:
+        raise LoraMismatch(f"layer {path!r} is {shape}, the LoRA was made for {found[:2]}")
     return layer

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,6 +30,7 @@ TENANT_KEY_LENGTH_MIN = 16
 TINY_MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny" / "model"
 MIB = 1024 * 1024
 WEBHOOK_KEY_MARK = "whsec_"
+Rounded = Literal["float8", "int8", "nf4"]
 
 
 Origin = Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?$")]
@@ -186,6 +188,11 @@ class Settings(BaseSettings):
     # True: a model that does not fit whole is still loaded, and its parts take turns on the GPU.
     cpu_offload: bool = False
     compile_models: bool = False
+    # What the weights of the linear layers of every model are rounded to when it is loaded.
+    quantize: Rounded | None = None
+    quantize_text_encoders: Rounded | None = None
+    # Of generations that leave it open, on models with blocks to leave out. 0: every step runs whole.
+    first_block_cache: float = Field(default=0.0, ge=0.0, le=1.0)
     # One iteration of the engine that lasts longer is a device that hangs: the replica is replaced.
     engine_stuck_after_s: float = Field(default=600.0, gt=0)
     # Adapters in a replica's memory, and on its disk.
@@ -226,6 +233,14 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings, env_settings, *_file_source(settings_cls))
+
+    @field_validator("quantize", "quantize_text_encoders")
+    @classmethod
+    def _package_for_rounding_is_there(cls, rounded: Rounded | None) -> Rounded | None:
+        package, extra = ("bitsandbytes", "nf4") if rounded == "nf4" else ("torchao", "quantized")
+        if rounded is not None and find_spec(package) is None:
+            raise ValueError(f"{rounded} needs {package}: install raylora[{extra}] on every node, or leave this unset")
+        return rounded
 
     @model_validator(mode="after")
     def _each_tenant_has_a_key_of_its_own(self) -> Settings:

@@ -353,7 +353,8 @@ class LoraUse(_Spec):
 class GenerateSpec(_Spec):
     """Pictures to make: `num_images` for each prompt. Picture `i` of all uses seed `seed + i`; no seed is random.
 
-    No `width` or `height` is the model's own.
+    No `width` or `height` is the model's own. `first_block_cache` is the threshold up to which a step reuses an earlier
+    one's blocks, 0 for none; None is the server's own.
     """
 
     prompts: tuple[Prompt, ...] = Field(min_length=1, max_length=64)
@@ -366,6 +367,7 @@ class GenerateSpec(_Spec):
     seed: Seed | None = None
     num_images: int = Field(default=1, ge=1, le=64)
     scheduler: str | None = Field(default=None, pattern=SCHEDULER_PATTERN)
+    first_block_cache: float | None = Field(default=None, ge=0.0, le=1.0)
     loras: tuple[LoraUse, ...] = Field(default=(), max_length=8)
     output_format: Literal["png", "jpg", "webp"] = "png"
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
 
+from diffusion.engine.first_block import ShortFamily, WatchedFamily
 from diffusion.engine.lora_slots import LoraSlots
 from diffusion.engine.memory import BatchLimits
 from diffusion.engine.sample import Sample
 from diffusion.families.base import Family, TextEmbeds
+
+Call = Callable[[Sequence[Sample], Hashable], Sequence[Tensor | None]]
 
 
 class Denoiser:
@@ -24,13 +27,27 @@ class Denoiser:
         self.calls_total = 0
 
     def predict(self, samples: Sequence[Sample], *, table: Hashable) -> list[Tensor | None]:
-        """The answer for each sample, ``[rows, C, H, W]``; None for one that does not fit even alone."""
+        """The answer for each sample, ``[rows, C, H, W]``; None for one that does not fit even alone.
+
+        Samples with a block cache are first asked with their first block only; those for which that does not do join
+        the others.
+        """
+        asked = [sample for sample in samples if sample.blocks is not None and sample.blocks.rest is not None]
+        short = dict(zip(asked, self._in_parts(self._short, asked, table) if asked else [], strict=True))
+        whole = [sample for sample in samples if short.get(sample) is None]
+        answers = short | dict(zip(whole, self._in_parts(self._whole, whole, table) if whole else [], strict=True))
+        return [answers[sample] for sample in samples]
+
+    def _in_parts(
+        self, call: Call, samples: Sequence[Sample], table: Hashable, *, last_try: bool = False
+    ) -> list[Tensor | None]:
+        """As many at once as memory suffices for."""
         limit = self._limits.of(table)
         if len(samples) > limit:
             chunks = [samples[first : first + limit] for first in range(0, len(samples), limit)]
-            return [answer for chunk in chunks for answer in self.predict(chunk, table=table)]
+            return [answer for chunk in chunks for answer in self._in_parts(call, chunk, table)]
         try:
-            answers: list[Tensor | None] = list(self._call(samples, table))
+            answers: list[Tensor | None] = list(call(samples, table))
         except torch.OutOfMemoryError:
             self._limits.ran_out(table, len(samples))
         else:
@@ -39,11 +56,37 @@ class Denoiser:
         # Outside the except clause: a traceback would keep the failed call's tensors alive.
         self._texts = None
         torch.cuda.empty_cache()  # does nothing where there is no CUDA
-        if len(samples) == 1:
-            return [None]
-        return self.predict(samples, table=table)
+        if len(samples) > 1:
+            return self._in_parts(call, samples, table)
+        # Once more: what was missing may only have been in too many pieces, which are gone.
+        return [None] if last_try else self._in_parts(call, samples, table, last_try=True)
 
-    def _call(self, samples: Sequence[Sample], table: Hashable) -> Sequence[Tensor]:
+    def _whole(self, samples: Sequence[Sample], table: Hashable) -> Sequence[Tensor]:
+        if all(sample.blocks is None for sample in samples):
+            return self._call(samples, table, self._family)
+        watched = WatchedFamily(self._family, self._family.picture_tokens(samples[0].shape))
+        answers = self._call(samples, table, watched.family)
+        rows = [sample.rows for sample in samples]
+        firsts, rests = (torch.split(tensor[: sum(rows)], rows) for tensor in (watched.first, watched.rest))
+        for sample, first_BLD, rest_BLD in zip(samples, firsts, rests, strict=True):
+            if sample.blocks is not None:
+                sample.blocks.remember(first_BLD, rest_BLD)
+        return answers
+
+    def _short(self, samples: Sequence[Sample], table: Hashable) -> Sequence[Tensor | None]:
+        """None for a sample that must run whole."""
+        caches = [sample.blocks for sample in samples if sample.blocks is not None]
+        rest_BLD = torch.cat([cache.rest for cache in caches if cache.rest is not None])
+        short = ShortFamily(self._family, self._family.picture_tokens(samples[0].shape), rest_BLD)
+        answers = self._call(samples, (table, "first block"), short.family)
+        rows = [sample.rows for sample in samples]
+        firsts = torch.split(short.first[: sum(rows)], rows)
+        reused = [cache.can_reuse(first_BLD) for cache, first_BLD in zip(caches, firsts, strict=True)]
+        for cache, reuses in zip(caches, reused, strict=True):
+            cache.steps_reused += reuses
+        return [answer if reuses else None for answer, reuses in zip(answers, reused, strict=True)]
+
+    def _call(self, samples: Sequence[Sample], table: Hashable, family: Family) -> Sequence[Tensor]:
         self.calls_total += 1
         rows = [sample.rows for sample in samples]
         uniform = min(rows) == max(rows)
@@ -64,7 +107,7 @@ class Denoiser:
             latents_BCHW, per_row = _padded(latents_BCHW, padding), _padded(per_row, padding)
             text = TextEmbeds(**{name: _padded(tensor, padding) for name, tensor in text.tensors().items()})
         timesteps_B, guidance_B = per_row.unbind(1)
-        predictions_BCHW = self._family.predict(latents_BCHW, timesteps_B, text, guidance_B=guidance_B)
+        predictions_BCHW = family.predict(latents_BCHW, timesteps_B, text, guidance_B=guidance_B)
         return torch.split(predictions_BCHW[: sum(rows)], rows)
 
     def _text(self, samples: Sequence[Sample]) -> TextEmbeds:

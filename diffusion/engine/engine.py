@@ -50,7 +50,8 @@ class Engine:
 
     ``batch_max`` bounds the pictures in one denoiser call, ``decode_max`` those in one call of the VAE; ``tiled``
     decodes in tiles even what would fit whole, as ``Decoder`` says. ``adapter_bytes_max`` bounds the adapters kept in
-    memory while nobody uses them. ``compiled`` compiles the denoiser's repeated blocks with this torch.compile backend.
+    memory while nobody uses them. ``first_block_cache`` is for requests that leave theirs open, where the family has
+    blocks to leave out. ``compiled`` compiles the denoiser's repeated blocks with this torch.compile backend.
     ``turns`` orders the calls of several engines on one device.
     """
 
@@ -62,6 +63,7 @@ class Engine:
         decode_max: int = 1,
         tiled: bool = False,
         adapter_bytes_max: int = ADAPTER_BYTES_MAX,
+        first_block_cache: float = 0.0,
         compiled: str | None = None,
         memory: MeasureMemory | None = None,
         turns: AbstractContextManager[None] | None = None,
@@ -77,6 +79,7 @@ class Engine:
         self._decoder = Decoder(family, pictures_max=decode_max, tiled=tiled)
         if compiled is not None:
             _compile(family, compiled)
+        self._first_block_cache = first_block_cache if family.block_lists else 0.0
         self._clock = clock
         self._iteration_began: float | None = None
         self._order = FairOrder()
@@ -199,12 +202,17 @@ class Engine:
             request,
             width=width if request.width is None else request.width,
             height=height if request.height is None else request.height,
+            first_block_cache=(
+                self._first_block_cache if request.first_block_cache is None else request.first_block_cache
+            ),
         )
 
     def _sample(self, index: int, request: GenerateRequest) -> Sample:
         shape = self.family.latent_shape(*size_of(request))
         if not 0 <= request.seed <= SEED_MAX:
             raise SettingNotSupported("seed", f"must be between 0 and {SEED_MAX}")
+        if request.first_block_cache and not self.family.block_lists:
+            raise SettingNotSupported("first_block_cache", f"{self.family.name} is a UNet without blocks to leave out")
         return Sample(self.family, request, index, self.family.make_schedule(request.scheduler, request.steps, shape))
 
     def _borrowed(self, samples: Sequence[Sample]) -> list[list[Lease]]:
@@ -375,7 +383,7 @@ class Engine:
             texts["negative prompt"] = request.negative_prompt
         cut = {field: self.family.truncated_text(text) for field, text in texts.items()}
         warnings = tuple(f"the {field} is too long; left out: {text}" for field, text in cut.items() if text)
-        return RenderedImage(pixels_CHW, request, warnings)
+        return RenderedImage(pixels_CHW, request, warnings, sample.blocks.steps_reused if sample.blocks else 0)
 
 
 def _compile(family: Family, backend: str) -> None:
@@ -396,4 +404,7 @@ def _to_image(rendered: RenderedImage) -> GeneratedImage:
     # [C, H, W] 0..1 -> [H, W, C] bytes, rounded as diffusers does
     pixels_HWC = (rendered.pixels_CHW.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
     request = rendered.request
-    return GeneratedImage(Image.fromarray(pixels_HWC), request.seed, request.settings(), rendered.warnings)
+    settings = request.settings()
+    if request.first_block_cache:
+        settings["steps_reused"] = rendered.steps_reused
+    return GeneratedImage(Image.fromarray(pixels_HWC), request.seed, settings, rendered.warnings)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from diffusion.errors import LoraInvalid
 from diffusion.families.base import Family
 from diffusion.lora import LoraLayer, fit_layers, read_lora
+from diffusion.quantized import dense_weight
 
 FileStamp = tuple[str, int, int]
 """Path, modification time in nanoseconds and size in bytes: another file under the same name is another LoRA."""
@@ -160,10 +161,7 @@ def _pack(layers: Mapping[str, LoraLayer], component: nn.Module, family: Family)
 
 
 def _dora(module: nn.Module, magnitude: Tensor, change: Tensor) -> DoraLayer:
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise LoraInvalid("it uses DoRA, which needs a model whose weights are not quantized")
-    flat = weight.detach().float().cpu().flatten(1)
+    flat = dense_weight(module).flatten(1)
     return DoraLayer(magnitude.float(), flat.square().sum(1), (flat * change).sum(1), change.square().sum(1))
 
 

@@ -25,6 +25,8 @@ class GenerateRequest:
 
     With an ``init_image`` the picture starts from it, and only the last ``strength`` (above 0, at most 1) of the steps
     are done; with a ``mask`` too, only where that is light is anything changed.
+
+    ``first_block_cache`` is the threshold of ``diffusion.engine.first_block``; 0 is off, None the engine's own.
     """
 
     prompt: str
@@ -39,6 +41,7 @@ class GenerateRequest:
     init_image: Image.Image | None = field(default=None, repr=False)
     mask: Image.Image | None = field(default=None, repr=False)
     strength: float = 0.8
+    first_block_cache: float | None = None
 
     def settings(self) -> dict[str, Any]:
         """JSON-able, without file system paths and pictures."""
@@ -55,6 +58,8 @@ class GenerateRequest:
         }
         if self.init_image is not None:
             settings |= {"mode": "image_to_image" if self.mask is None else "inpainting", "strength": self.strength}
+        if self.first_block_cache:
+            settings["first_block_cache"] = self.first_block_cache
         return settings
 
 
@@ -72,6 +77,8 @@ class RenderedImage:
     pixels_CHW: Tensor
     request: GenerateRequest
     warnings: tuple[str, ...] = ()
+    steps_reused: int = 0
+    """Denoising steps of which only the first block ran."""
 
 
 @dataclass(frozen=True, slots=True)

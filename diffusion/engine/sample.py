@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion.engine.first_block import BlockCache
 from diffusion.engine.request import GenerateRequest, size_of
 from diffusion.engine.slot_table import Combo
 from diffusion.engine.start import choose_start
@@ -34,6 +35,7 @@ class Sample:
         self._latents_BCHW: Tensor | None = None
         self.uses_negative_prompt = family.uses_negative_prompt(request.guidance_scale)
         self.text: TextEmbeds | None = None
+        self.blocks = BlockCache(request.first_block_cache) if request.first_block_cache else None
         self._step_options: dict[str, Any] = {"return_dict": False}
         # As in the stock pipelines: schedulers that draw noise in a step take it from the picture's own generator.
         if "generator" in inspect.signature(schedule.step).parameters:

@@ -108,6 +108,10 @@ class Family(ABC):
     name: ClassVar[str]
     architecture: ClassVar[str]
     """``modelspec.architecture`` of the base model, without ``/lora``."""
+    block_lists: ClassVar[tuple[str, ...]] = ()
+    """The denoiser's lists of blocks, in the order in which they run one after another; none for UNets."""
+    last_layer: ClassVar[str] = "norm_out"
+    """The denoiser's layer after the last block."""
     device: torch.device
     dtype: torch.dtype
     size_multiple: int
@@ -207,6 +211,10 @@ class Family(ABC):
 
         ``guidance_B`` is for guidance-distilled models; others ignore it.
         """
+
+    def picture_tokens(self, latent_shape: tuple[int, ...]) -> int:
+        """Tokens that the denoiser makes of a picture's latents ``(C, H, W)``; for families with ``block_lists``."""
+        raise NotImplementedError
 
     # -- training
 

@@ -38,6 +38,7 @@ class Flux1(FlowFamily):
 
     name = "flux1"
     architecture = "flux-1-dev"
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
 
     def __init__(
         self, *, tokenizer: Any, tokenizer_2: Any, text_encoder: Any, text_encoder_2: Any, transformer: Any, vae: Any,

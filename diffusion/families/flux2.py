@@ -30,6 +30,7 @@ STATES = (9, 18, 27)
 class Flux2Klein(FlowFamily):
     name = "flux2_klein"
     architecture = "flux-2-klein"
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
     patch = 1
 
     def __init__(

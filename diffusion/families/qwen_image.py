@@ -34,6 +34,7 @@ class QwenImage(FlowFamily):
 
     name = "qwen_image"
     architecture = "qwen-image"
+    block_lists = ("transformer_blocks",)
 
     def __init__(
         self, *, tokenizer: Any, text_encoder: Any, transformer: Any, vae: Any, scheduler: Any, device: torch.device,

@@ -37,6 +37,7 @@ class StableDiffusion3(FlowFamily):
 
     name = "sd3"
     architecture = "stable-diffusion-v3"
+    block_lists = ("transformer_blocks",)
 
     def __init__(
         self, *, tokenizers: Sequence[Any], text_encoder: Any, text_encoder_2: Any, text_encoder_3: Any | None,

@@ -27,6 +27,8 @@ class ZImage(FlowFamily):
 
     name = "z_image"
     architecture = "z-image"
+    block_lists = ("layers",)
+    last_layer = "all_final_layer"
 
     def __init__(
         self, *, tokenizer: Any, text_encoder: Any, transformer: Any, vae: Any, scheduler: Any, device: torch.device,

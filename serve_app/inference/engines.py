@@ -19,12 +19,11 @@ from diffusion.engine.offload import offload
 from diffusion.engine.order import Turns
 from diffusion.errors import InsufficientMemory
 from diffusion.families import load_family
+from diffusion.quantized import Quantization
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-WEIGHT_PATTERNS = ("*.safetensors", "*/*.safetensors")
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -165,21 +164,35 @@ class EngineOptions:
     tiled: bool
     adapter_bytes_max: int
     compiled: bool
+    quantization: Quantization | None = None
+    first_block_cache: float = 0.0
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(chosen_device(self.device))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`auto` is bf16 on a GPU and fp32 on the CPU."""
+        auto = torch.bfloat16 if self.torch_device.type == "cuda" else torch.float32
+        return auto if self.dtype == "auto" else DTYPES[self.dtype]
 
 
 def engine_loader(options: EngineOptions, turns: Turns, *, offloaded: bool = False) -> Callable[[str], Engine]:
-    """How this replica loads a model folder. `auto` takes the GPU if there is one, and bf16 there, fp32 on the CPU.
+    """How this replica loads a model folder. Raises SettingNotSupported for weights that this device cannot have.
 
     `turns`: one for all engines of a replica, which share its device. With `offloaded`, the model's parts take turns on
     the device too, and are not compiled.
     """
-    device = torch.device(chosen_device(options.device))
-    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = auto if options.dtype == "auto" else DTYPES[options.dtype]
+    device = options.torch_device
+    if options.quantization is not None:
+        options.quantization.check(device)
 
     def load(folder: str) -> Engine:
         first_device = torch.device("cpu") if offloaded else device
-        family = load_family(Path(folder).expanduser(), device=first_device, dtype=dtype)
+        family = load_family(
+            Path(folder).expanduser(), device=first_device, dtype=options.torch_dtype, quantization=options.quantization
+        )
         if offloaded:
             offload(family, device)
         if device.type == "cuda":
@@ -190,6 +203,7 @@ def engine_loader(options: EngineOptions, turns: Turns, *, offloaded: bool = Fal
             decode_max=options.decode_max,
             tiled=options.tiled,
             adapter_bytes_max=options.adapter_bytes_max,
+            first_block_cache=options.first_block_cache,
             compiled="inductor" if options.compiled and not offloaded else None,
             turns=turns,
         )
@@ -200,25 +214,6 @@ def engine_loader(options: EngineOptions, turns: Turns, *, offloaded: bool = Fal
 def memory_of(device: str) -> MeasureMemory:
     chosen = torch.device(chosen_device(device))
     return lambda: device_memory(chosen)
-
-
-def needed_bytes(headroom_mb: int) -> Callable[[str], int]:
-    """The size of a folder's weight files, and room for its work. An estimate: the files may be of another dtype."""
-    return lambda folder: sum(_part_bytes(folder).values()) + headroom_mb * MIB
-
-
-def needed_by_largest_part_bytes(headroom_mb: int) -> Callable[[str], int]:
-    """As `needed_bytes`, for a model of which one part at a time is on the device."""
-    return lambda folder: max(_part_bytes(folder).values(), default=0) + headroom_mb * MIB
-
-
-def _part_bytes(folder: str) -> dict[str, int]:
-    """Bytes of the weight files in each folder of a model."""
-    path = Path(folder).expanduser()
-    parts: dict[str, int] = {}
-    for file in {file for pattern in WEIGHT_PATTERNS for file in path.glob(pattern)}:
-        parts[file.parent.name] = parts.get(file.parent.name, 0) + file.stat().st_size
-    return parts
 
 
 def device_facts(device: str) -> Callable[[], DeviceFacts]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 
 from diffusion.engine.order import Turns
+from diffusion.quantized import Quantization
 from serve_app.inference.engines import (
     EngineOptions,
     EngineShelf,
@@ -13,10 +14,9 @@ from serve_app.inference.engines import (
     device_facts,
     engine_loader,
     memory_of,
-    needed_by_largest_part_bytes,
-    needed_bytes,
 )
 from serve_app.inference.lora_cache import LoraCache
+from serve_app.inference.model_size import ModelSize
 from serve_app.inference.service import InferenceService
 from serve_app.settings import Settings
 from storage.actor import StorageClient
@@ -24,7 +24,7 @@ from storage.keys import Keys
 
 
 def build_service(settings: Settings) -> InferenceService:
-    """With the default model loaded. Raises DiffusionError where it cannot be."""
+    """With the default model loaded. Raises DiffusionError where it cannot be, or not with these weights."""
     s3 = settings.s3()
     store = StorageClient(s3, settings.breaker())
     on_gpu = chosen_device(settings.device) == "cuda"
@@ -36,17 +36,18 @@ def build_service(settings: Settings) -> InferenceService:
         tiled=settings.vae_tiling,
         adapter_bytes_max=settings.adapter_memory_bytes_max,
         compiled=settings.compile_models,
+        quantization=_quantization(settings),
+        first_block_cache=settings.first_block_cache,
     )
     turns = Turns()
-    last_resort = LastResort(
-        engine_loader(options, turns, offloaded=True), needed_by_largest_part_bytes(settings.required_mb)
-    )
+    size = ModelSize(options.torch_dtype, options.quantization)
+    last_resort = LastResort(engine_loader(options, turns, offloaded=True), size.largest_part(settings.required_mb))
     shelf = EngineShelf(
         settings.models,
         engine_loader(options, turns),
         loaded_max=settings.models_loaded_max,
         memory=memory_of(settings.device),
-        needed_bytes=needed_bytes(settings.required_mb if on_gpu else 0),
+        needed_bytes=size.whole(settings.required_mb if on_gpu else 0),
         last_resort=last_resort if settings.cpu_offload and on_gpu else None,
     )
     shelf.load(settings.default_model)
@@ -61,3 +62,9 @@ def build_service(settings: Settings) -> InferenceService:
         threads=settings.generations_per_replica,
         stuck_after_s=settings.engine_stuck_after_s,
     )
+
+
+def _quantization(settings: Settings) -> Quantization | None:
+    if settings.quantize is None and settings.quantize_text_encoders is None:
+        return None
+    return Quantization(settings.quantize, settings.quantize_text_encoders, setting="quantize")

@@ -187,6 +187,7 @@ def requested_pictures(
             seed=((spec.seed or 0) + index) % SEED_LIMIT,
             loras=loras,
             scheduler=spec.scheduler,
+            first_block_cache=spec.first_block_cache,
         )
         for index, prompt in enumerate(prompts)
     ]

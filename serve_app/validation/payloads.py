@@ -40,6 +40,7 @@ class GeneratePayload(BaseModel):
     seed: int | None = None
     num_images: int | None = None
     scheduler: str | None = None
+    first_block_cache: float | None = None
     output_format: str | None = None
     loras: list[LoraChoice] = Field(default_factory=list, max_length=8)
     lora: LoraChoice | None = None

@@ -33,6 +33,7 @@ SPEC_FIELDS = (
     "seed",
     "num_images",
     "scheduler",
+    "first_block_cache",
     "output_format",
 )
 

@@ -143,3 +143,13 @@ def test_the_number_of_replicas_is_fixed_unless_a_range_is_set(monkeypatch: pyte
 def test_a_range_of_replicas_that_is_none_is_refused() -> None:
     with pytest.raises(ValidationError, match="replicas_min"):
         AutoscalingSettings(replicas_min=3, replicas_max=2)
+
+
+def test_rounded_weights_need_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.settings.find_spec", lambda name: None)
+    for rounded, extra in (("int8", "quantized"), ("float8", "quantized"), ("nf4", "nf4")):
+        monkeypatch.setenv("RAYLORA_QUANTIZE", rounded)
+        with pytest.raises(ValidationError, match=rf"install raylora\[{extra}\].*leave this unset"):
+            Settings()
+    monkeypatch.setattr("serve_app.settings.find_spec", lambda name: name)
+    assert Settings().quantize == "nf4"

@@ -94,6 +94,13 @@ class TrainingCreate(PolicyFields):
         return self
 
 
+FIRST_BLOCK_CACHE = (
+    "Lossy and faster: a step whose first block adds nearly what it added in the last whole step, up to this relative "
+    "difference (0.05 to 0.2 are usual), reuses the other blocks' work of then. 0 is exact; left out, the server's own "
+    "setting counts. Only for transformers (FLUX.1, FLUX.2, SD 3, Qwen-Image, Z-Image)."
+)
+
+
 class LoraReference(Body):
     """`id` of an adapter here: a training's, or an imported one's."""
 
@@ -139,6 +146,7 @@ class GenerationCreate(PolicyFields):
     seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
     num_images: int = Field(default=1, ge=1, le=64)
     scheduler: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_+-]{1,50}$")
+    first_block_cache: float | None = Field(default=None, ge=0.0, le=1.0, description=FIRST_BLOCK_CACHE)
     output_format: Literal["png", "jpg", "webp"] = "png"
     loras: tuple[LoraReference, ...] = Field(default=(), max_length=8)
     init_image: str | None = Field(default=None, min_length=1, repr=False, description=PICTURE)

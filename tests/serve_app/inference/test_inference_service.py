@@ -18,8 +18,6 @@ from serve_app.inference.engines import (
     DeviceFacts,
     EngineShelf,
     LastResort,
-    needed_by_largest_part_bytes,
-    needed_bytes,
 )
 from serve_app.inference.lora_cache import LoraCache, file_name
 from serve_app.inference.plan import GenerationRequest, GenerationWork, ResolvedLora
@@ -283,14 +281,6 @@ def test_a_model_that_does_not_fit_whole_is_loaded_by_the_last_resort_where_its_
     with pytest.raises(InsufficientMemory) as caught:
         shelf.load("tiny")
     assert caught.value.needed_bytes == 2000
-
-
-def test_what_a_model_needs_is_read_from_its_weight_files(tmp_path: Path) -> None:
-    for name, size_bytes in (("unet/a.safetensors", 30), ("unet/b.safetensors", 20), ("vae/a.safetensors", 10)):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(bytes(size_bytes))
-    assert needed_bytes(1)(str(tmp_path)) == 60 + 2**20
-    assert needed_by_largest_part_bytes(0)(str(tmp_path)) == 50
 
 
 def test_a_model_in_use_makes_room_for_no_other(replica: Replica) -> None:

@@ -29,6 +29,12 @@ async def test_a_generation_answers_with_its_pictures_once_they_are_there(workin
         assert (listed["id"], listed["images"]) == (again["id"], None)
 
 
+async def test_the_first_block_cache_asked_for_is_in_the_record(server: LocalServer) -> None:
+    async with server.client() as http:
+        made = (await http.post("/v1/generations", json={"prompt": PROMPT, "first_block_cache": 0.1})).json()
+    assert made["spec"]["first_block_cache"] == 0.1
+
+
 async def test_a_generation_that_waits_no_longer_answers_as_it_stands(server: LocalServer) -> None:
     async with server.client() as http:
         reply = await http.post("/v1/generations", json={"prompt": PROMPT}, params={"wait": 0.01})
@@ -48,6 +54,8 @@ async def test_a_generation_that_waits_no_longer_answers_as_it_stands(server: Lo
         {"prompt": PROMPT, "surprise": 1},
         {"prompt": PROMPT, "loras": [{"id": "../x"}]},
         {"prompt": PROMPT, "model": "not-served"},
+        {"prompt": PROMPT, "first_block_cache": -0.1},
+        {"prompt": PROMPT, "first_block_cache": 1.5},
     ],
 )
 async def test_a_wrong_generation_is_refused_and_nothing_is_queued(server: LocalServer, body: dict[str, Any]) -> None:
