@@ -17,6 +17,8 @@ from train_jobs.data import Picture, on_white, own_text
 from train_jobs.errors import ModelNotAvailable
 from train_jobs.kept import Kept, digest_of_file, digest_of_files, name_of
 from train_jobs.models import resolve_model
+from train_jobs.peers import Alone, Peers
+from train_jobs.sharing import share_out, together
 from train_jobs.spec import PROMPT_MAX, CaptioningSpec, DatasetSpec
 
 logger = logging.getLogger(__name__)
@@ -83,31 +85,46 @@ def caption_all(
     paths_allowed: bool,
     on_progress: Callable[[int, int], None],
     should_stop: Callable[[], bool] | None,
+    peers: Peers | None = None,
 ) -> Pictures | None:
     """The pictures with captions where they had none, or with `overwrite` all of them. None when asked to stop.
 
-    What was said of a picture before, in this run or another, is not asked again. Raises ModelNotAvailable and
-    StorageError.
+    What was said of a picture before, in this run or another, is not asked again; of several workers one asks. Raises
+    ModelNotAvailable and StorageError.
     """
+    peers = peers or Alone()
     wanted = [p for dataset, found in pictures for p in found if spec.overwrite or not own_text(p.path, dataset)]
     if not wanted:
         return pictures
-    folder = resolve_model(spec.model, models, paths_allowed=paths_allowed, files=MODEL_FILES)
-    asked = [VERSION, digest_of_files(folder, MODEL_FILES), spec.prompt, spec.max_new_tokens]
-    names = {picture.path: name_of(*asked, digest_of_file(picture.path)) for picture in wanted}
-    texts = {name: data.decode() for name, data in kept.fetch(CAPTIONS, list(names.values())).items()}
-    captioner: Captioner | None = None
-    for done, picture in enumerate(wanted):
-        if should_stop is not None and should_stop():
-            return None
-        on_progress(done, len(wanted))
-        name = names[picture.path]
-        if name not in texts:
-            captioner = captioner or Captioner(spec, folder, device)
-            texts[name] = captioner.caption(picture.path)
-            kept.keep(CAPTIONS, {name: texts[name].encode()})
-    on_progress(len(wanted), len(wanted))
-    said = {path: texts[name] for path, name in names.items()}
+
+    def find() -> tuple[Path, list[str]]:
+        folder = resolve_model(spec.model, models, paths_allowed=paths_allowed, files=MODEL_FILES)
+        asked = [VERSION, digest_of_files(folder, MODEL_FILES), spec.prompt, spec.max_new_tokens]
+        return folder, [name_of(*asked, digest_of_file(picture.path)) for picture in wanted]
+
+    folder, names = together(peers, find)
+    paths = {name: picture.path for name, picture in zip(names, wanted, strict=True)}
+    captioners: list[Captioner] = []
+
+    def make(batch: Sequence[str]) -> dict[str, str]:
+        if not captioners:
+            captioners.append(Captioner(spec, folder, device))
+        texts = {name: captioners[0].caption(paths[name]) for name in batch}
+        kept.keep(CAPTIONS, {name: text.encode() for name, text in texts.items()})
+        return texts
+
+    texts = share_out(
+        peers,
+        list(paths),
+        fetch=lambda own: {name: data.decode() for name, data in kept.fetch(CAPTIONS, own).items()},
+        batches=lambda missing: [[name] for name in missing],
+        make=make,
+        on_done=lambda done: on_progress(done, len(paths)),
+        should_stop=should_stop,
+    )
+    if texts is None:
+        return None
+    said = {picture.path: texts[name] for name, picture in zip(names, wanted, strict=True)}
     return tuple((dataset, _with_captions(found, dataset, said, spec)) for dataset, found in pictures)
 
 
