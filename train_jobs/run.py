@@ -28,6 +28,7 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tenacity import Retrying, before_sleep_log, retry_if_exception_type, stop_after_attempt, wait_fixed
 
 from storage.actor import NAMESPACE, StorageClient
@@ -183,7 +184,9 @@ def read_config(path: Path) -> TrainSpec:
 
 def _run(jobs: BlockingJobs, config: JobsConfig, record: JobRecord, owner: str) -> ExitCode:
     record = jobs.start(record.id, owner, worker_id=ray.get_runtime_context().get_node_id())
-    board = ray.remote(RunBoard).options(num_cpus=0).remote()
+    # On the driver's own node: on a worker's it would be lost with it, and tell the others that the driver is gone.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(RunBoard).options(num_cpus=0, scheduling_strategy=here).remote()
     scaling = scaling_for(config, ray.cluster_resources(), TrainSpec.model_validate(record.request).workers)
     work = WorkerConfig(
         process_id=record.id,
