@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image, ImageOps
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from train_jobs.captions import with_trigger
 from train_jobs.data import Picture, on_white, own_text
@@ -25,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 CAPTIONS = "captions"
 VERSION = 1
+FLORENCE_TASK = "<DETAILED_CAPTION>"
+"""What a model of the Florence-2 kind is asked unless told otherwise: it knows tasks by such names."""
 CHAT_PROMPT = "Describe this picture in one sentence."
 MODEL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
 Pictures = tuple[tuple[DatasetSpec, list[Picture]], ...]
@@ -38,7 +43,7 @@ class Captioner:
         self._device = device
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         try:
-            self._processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
+            self._processor: Any = _processor(folder)
             model: Any = AutoModelForImageTextToText.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, dtype=dtype
             )
@@ -59,6 +64,8 @@ class Captioner:
 
     def _inputs(self, image: Image.Image) -> Any:
         prompt = self._spec.prompt
+        if prompt is None and hasattr(self._processor, "task_prompts_without_inputs"):
+            prompt = FLORENCE_TASK
         if getattr(self._processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": prompt or CHAT_PROMPT}]
             asked = self._processor.apply_chat_template(
@@ -73,6 +80,20 @@ class Captioner:
         ids_L, asked_L = ids_1L[0], inputs["input_ids"][0]
         repeats = len(ids_L) >= len(asked_L) and torch.equal(ids_L[: len(asked_L)], asked_L)
         return ids_L[len(asked_L) :] if repeats else ids_L
+
+
+def _processor(folder: Path) -> Any:
+    """The model's own; where torchvision is missing, which only its part for videos needs, without that part."""
+    try:
+        return AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except ImportError:
+        if find_spec("torchvision") is not None:
+            raise
+    kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+    whole: Any = getattr(transformers, str(PROCESSOR_MAPPING_NAMES[kind]))
+    parts = [part for part in whole.get_attributes() if part != "video_processor"]
+    still: Any = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda _: parts)})
+    return still.from_pretrained(folder, local_files_only=True)
 
 
 def caption_all(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -31,4 +32,4 @@ class ThreadPeers:
         return found
 
     def sum_(self, tensor: Tensor) -> None:
-        tensor.copy_(sum(self.gather(tensor.clone())))
+        tensor.copy_(torch.stack(self.gather(tensor.clone())).sum(0))
