@@ -61,6 +61,7 @@ def _train_process(reader: ConfigReader, name: str, process: dict[str, Any], pat
     _save(reader, process.get("save"), f"{path}.save", updates_per)
     _validation(reader, process.get("validation"), f"{path}.validation", updates_per, local=local)
     _captioning(reader, process.get("captioning"), f"{path}.captioning", local=local)
+    _workers(reader, process.get("workers"), f"{path}.workers")
     read_datasets(reader, process.get("datasets"), f"{path}.datasets", trigger, local=local)
     train = process.get("train")
     disabled = isinstance(train, dict) and train.get("disable_sampling") is True
@@ -122,6 +123,7 @@ def _train(reader: ConfigReader, process: dict[str, Any], path: str, family: str
             "train_text_encoder": "train.train_text_encoder",
             "reg_weight": "train.regularisation_weight",
             "gradient_checkpointing": "train.gradient_checkpointing",
+            "strategy": "train.strategy",
         },
     )
     if train.get("train_text_encoder") and "text_encoder_lr" in train:
@@ -223,6 +225,16 @@ def _captioning(reader: ConfigReader, value: Any, path: str, *, local: bool) -> 
         reader.problem(f"{path}.model", reason)
     reader.origin["captioning.model"] = f"{path}.model"
     copy_keys(reader, captioning, path, {key: f"captioning.{key}" for key in sorted(captioning)})
+
+
+def _workers(reader: ConfigReader, value: Any, path: str) -> None:
+    """A key of our own: a number, or the fewest and the most that train together."""
+    if isinstance(value, dict):
+        workers = reader.section(value, path, keys.WORKERS)
+        copy_keys(reader, workers, path, {"min": "workers.min", "max": "workers.max"})
+    elif value is not None:
+        count = reader.count(value, path)
+        reader.put("workers", {"min": count, "max": count}, path)
 
 
 def _named_folder(folder: Any, local: bool) -> Any:

@@ -51,6 +51,7 @@ CONFIG = Section(
 PROCESS = Section(
     honoured=_keys(
         "type trigger_word network save datasets train model sample subject_id training_seed validation captioning"
+        " workers"
     ),
     ignored=_because(ELSEWHERE, "training_folder output_folder sqlite_db_path")
     | _because(LOGS, "performance_log_every logging log_dir torch_profiler name")
@@ -121,7 +122,7 @@ TRAIN = Section(
         " noise_offset skip_first_sample force_first_sample max_grad_norm gradient_accumulation_steps"
         " gradient_accumulation disable_sampling seed text_encoder_lr train_text_encoder timestep_type content_or_style"
         " min_denoising_steps max_denoising_steps ema_config noise_scheduler reg_weight gradient_checkpointing"
-        " linear_timesteps"
+        " linear_timesteps strategy"
     ),
     ignored=_because(SPEED, "xformers sdp attention_backend do_paramiter_swapping")
     | _because(SPEED, "paramiter_swapping_factor max_loss_debug show_turbo_outputs single_item_batching")
@@ -205,6 +206,8 @@ NETWORK_KWARGS = Section(honoured=_keys("only_if_contains ignore_if_contains"))
 CAPTIONING = Section(honoured=_keys("model prompt prefix suffix max_new_tokens overwrite"))
 
 QUANTIZE_KWARGS = Section(honoured=_keys("exclude"))
+
+WORKERS = Section(honoured=_keys("min max"))
 
 VALIDATION = Section(honoured=_keys("folder_path dataset_path share every patience"))
 
@@ -356,6 +359,7 @@ ARCHITECTURES = {
     "flux": "flux1",
     "flux1": "flux1",
     "flux_schnell": "flux1",
+    "flux2": "flux2_dev",
     "flux2_klein_4b": "flux2_klein",
     "flux2_klein_9b": "flux2_klein",
     "qwen_image": "qwen_image",
@@ -364,7 +368,7 @@ ARCHITECTURES = {
 }
 """ai-toolkit's architectures (`ModelConfig.arch`) by the names of the families here."""
 ARCHITECTURE_FLAGS = {"is_xl": "sdxl", "is_v3": "sd3", "is_flux": "flux1"}
-FLOW_FAMILIES = frozenset({"sd3", "flux1", "flux2_klein", "qwen_image", "z_image"})
+FLOW_FAMILIES = frozenset({"sd3", "flux1", "flux2_klein", "flux2_dev", "qwen_image", "z_image"})
 OPTIMIZERS = {
     "adam": "adam",
     "adam8bit": "adam",

@@ -6,7 +6,7 @@ latents of a mirrored picture are not the mirrored latents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from diffusion.families import Family, TextEmbeds
 from train_jobs.captions import CaptionRules
 from train_jobs.data import Use, load_mask, load_pixels
 from train_jobs.kept import Kept, digest_of_file, name_of
+from train_jobs.peers import Alone, Peers
+from train_jobs.sharing import share_out
 
 TEXT_BATCH = 16
 PIXELS_PER_BATCH = 4 * 1024 * 1024
@@ -126,28 +128,25 @@ def build_cache(
     on_progress: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     encodings: Encodings | None = None,
+    peers: Peers | None = None,
 ) -> TrainingCache | None:
-    """Encode every picture and caption that `encodings` does not have. None when `should_stop` said so.
+    """Encode every picture and caption that `encodings` does not have, each on one of the workers, and give all of
+    them to each. None when `should_stop` said so.
 
     `on_progress(done, total)` counts pictures. Raises ImageUnreadable, StorageError, and whatever the model raises.
     """
-    texts, row_of = _encode_texts(family, ["", *(use.picture.caption for use in uses)], encodings)
-    moments = encodings.fetch_moments(uses) if encodings is not None else {}
-    if moments and on_progress is not None:
-        on_progress(len(moments), len(uses))
-    for batch in _by_size(uses, leave=moments.keys()):
-        if should_stop is not None and should_stop():
-            return None
-        images_BCHW = torch.stack([torch.from_numpy(load_pixels(uses[i])) for i in batch])
-        mean_BCHW, std_BCHW = (moment.float().cpu() for moment in family.encode_image_moments(images_BCHW))
-        if encodings is not None:
-            encodings.keep_moments([uses[i] for i in batch], mean_BCHW, std_BCHW)
-        moments |= {i: (mean_BCHW[row].clone(), std_BCHW[row].clone()) for row, i in enumerate(batch)}
-        if on_progress is not None:
-            on_progress(len(moments), len(uses))
+    peers = peers or Alone()
+    prompts = list(dict.fromkeys(["", *(use.picture.caption for use in uses)]))
+    rows = _encode_texts(family, prompts, encodings, peers, should_stop)
+    if rows is None:
+        return None
+    moments = _encode_pictures(family, uses, encodings, peers, should_stop, on_progress)
+    if moments is None:
+        return None
+    row_of = {prompt: row for row, prompt in enumerate(prompts)}
     entries = tuple(i for i, use in enumerate(uses) for _ in range(use.repeats))
     cached = tuple(_cached(use, *moments[i], row_of[use.picture.caption]) for i, use in enumerate(uses))
-    return TrainingCache(cached, entries, texts, row_of[""])
+    return TrainingCache(cached, entries, tuple(rows[prompt] for prompt in prompts), row_of[""])
 
 
 def _cached(use: Use, mean_CHW: Tensor, std_CHW: Tensor, text_row: int) -> CachedUse:
@@ -186,31 +185,67 @@ def mask_weight(mask_HW: NDArray[np.float32] | None, latent_size: tuple[int, int
     return weight / weight.mean().clamp(min=1e-6)
 
 
-def _by_size(uses: Sequence[Use], *, leave: Collection[int]) -> list[list[int]]:
-    """Indexes in batches of equal picture size and bounded area, those to `leave` left out."""
+def _by_size(uses: Sequence[Use], indexes: Sequence[int]) -> list[list[int]]:
+    """These indexes in batches of equal picture size and bounded area."""
     by_size: dict[tuple[int, int], list[int]] = {}
-    for index, use in enumerate(uses):
-        if index not in leave:
-            by_size.setdefault((use.width_px, use.height_px), []).append(index)
+    for index in indexes:
+        by_size.setdefault((uses[index].width_px, uses[index].height_px), []).append(index)
     batches: list[list[int]] = []
-    for (width_px, height_px), indexes in by_size.items():
+    for (width_px, height_px), same in by_size.items():
         count = min(16, max(1, PIXELS_PER_BATCH // (width_px * height_px)))
-        batches.extend(indexes[start : start + count] for start in range(0, len(indexes), count))
+        batches.extend(same[start : start + count] for start in range(0, len(same), count))
     return batches
 
 
 @torch.no_grad()
 def _encode_texts(
-    family: Family, prompts: Sequence[str], encodings: Encodings | None
-) -> tuple[tuple[TextEmbeds, ...], dict[str, int]]:
-    unique = list(dict.fromkeys(prompts))
-    rows = encodings.fetch_texts(unique) if encodings is not None else {}
-    missing = [prompt for prompt in unique if prompt not in rows]
-    for start in range(0, len(missing), TEXT_BATCH):
-        some = missing[start : start + TEXT_BATCH]
+    family: Family, prompts: Sequence[str], encodings: Encodings | None, peers: Peers,
+    should_stop: Callable[[], bool] | None,
+) -> dict[str, TextEmbeds] | None:  # fmt: skip
+    """One row each, by prompt."""
+
+    def make(some: Sequence[str]) -> dict[str, TextEmbeds]:
         embeds = family.encode_prompts(some).to(device="cpu")
         new = {prompt: embeds.rows([row]) for row, prompt in enumerate(some)}
         if encodings is not None:
             encodings.keep_texts(new)
-        rows |= new
-    return tuple(rows[prompt] for prompt in unique), {prompt: row for row, prompt in enumerate(unique)}
+        return new
+
+    return share_out(
+        peers,
+        prompts,
+        fetch=lambda own: {} if encodings is None else encodings.fetch_texts(own),
+        batches=lambda missing: [missing[i : i + TEXT_BATCH] for i in range(0, len(missing), TEXT_BATCH)],
+        make=make,
+        on_done=lambda _: None,
+        should_stop=should_stop,
+    )
+
+
+def _encode_pictures(
+    family: Family, uses: Sequence[Use], encodings: Encodings | None, peers: Peers,
+    should_stop: Callable[[], bool] | None, on_progress: Callable[[int, int], None] | None,
+) -> dict[int, tuple[Tensor, Tensor]] | None:  # fmt: skip
+    """Mean and standard deviation by place in `uses`."""
+
+    def fetch(own: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        if encodings is None:
+            return {}
+        return {own[i]: pair for i, pair in encodings.fetch_moments([uses[place] for place in own]).items()}
+
+    def make(batch: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        images_BCHW = torch.stack([torch.from_numpy(load_pixels(uses[i])) for i in batch])
+        mean_BCHW, std_BCHW = (moment.float().cpu() for moment in family.encode_image_moments(images_BCHW))
+        if encodings is not None:
+            encodings.keep_moments([uses[i] for i in batch], mean_BCHW, std_BCHW)
+        return {i: (mean_BCHW[row].clone(), std_BCHW[row].clone()) for row, i in enumerate(batch)}
+
+    return share_out(
+        peers,
+        range(len(uses)),
+        fetch=fetch,
+        batches=lambda missing: _by_size(uses, missing),
+        make=make,
+        on_done=lambda done: on_progress(done, len(uses)) if on_progress is not None and done else None,
+        should_stop=should_stop,
+    )

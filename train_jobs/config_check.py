@@ -84,8 +84,9 @@ def _of_problem(problem: Problem) -> KeyVerdict:
 
 
 def describe_run(spec: TrainSpec) -> dict[str, Any]:
-    """The training in a few plain facts. Pictures are counted for one worker."""
+    """The training in a few plain facts. Pictures are counted for the workers asked for, or for one."""
     train, network = spec.train, spec.network
+    per_step = train.batch_size * train.gradient_accumulation * (spec.workers.max if spec.workers is not None else 1)
     previews = [step for step in range(train.steps + 1) if _has_preview(spec, step)] if spec.sample.previews else []
     return {
         "name": spec.name,
@@ -100,8 +101,9 @@ def describe_run(spec: TrainSpec) -> dict[str, Any]:
         ],
         **({"captioning": _captioning(spec)} if spec.captioning is not None else {}),
         "steps": train.steps,
-        "pictures_per_step": train.batch_size * train.gradient_accumulation,
-        "pictures_total": train.steps * train.batch_size * train.gradient_accumulation,
+        **({"workers": spec.workers.model_dump(), "strategy": train.strategy} if spec.workers is not None else {}),
+        "pictures_per_step": per_step,
+        "pictures_total": train.steps * per_step,
         "learning_rate": train.learning_rate,
         "optimizer": train.optimizer.type,
         "schedule": train.schedule.type,

@@ -12,8 +12,10 @@ import json
 import logging
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -103,7 +105,12 @@ class Kept:
         """Delete the files used longest ago until those left are within the bound. The object store is not touched."""
         if self._folder is None or not self._folder.is_dir():
             return
-        files = [(path, path.stat()) for path in self._folder.rglob("*") if path.is_file()]
+        files: list[tuple[Path, os.stat_result]] = []
+        for path in self._folder.rglob("*"):
+            with suppress(FileNotFoundError):  # another worker of this node prunes too, or has just written
+                status = path.stat()
+                if stat.S_ISREG(status.st_mode):
+                    files.append((path, status))
         left = sum(status.st_size for _, status in files)
         for path, status in sorted(files, key=lambda file: file[1].st_mtime):
             if left <= self._folder_bytes_max:

@@ -95,7 +95,8 @@ class TrainingLoop:
     """Trains `parameters` (by name, in the family's modules) on cached latents and texts.
 
     The loss of a step is the mean over all its samples on all workers, however they are cut into batches; so gradient
-    accumulation equals a bigger batch. Raises NonFiniteLoss, and whatever the model raises.
+    accumulation equals a bigger batch. A step has the batches of `share_of` workers (default: as many as there are),
+    which those that there are divide among themselves. Raises NonFiniteLoss, and whatever the model raises.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class TrainingLoop:
         peers: Peers | None = None,
         callbacks: Callbacks | None = None,
         validation: Validation | None = None,
+        share_of: int | None = None,
     ) -> None:
         self._family = family
         self._parameters = dict(sorted(parameters.items()))
@@ -115,6 +117,7 @@ class TrainingLoop:
         self._spec = spec
         self._peers: Peers = peers or Alone()
         self._callbacks = callbacks or Callbacks()
+        self._batches_per_step = spec.gradient_accumulation * (share_of or self._peers.world_size)
         self._plan = _plan(cache, spec)
         denoiser = next(iter(family.lora_components))
         text_rate = spec.text_encoder_learning_rate or spec.learning_rate
@@ -212,11 +215,11 @@ class TrainingLoop:
         set_rate(self._optimizer, learning_rate_at(self.step, self._spec))
         self._optimizer.zero_grad(set_to_none=True)
         loss_sum = torch.zeros((), device=self._family.device)
-        self._seed_dropout()
-        for batch in batches:
+        for index, batch, counts in batches:
+            self._seed_dropout(index)
             losses_B = self._sampler.losses(batch.entries, batch.epoch)
             self._check(losses_B.detach(), [self._cache.entry(i).name for i in batch.entries])
-            share = losses_B.sum() / count
+            share = losses_B.sum() / count if counts else losses_B.sum() * 0.0
             share.backward()  # type: ignore[no-untyped-call]
             loss_sum += share.detach().float()
         self._callbacks.set_dropout(False)
@@ -231,18 +234,26 @@ class TrainingLoop:
             self._average.update()
         return loss, wants_stop
 
-    def _seed_dropout(self) -> None:
-        """Dropout draws from torch's own generator: seeded by the step, so that a continued training repeats it."""
-        torch.manual_seed(derived_seed(self._spec.seed, self.step, self._peers.rank))
+    def _seed_dropout(self, index: int) -> None:
+        """Dropout draws from torch's own generator: seeded by the step and the place of the batch in it, so that a
+        continued training repeats it, with however many workers."""
+        torch.manual_seed(derived_seed(self._spec.seed, self.step, index))
         self._callbacks.set_dropout(True)
 
-    def _batches(self) -> tuple[list[Batch], list[str], int]:
-        """This worker's batches of the current step, and the names and number of all workers' samples in it."""
-        workers, accumulation = self._peers.world_size, self._spec.gradient_accumulation
-        first = self.step * accumulation * workers
-        every = [self._plan.batch(first + i) for i in range(accumulation * workers)]
+    def _batches(self) -> tuple[list[tuple[int, Batch, bool]], list[str], int]:
+        """This worker's batches of the current step, and the names and number of all workers' samples in it.
+
+        A batch comes with its place in the step and whether it counts: of a split model all workers compute equally
+        many, and one that has fewer computes its last once more.
+        """
+        first, workers = self.step * self._batches_per_step, self._peers.world_size
+        every = [self._plan.batch(first + i) for i in range(self._batches_per_step)]
         names = sorted({self._cache.entry(i).name for batch in every for i in batch.entries})
-        return every[self._peers.rank :: workers], names, sum(len(batch.entries) for batch in every)
+        own = [(i, every[i], True) for i in range(self._peers.rank, len(every), workers)]
+        if self._spec.strategy == "fsdp" and len(own) * workers < len(every):
+            index, batch, _ = own[-1]
+            own.append((index, batch, False))
+        return own, names, sum(len(batch.entries) for batch in every)
 
     def _check(self, losses_B: Tensor, names: list[str]) -> None:
         """With several workers the sum is checked instead, so that all of them stop together."""

@@ -19,6 +19,7 @@ from diffusion.kohya import to_kohya_factors
 from diffusion.lora import fit_layers, read_factors, read_lora
 from diffusion.lycoris_layers import Lycoris
 from diffusion.quantized import Quantization, check_quantization
+from diffusion.sharding import shard_denoiser
 from train_jobs.artifacts import Artifacts, pinned_uploads
 from train_jobs.cache import Encodings, TrainingCache, build_cache
 from train_jobs.checkpoint import Checkpoint, read_checkpoint
@@ -26,7 +27,9 @@ from train_jobs.data import Picture, Use, choose_held_out, plan_uses, read_folde
 from train_jobs.errors import NAMES_SHOWN_MAX, ConfigInvalid, ModelNotAvailable, Problem
 from train_jobs.kept import Kept, digest_of_files, name_of
 from train_jobs.models import resolve_model
-from train_jobs.previews import Previews
+from train_jobs.peers import Peers
+from train_jobs.previews import Previews, store_nowhere
+from train_jobs.sharing import together
 from train_jobs.spec import DatasetSpec, NetworkSpec, TrainSpec
 from train_jobs.validation import Validation
 
@@ -104,9 +107,10 @@ def plan_all_uses(spec: TrainSpec, pictures: Pictures, *, size_multiple: int) ->
 
 
 def load_model(
-    spec: TrainSpec, models: Mapping[str, str], device: torch.device, *, paths_allowed: bool
+    spec: TrainSpec, models: Mapping[str, str], device: torch.device, *, paths_allowed: bool, workers: int = 1
 ) -> tuple[Family, TrainableLora]:
-    """The CPU computes in float32: bf16 is slower there, and no better.
+    """The CPU computes in float32: bf16 is slower there, and no better. With several workers that split the model, all
+    of them must call this.
 
     Raises ModelNotAvailable, ModelNotFound, UnsupportedModel, SettingNotSupported.
     """
@@ -118,10 +122,14 @@ def load_model(
         check_quantization()
     folder = resolve_model(spec.model, models, paths_allowed=paths_allowed)
     dtype = torch.bfloat16 if is_half else torch.float32
-    family = load_family(folder, device=device, dtype=dtype, quantization=quantization)
+    is_split = train.strategy == "fsdp" and workers > 1
+    loaded_on = torch.device("cpu") if is_split else device
+    family = load_family(folder, device=loaded_on, dtype=dtype, quantization=quantization)
     if spec.family is not None and spec.family != family.name:
         raise ModelNotAvailable(spec.model, f"it is of the kind {family.name}, and the config says {spec.family}")
     lora = _attach(spec, family)
+    if is_split:
+        shard_denoiser(family, device, whole=lora.parameters())
     denoiser: Any = family.denoiser
     if train.gradient_checkpointing and device.type != "cpu":
         denoiser.enable_gradient_checkpointing()
@@ -200,6 +208,18 @@ def _not_this_network() -> ConfigInvalid:
     return ConfigInvalid([Problem("network.pretrained", message, "mismatch")])
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """The model with its adapter, and what is known before anything is encoded."""
+
+    family: Family
+    lora: TrainableLora
+    previews: Previews
+    uses: list[Use]
+    checkpoint: Checkpoint | None
+    encodings: Encodings
+
+
 class Preparation:
     """Prepares in the order in which things can be found wrong, the cheap ones first."""
 
@@ -215,7 +235,7 @@ class Preparation:
         paths_allowed: bool,
         stage: Callable[..., None],
         should_stop: Callable[[], bool],
-        stops_while_caching: bool,
+        peers: Peers,
     ) -> None:
         self._spec = spec
         self._artifacts = artifacts
@@ -226,24 +246,54 @@ class Preparation:
         self._paths_allowed = paths_allowed
         self._stage = stage
         self._should_stop = should_stop
-        self._stops_while_caching = stops_while_caching
+        self._peers = peers
 
     def run(self) -> Prepared | None:
-        """None when asked to stop. Raises what its parts raise."""
-        spec = self._spec
+        """None when asked to stop. Raises what its parts raise, and on every worker what any of them raises."""
         self._stage("dataset")
-        steps = self._artifacts.checkpoint_steps()
-        checkpoint_folder = self._artifacts.fetch_checkpoint(steps[-1]) if steps else None
-        pictures = read_pictures(spec, self._artifacts, pinned_uploads(facts_of(checkpoint_folder)))
+        pictures, checkpoint_folder = together(self._peers, self._read)
         captioned = self._captioned(pictures)
         if captioned is None:
             return None
         pictures = captioned
         self._stage("model")
-        family, lora = load_model(spec, self._models, self._device, paths_allowed=self._paths_allowed)
-        previews = Previews(
-            family, lora, spec.sample, name=spec.name, scratch=self._scratch, store=self._artifacts.store_sample
+        loaded = together(self._peers, lambda: self._load(pictures, checkpoint_folder))
+        cache = build_cache(
+            loaded.family,
+            loaded.uses,
+            on_progress=lambda done, total: self._stage("caching", done=done, of=total),
+            should_stop=self._should_stop,
+            encodings=loaded.encodings,
+            peers=self._peers,
         )
+        self._kept.prune()
+        if cache is None or self._should_stop():
+            return None
+        spec = self._spec
+        watched = spec.validation
+        warnings = [*warnings_of(pictures), *without_effect(spec, loaded.family)]
+        validation = None if watched is None else Validation(watched, cache, batch_size=spec.train.batch_size)
+        return Prepared(
+            loaded.family, loaded.lora, cache, loaded.checkpoint, pictures.uploads, loaded.previews, validation,
+            warnings,
+        )  # fmt: skip
+
+    def _read(self) -> tuple[Pictures, Path | None]:
+        """The pictures, and the folder of the newest checkpoint."""
+        steps = self._artifacts.checkpoint_steps()
+        folder = self._artifacts.fetch_checkpoint(steps[-1]) if steps else None
+        return read_pictures(self._spec, self._artifacts, pinned_uploads(facts_of(folder))), folder
+
+    def _load(self, pictures: Pictures, checkpoint_folder: Path | None) -> _Loaded:
+        spec = self._spec
+        family, lora = load_model(
+            spec, self._models, self._device, paths_allowed=self._paths_allowed, workers=self._peers.world_size
+        )
+        store = self._artifacts.store_sample if self._peers.rank == 0 else store_nowhere
+        previews = Previews(
+            family, lora, spec.sample, name=spec.name, scratch=self._scratch, store=store,
+            is_split=spec.train.strategy == "fsdp" and self._peers.world_size > 1,
+        )  # fmt: skip
         previews.check(family)
         uses = plan_all_uses(spec, pictures, size_multiple=family.size_multiple)
         checkpoint = None
@@ -251,20 +301,7 @@ class Preparation:
             checkpoint = read_checkpoint(checkpoint_folder, expected=dict(lora.named_parameters()))
         elif spec.network.pretrained is not None:
             begin_from(lora, family, self._pretrained(spec.network.pretrained))
-        cache = build_cache(
-            family,
-            uses,
-            on_progress=lambda done, total: self._stage("caching", done=done, of=total),
-            should_stop=self._should_stop if self._stops_while_caching else None,
-            encodings=self._encodings(family),
-        )
-        self._kept.prune()
-        if cache is None or self._should_stop():
-            return None
-        watched = spec.validation
-        warnings = [*warnings_of(pictures), *without_effect(spec, family)]
-        validation = None if watched is None else Validation(watched, cache, batch_size=spec.train.batch_size)
-        return Prepared(family, lora, cache, checkpoint, pictures.uploads, previews, validation, warnings)
+        return _Loaded(family, lora, previews, uses, checkpoint, self._encodings(family))
 
     def _captioned(self, pictures: Pictures) -> Pictures | None:
         """With the captions that were asked for; None when asked to stop."""
@@ -282,7 +319,8 @@ class Preparation:
             device=self._device,
             paths_allowed=self._paths_allowed,
             on_progress=lambda done, total: self._stage("captioning", done=done, of=total),
-            should_stop=self._should_stop if self._stops_while_caching else None,
+            should_stop=self._should_stop,
+            peers=self._peers,
         )
         return None if captioned is None else replace(pictures, datasets=captioned)
 

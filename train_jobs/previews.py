@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusion.adapter import TrainableLora
 from diffusion.engine import Engine, GenerateRequest, LoraRef, size_of
+from diffusion.engine.memory import Memory
 from diffusion.families import Family
 from diffusion.images import CONTENT_TYPES, EXTENSIONS, ImageFormat, encode_image
 from diffusion.lora import save_lora
@@ -17,16 +18,29 @@ FORMATS: dict[str, ImageFormat] = {"jpg": "jpeg", "png": "png", "webp": "webp"}
 StoreSample = Callable[[int, int, str, bytes, str], str]
 
 
+def _unmeasured() -> Memory:
+    """What one worker finds free must not decide what all of them do."""
+    return Memory(None, None)
+
+
+def store_nowhere(step: int, index: int, extension: str, data: bytes, content_type: str) -> str:
+    """For a worker that makes pictures only because another, which stores them, cannot make them alone."""
+    return f"{step}-{index}"
+
+
 class Previews:
     """Makes the pictures of a `SampleSpec` with the adapter as it is at a step, and stores them.
 
-    `store` takes step, index, extension, data and content type, and returns the key.
+    `store` takes step, index, extension, data and content type, and returns the key. Where the model `is_split` over
+    the workers, pictures are made one by one, so that all workers call it in the same order.
     """
 
     def __init__(
-        self, family: Family, lora: TrainableLora, spec: SampleSpec, *, name: str, scratch: Path, store: StoreSample
-    ) -> None:
-        self._engine = Engine(family, adapter_bytes_max=0)
+        self, family: Family, lora: TrainableLora, spec: SampleSpec, *, name: str, scratch: Path, store: StoreSample,
+        is_split: bool = False,
+    ) -> None:  # fmt: skip
+        self._engine = Engine(family, adapter_bytes_max=0, memory=_unmeasured if is_split else None)
+        self._is_split = is_split
         self._lora = lora
         self._spec = spec
         self._name = name
@@ -56,7 +70,8 @@ class Previews:
         path = self._scratch / "preview.safetensors"
         save_lora(path, self._lora.file_state(), metadata=self._lora.metadata(title=self._name))
         requests = [self._request(i, (self._ref(path, p),)) for i, p in enumerate(self._spec.previews)]
-        images = self._engine.generate(requests, should_stop=should_stop)
+        calls = [[request] for request in requests] if self._is_split else [requests]
+        images = [image for call in calls for image in self._engine.generate(call, should_stop=should_stop)]
         kind = FORMATS[self._spec.format]
         for index, image in enumerate(images):
             data = encode_image(image.image, kind, settings=image.settings)

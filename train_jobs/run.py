@@ -28,6 +28,7 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tenacity import Retrying, before_sleep_log, retry_if_exception_type, stop_after_attempt, wait_fixed
 
 from storage.actor import NAMESPACE, StorageClient
@@ -48,7 +49,7 @@ from train_jobs.errors import ConfigInvalid, TrainingError, TrainingInterrupted
 from train_jobs.failures import find_training_error
 from train_jobs.launcher import SUBMISSION_ID_ENV
 from train_jobs.local_datasets import upload_local_datasets
-from train_jobs.spec import TrainSpec, spec_from_json
+from train_jobs.spec import TrainSpec, WorkersSpec, spec_from_json
 from train_jobs.worker import WorkerConfig, train_worker
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ BOARD_TIMEOUT_S = 10.0
 JOIN_ATTEMPTS_MAX = 3
 JOIN_INTERVAL_S = 2.0
 WORKER_FAILURES_MAX = 2
+RESIZE_INTERVAL_S = 600.0
+"""More workers cost what was trained since the last checkpoint, so they are not looked for all the time."""
 KEPT_FOLDER = ".cache/raylora/kept"
 
 
@@ -181,8 +184,10 @@ def read_config(path: Path) -> TrainSpec:
 
 def _run(jobs: BlockingJobs, config: JobsConfig, record: JobRecord, owner: str) -> ExitCode:
     record = jobs.start(record.id, owner, worker_id=ray.get_runtime_context().get_node_id())
-    board = ray.remote(RunBoard).options(num_cpus=0).remote()
-    scaling = scaling_for(config, ray.cluster_resources())
+    # On the driver's own node: on a worker's it would be lost with it, and tell the others that the driver is gone.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(RunBoard).options(num_cpus=0, scheduling_strategy=here).remote()
+    scaling = scaling_for(config, ray.cluster_resources(), TrainSpec.model_validate(record.request).workers)
     work = WorkerConfig(
         process_id=record.id,
         tenant=record.tenant,
@@ -193,6 +198,7 @@ def _run(jobs: BlockingJobs, config: JobsConfig, record: JobRecord, owner: str) 
         s3=config.s3,
         breaker=config.breaker,
         use_gpu=bool(scaling.use_gpu),
+        workers=scaling.max_workers,
         kept_folder=str(Path.home() / KEPT_FOLDER),
     )
 
@@ -234,13 +240,23 @@ async def remove_train_files(store: ObjectStore, prefix: str, counters: Counters
         logger.warning("the files of Ray Train were left behind (%s)", error.code)
 
 
-def scaling_for(config: JobsConfig, resources: dict[str, float]) -> ScalingConfig:
-    """Workers of one GPU each where the cluster has GPUs, else on CPUs; a setting overrides that."""
+def scaling_for(config: JobsConfig, resources: dict[str, float], workers: WorkersSpec | None = None) -> ScalingConfig:
+    """Workers of one GPU each where the cluster has GPUs, else on CPUs; a setting overrides that.
+
+    A range of `workers` makes the training elastic: Ray Train starts as many as there is room for, also after some were
+    lost, and looks now and then whether there is room for more.
+    """
     gpus = config.gpus_per_training_worker
     if gpus is None:
         gpus = 1.0 if resources.get("GPU", 0) >= 1 else 0.0
     per_worker = {"CPU": config.cpus_per_training_worker} | ({"GPU": gpus} if gpus > 0 else {})
-    return ScalingConfig(num_workers=config.training_workers, use_gpu=gpus > 0, resources_per_worker=per_worker)
+    count: int | tuple[int, int] = config.training_workers
+    if workers is not None:
+        count = workers.max if workers.min == workers.max else (workers.min, workers.max)
+    return ScalingConfig(
+        num_workers=count, use_gpu=gpus > 0, resources_per_worker=per_worker,
+        elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
+    )  # fmt: skip
 
 
 def explain(error: BaseException) -> TrainingError:

@@ -181,6 +181,7 @@ class OptimizeSpec(_Spec):
     `ema_decay`: an average of the weights is kept, and is what previews show and the result holds. With
     `train_text_encoder` the text encoders get adapters too, at their own rate if one is given.
     `regularisation_weight` multiplies the loss of regularisation pictures.
+    `strategy`: with several workers each holds the whole model (ddp), or a share of the denoiser's weights (fsdp).
     """
 
     steps: int = Field(default=1000, ge=1, le=1_000_000)
@@ -201,6 +202,13 @@ class OptimizeSpec(_Spec):
     regularisation_weight: float = Field(default=1.0, ge=0.0, le=1000.0)
     gradient_checkpointing: bool = False
     compile: bool = False
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+
+    @model_validator(mode="after")
+    def _is_not_compiled_in_parts(self) -> "OptimizeSpec":
+        if self.strategy == "fsdp" and self.compile:
+            raise ValueError("a model that is split over workers (fsdp) cannot be compiled")
+        return self
 
     @model_validator(mode="after")
     def _fits_prodigy(self) -> "OptimizeSpec":
@@ -303,10 +311,28 @@ class QuantizeSpec(_Spec):
         return self.denoiser is not None or self.text_encoders is not None
 
 
+class WorkersSpec(_Spec):
+    """How many workers train together: `max` where the cluster has room for them, and never less than `min`.
+
+    A step is `max` workers' samples also where fewer train, so that the result does not depend on how many do. When
+    workers are lost, the training goes on from its last checkpoint with those that the cluster has room for.
+    """
+
+    min: int = Field(default=1, ge=1, le=1024)
+    max: int = Field(default=1, ge=1, le=1024)
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> "WorkersSpec":
+        if self.min > self.max:
+            raise ValueError("min must not be above max")
+        return self
+
+
 class TrainSpec(_Spec):
     """A whole LoRA training. `model` is an alias the server knows or a Hugging Face id `org/name`.
 
-    `family` is what the author takes the model for; a model of another family is then refused.
+    `family` is what the author takes the model for; a model of another family is then refused. Without `workers` there
+    are as many as the instance is set to.
     """
 
     name: str = Field(pattern=NAME_PATTERN)
@@ -319,6 +345,7 @@ class TrainSpec(_Spec):
     sample: SampleSpec = SampleSpec()
     validation: ValidationSpec | None = None
     captioning: CaptioningSpec | None = None
+    workers: WorkersSpec | None = None
     family: str | None = Field(default=None, pattern=r"^[a-z0-9_]{1,40}$")
     trigger_word: str | None = Field(default=None, max_length=100)
     subject_id: str | None = Field(default=None, pattern=DATASET_PATTERN)
@@ -327,6 +354,14 @@ class TrainSpec(_Spec):
     def _can_be_quantized(self) -> "TrainSpec":
         if self.quantize.is_on and self.network.type == "dora":
             raise ValueError("a quantised model cannot carry a DoRA, which needs its weights' lengths")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_sharded(self) -> "TrainSpec":
+        if self.train.strategy == "fsdp" and self.quantize.is_on:
+            raise ValueError("a quantised model cannot be split over workers (fsdp): choose one of the two")
+        if self.train.strategy == "fsdp" and self.network.type == "dora":
+            raise ValueError("a model that is split over workers (fsdp) cannot carry a DoRA, which needs whole weights")
         return self
 
     def is_remote_safe(self) -> bool:

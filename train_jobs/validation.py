@@ -30,9 +30,13 @@ class Validation:
         """The mean loss over all pictures and places, noted for `step`."""
         total = torch.zeros(2, dtype=torch.float64)
         work = [(batch, place) for batch in self._batches for place in self._spec.places]
-        for batch, place in work[peers.rank :: peers.world_size]:
+        for turn in range(-(-len(work) // peers.world_size)):
+            # A worker without work computes the last once more: split models need all workers in every turn.
+            index = turn * peers.world_size + peers.rank
+            batch, place = work[min(index, len(work) - 1)]
             losses_B = sampler.validation_losses(batch, place)
-            total += torch.tensor([float(losses_B.sum()), len(losses_B)], dtype=torch.float64)
+            if index < len(work):
+                total += torch.tensor([float(losses_B.sum()), len(losses_B)], dtype=torch.float64)
         peers.sum_(total)
         loss = float(total[0] / total[1])
         self.losses = [(at, value) for at, value in self.losses if at < step] + [(step, loss)]

@@ -41,12 +41,16 @@ from train_jobs.spec import TrainSpec
 
 logger = logging.getLogger(__name__)
 
+WORKERS = "workers"
+"""Among a checkpoint's facts: of how many workers' batches a step is made."""
+
 
 @dataclass(frozen=True)
 class WorkerConfig:
     """What the driver gives to every worker. `s3` hides its secrets when printed.
 
-    `kept_folder` is where a node keeps what later trainings can use again; None for the object store alone.
+    `workers` is how many workers a step's samples are for, however many there are at a time. `kept_folder` is where a
+    node keeps what later trainings can use again; None for the object store alone.
     """
 
     process_id: str
@@ -57,6 +61,7 @@ class WorkerConfig:
     s3: S3Settings
     breaker: BreakerSettings
     use_gpu: bool
+    workers: int = 1
     kept_folder: str | None = None
 
 
@@ -127,6 +132,7 @@ class Training:
     ) -> None:
         self._spec = TrainSpec.model_validate(config.spec)
         self._config = config
+        self._workers = max(config.workers, peers.world_size)
         self._artifacts = artifacts
         self._scratch = scratch
         self._device = device
@@ -171,7 +177,7 @@ class Training:
             paths_allowed=self._config.paths_allowed,
             stage=self._reporter.stage,
             should_stop=self._should_stop,
-            stops_while_caching=self._peers.world_size == 1,
+            peers=self._peers,
         ).run()
 
     def _train(self, prepared: Prepared) -> dict[str, Any]:
@@ -189,6 +195,7 @@ class Training:
                 set_dropout=prepared.lora.set_dropout,
             ),
             validation=prepared.validation,
+            share_of=self._share_of(prepared),
         )
         resumed: dict[str, Any] = {}
         if prepared.checkpoint is not None:
@@ -210,6 +217,11 @@ class Training:
             return {"failure": _failure(failure)}
         return self._finish(prepared, loop, outcome)
 
+    def _share_of(self, prepared: Prepared) -> int:
+        """How many workers' batches make a step; a continued training keeps what it began with."""
+        began_with = None if prepared.checkpoint is None else prepared.checkpoint.facts.get(WORKERS)
+        return began_with if isinstance(began_with, int) and began_with > 0 else self._workers
+
     def _after_step(self, loop: TrainingLoop, prepared: Prepared, *, is_last: bool) -> None:
         step, total = loop.step, self._spec.train.steps
         is_best = prepared.validation is not None and prepared.validation.best_step == step
@@ -222,7 +234,9 @@ class Training:
     def _save(self, loop: TrainingLoop, prepared: Prepared) -> None:
         if self._peers.rank == 0:
             folder = self._scratch / f"saving-{loop.step}"
-            paths = write_checkpoint(folder, loop.state(), facts={"uploads": prepared.uploads})
+            paths = write_checkpoint(
+                folder, loop.state(), facts={"uploads": prepared.uploads, WORKERS: self._share_of(prepared)}
+            )
             best = None if prepared.validation is None else prepared.validation.best_step
             self._artifacts.store_checkpoint(loop.step, paths, keep=self._spec.save.keep, best=best)
             shutil.rmtree(folder)
@@ -230,13 +244,17 @@ class Training:
         self._report_to_train({"step": loop.step, "loss": loop.smoothed_loss})
 
     def _make_previews(self, loop: TrainingLoop, prepared: Prepared, step: int) -> None:
-        """A preview that cannot be made does not end the training; it is noted in the output."""
-        if self._peers.rank != 0:
+        """A preview that cannot be made does not end the training; it is noted in the output.
+
+        Of a model that is split over the workers all of them make it, and none stops before the others.
+        """
+        is_split = self._spec.train.strategy == "fsdp" and self._peers.world_size > 1
+        if self._peers.rank != 0 and not is_split:
             return
         self._reporter.stage("sampling", step=step)
         try:
             with loop.averaged():
-                prepared.previews.make(step, self._should_stop)
+                prepared.previews.make(step, (lambda: False) if is_split else self._should_stop)
         except Cancelled:
             logger.info("previews at step %d were left out: the training is to stop", step)
         except OutOfGpuMemory:

@@ -14,9 +14,15 @@ from transformers import (
     Blip2Processor,
     BlipImageProcessorPil,
     CLIPImageProcessorPil,
+    Florence2Config,
+    Florence2ForConditionalGeneration,
+    Florence2Processor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
 )
 
 from diffusion.testing import qwen_tokenizer
@@ -95,10 +101,77 @@ def _write_llava(folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
+def _write_qwen_vl(folder: Path) -> None:
+    """As on the hub: with a part for videos, which transformers makes only where torchvision is installed."""
+    tokenizer = qwen_tokenizer()
+    marks = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    tokenizer.add_tokens(marks, special_tokens=True)
+    image_id, video_id, start_id, end_id = (tokenizer.convert_tokens_to_ids(mark) for mark in marks)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for part in m.content %}"
+        "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+        "{% endfor %}{% endfor %}:"
+    )
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512,
+            "initializer_range": 0.5,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+        },
+        vision_config={
+            "depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 16,
+            "patch_size": PATCH_PX, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": SIDE_PX,
+            "fullatt_block_indexes": [0],
+        },
+        image_token_id=image_id, video_token_id=video_id, vision_start_token_id=start_id, vision_end_token_id=end_id,
+    )  # fmt: skip
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(
+        patch_size=PATCH_PX, merge_size=2, temporal_patch_size=2, min_pixels=SIDE_PX**2, max_pixels=4 * SIDE_PX**2
+    ).save_pretrained(folder)
+
+
+def _write_florence2(folder: Path) -> None:
+    tokenizer = _tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.image_token, tokenizer.image_token_id = "<image>", tokenizer.convert_tokens_to_ids("<image>")
+    image = CLIPImageProcessorPil(size={"height": 2 * SIDE_PX, "width": 2 * SIDE_PX}, do_center_crop=False)
+    image.image_seq_length = 17
+    config = Florence2Config(
+        text_config={
+            "model_type": "bart", "vocab_size": len(tokenizer), "d_model": 16, "encoder_layers": 1,
+            "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32,
+            "decoder_ffn_dim": 32, "max_position_embeddings": 256, "init_std": 0.5,
+            "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id, "decoder_start_token_id": tokenizer.eos_token_id,
+            "forced_eos_token_id": None,
+        },
+        vision_config={
+            "depths": (1, 1), "patch_size": (7, 3), "patch_stride": (4, 2), "patch_padding": (3, 1),
+            "patch_prenorm": (False, True), "embed_dim": (8, 16), "num_heads": (2, 2), "num_groups": (2, 2),
+            "window_size": 4, "projection_dim": 16, "max_temporal_embeddings": 10, "max_position_embeddings": 10,
+            "drop_path_rate": 0.0,
+        },
+        image_token_id=tokenizer.image_token_id,
+    )  # fmt: skip
+    Florence2ForConditionalGeneration(config).save_pretrained(folder)
+    Florence2Processor(image, tokenizer).save_pretrained(folder)
+
+
+WRITERS = {
+    "blip2": _write_blip2,
+    "llava": _write_llava,
+    "qwen_vl": _write_qwen_vl,
+    "florence2": _write_florence2,
+}
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     found: dict[str, str] = {}
-    for name, write in {"blip2": _write_blip2, "llava": _write_llava}.items():
+    for name, write in WRITERS.items():
         folder = tmp_path_factory.mktemp(name)
         torch.manual_seed(4)
         write(folder)
@@ -131,7 +204,7 @@ def _caption(spec: CaptioningSpec, pictures: Pictures, kept: Kept, models: dict[
     return result, progress
 
 
-@pytest.mark.parametrize("name", ["blip2", "llava"])
+@pytest.mark.parametrize("name", WRITERS)
 def test_pictures_without_a_text_get_one_and_the_others_keep_theirs(
     name: str, pictures: Pictures, kept: Kept, models: dict[str, str]
 ) -> None:

@@ -62,3 +62,19 @@ def test_a_file_that_would_be_refused_is_reported_and_not_raised(
     report: dict[str, Any] = found.as_json()
     assert report["run"] is None
     assert report["counts"][verdict] == 1
+
+
+@pytest.mark.parametrize(("written", "pictures"), [({"min": 1, "max": 4}, 4), (2, 2)])
+def test_workers_are_asked_for_in_the_process_of_a_config(written: Any, pictures: int) -> None:
+    process = {
+        "type": "sd_trainer", "network": {"type": "lora", "linear": 4}, "model": {"name_or_path": "tiny"},
+        "datasets": [{"folder_path": "cats"}], "train": {"lr": 1e-4, "steps": 10, "strategy": "fsdp"},
+        "workers": written,
+    }  # fmt: skip
+    check = check_train_yaml({"job": "extension", "config": {"name": "a", "process": [process]}})
+    assert check.run is not None
+    assert check.run["workers"]["max"] == check.run["pictures_per_step"] == pictures
+    assert check.run["strategy"] == "fsdp"
+    process["workers"] = {"min": 0, "max": 1}
+    refused = check_train_yaml({"job": "extension", "config": {"name": "a", "process": [process]}})
+    assert [key.path for key in refused.keys if key.verdict == "invalid"] == ["config.process[0].workers.min"]

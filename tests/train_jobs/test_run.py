@@ -6,9 +6,12 @@ import pytest
 
 from storage.counters import CLEANUP_FAILURES, Tally
 from storage.errors import StorageUnavailable
+from storage.jobs_config import JobsConfig
 from storage.keys import Keys
+from storage.settings import RecordsSettings, S3Settings
 from storage.testing import InMemoryStore
-from train_jobs.run import remove_train_files
+from train_jobs.run import remove_train_files, scaling_for
+from train_jobs.spec import WorkersSpec
 
 KEYS = Keys("raylora", "default")
 PROCESS = "train_0123456789ab"
@@ -39,3 +42,16 @@ async def test_files_that_cannot_be_removed_are_counted_and_fail_no_training(ope
     await remove_train_files(store, KEYS.ray_train_prefix(PROCESS), tally)
 
     assert tally.counts()[CLEANUP_FAILURES] == {"ray_train_files": 1}
+
+
+@pytest.mark.parametrize(
+    ("workers", "expected"),
+    [(None, 3), (WorkersSpec(min=2, max=2), 2), (WorkersSpec(min=1, max=4), (1, 4))],
+)
+def test_a_training_has_the_workers_it_asks_for_else_those_of_the_instance(
+    workers: WorkersSpec | None, expected: int | tuple[int, int]
+) -> None:
+    config = JobsConfig(records=RecordsSettings(url="sqlite:///x"), s3=S3Settings(), training_workers=3)
+    scaling = scaling_for(config, {"CPU": 8, "GPU": 2}, workers)
+    assert (scaling.num_workers, scaling.use_gpu) == (expected, True)
+    assert scaling.elasticity_enabled == isinstance(expected, tuple)

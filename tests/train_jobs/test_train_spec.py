@@ -97,3 +97,24 @@ def test_the_modules_of_the_http_side_do_not_import_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quantize": {"denoiser": "int8"}},
+        {"network": {"type": "dora"}},
+        {"train": {"strategy": "fsdp", "compile": True}},
+    ],
+)
+def test_what_a_split_model_cannot_be_is_refused_by_name(change: dict[str, Any]) -> None:
+    plain = {"name": "a", "model": "tiny", "datasets": [{"dataset": "cats"}], "train": {"strategy": "fsdp"}}
+    assert spec_from_json(TrainSpec, plain).train.strategy == "fsdp"
+    with pytest.raises(ConfigInvalid, match="fsdp"):
+        spec_from_json(TrainSpec, plain | change)
+
+
+def test_a_range_of_workers_has_its_ends_in_order() -> None:
+    plain = {"name": "a", "model": "tiny", "datasets": [{"dataset": "cats"}]}
+    with pytest.raises(ConfigInvalid, match=r"workers.*min must not be above max"):
+        spec_from_json(TrainSpec, plain | {"workers": {"min": 3, "max": 2}})

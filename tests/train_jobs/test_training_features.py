@@ -27,6 +27,7 @@ from train_jobs.peers import Alone
 from train_jobs.samples import Sampler
 from train_jobs.schedules import learning_rate_at
 from train_jobs.spec import DatasetSpec, OptimizerSpec, OptimizeSpec, ScheduleSpec, ValidationSpec
+from train_jobs.testing import ThreadPeers
 from train_jobs.validation import Validation
 
 Write = Callable[..., Path]
@@ -158,30 +159,13 @@ def test_text_encoders_train_at_their_own_rate(make: Make) -> None:
     assert max(value for name, value in moved.items() if name.startswith("unet.")) > 1e-3
 
 
-class _Barrier:
-    """Workers as threads of one process, in step."""
-
-    def __init__(self, rank: int, slots: list[Tensor | None], barrier: threading.Barrier) -> None:
-        self.rank, self.world_size = rank, len(slots)
-        self._slots, self._barrier = slots, barrier
-
-    def sum_(self, tensor: Tensor) -> None:
-        self._slots[self.rank] = tensor.clone()
-        self._barrier.wait()
-        total = torch.stack([slot for slot in self._slots if slot is not None]).sum(0)
-        self._barrier.wait()
-        tensor.copy_(total)
-
-
 def test_one_two_and_four_workers_have_the_same_losses_for_the_same_global_batch(make: Make) -> None:
     alone = make(_spec(batch_size=4))
     alone.run()
     losses = {1: [loss for _, loss in alone.history]}
     watched = {1: [loss for _, loss in alone.state().validation]}
     for count in (2, 4):
-        slots: list[Tensor | None] = [None] * count
-        barrier = threading.Barrier(count, timeout=60)
-        loops = [make(_spec(batch_size=4 // count), peers=_Barrier(rank, slots, barrier)) for rank in range(count)]
+        loops = [make(_spec(batch_size=4 // count), peers=peers) for peers in ThreadPeers.together(count)]
         threads = [threading.Thread(target=loop.run) for loop in loops]
         for thread in threads:
             thread.start()

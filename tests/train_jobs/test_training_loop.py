@@ -21,6 +21,7 @@ from train_jobs.data import plan_uses, read_folder
 from train_jobs.errors import NonFiniteLoss
 from train_jobs.loop import Callbacks, Peers, Progress, TrainingLoop, learning_rate_at
 from train_jobs.spec import DatasetSpec, OptimizeSpec, ScheduleSpec
+from train_jobs.testing import ThreadPeers
 
 
 def _spec(**fields: Any) -> OptimizeSpec:
@@ -117,23 +118,6 @@ def test_accumulated_batches_equal_one_bigger_batch(make_loop: Callable[..., Tra
         assert _difference(_first_moments(big), _first_moments(small)) <= 1e-7
 
 
-class _ThreadPeers:
-    """Workers as threads of one process, in step."""
-
-    def __init__(self, rank: int, slots: list[Tensor | None], barrier: threading.Barrier) -> None:
-        self.rank = rank
-        self.world_size = len(slots)
-        self._slots = slots
-        self._barrier = barrier
-
-    def sum_(self, tensor: Tensor) -> None:
-        self._slots[self.rank] = tensor.clone()
-        self._barrier.wait()
-        total = torch.stack([slot for slot in self._slots if slot is not None]).sum(0)
-        self._barrier.wait()
-        tensor.copy_(total)
-
-
 def _run_together(loops: list[TrainingLoop]) -> list[NonFiniteLoss | None]:
     errors: list[NonFiniteLoss | None] = [None] * len(loops)
 
@@ -152,9 +136,7 @@ def _run_together(loops: list[TrainingLoop]) -> list[NonFiniteLoss | None]:
 
 
 def _pair(make_loop: Callable[..., TrainingLoop], spec: OptimizeSpec) -> list[TrainingLoop]:
-    slots: list[Tensor | None] = [None, None]
-    barrier = threading.Barrier(2, timeout=30)
-    return [make_loop(spec, Callbacks(), _ThreadPeers(rank, slots, barrier)) for rank in range(2)]
+    return [make_loop(spec, Callbacks(), peers) for peers in ThreadPeers.together(2)]
 
 
 @pytest.mark.parametrize("steps", [1, 6])
