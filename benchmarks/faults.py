@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import base64
 import fcntl
+import io
 import json
 import os
 import platform
@@ -34,6 +35,7 @@ from typing import Any
 
 import psutil
 from faults_instance import FINAL, TITLES, Client, Evidence, sha256_of, victims, wait_for
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -162,7 +164,8 @@ class Cell:
         self._uploaded(self.client.run(wait_s=60.0, type="upload_training_data", **_inline(name, files)), files)
 
     def _upload_by_run(self) -> None:
-        name, files = self._some_pictures(24)
+        """Large enough that `/run` answers before the upload has ended."""
+        name, files = f"d{self.stand.random.randrange(10**9)}", self.stand.large
         self._uploaded(self.client.run(type="upload_training_data", **_inline(name, files)), files)
 
     def _upload_presigned(self) -> None:
@@ -380,12 +383,20 @@ class Stand:
         self.random = random.Random(seed)
         self.baseline: list[Job] = []
         self.seen_files: set[str] = set()
+        self.large = [(f"noise-{number}.png", _noise(self.random)) for number in range(8)]
         client = Client(self.url, self.key)
         files = [(path.name, path.read_bytes()) for path in PICTURES]
         answer = client.run(wait_s=120.0, type="upload_training_data", **_inline("zib", files))
         assert answer.body.get("status") == "COMPLETED", answer
         answer = client.run(wait_s=120.0, prompt="a red star", width=64, height=64, num_inference_steps=2)
         assert answer.body.get("status") == "COMPLETED", answer
+
+
+def _noise(chance: random.Random) -> bytes:
+    """A PNG of 0.8 MB."""
+    data = io.BytesIO()
+    Image.frombytes("RGB", (512, 512), chance.randbytes(512 * 512 * 3)).save(data, "png")
+    return data.getvalue()
 
 
 def _inline(name: str, files: list[tuple[str, bytes]]) -> dict[str, Any]:
@@ -411,7 +422,7 @@ def cells(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
 
 
 def write(file: Path, result: dict[str, Any]) -> None:
-    """Add one cell, in the place of an earlier one of the same name. Runs of other victims may write at the same time."""
+    """Add one cell, in the place of an earlier one of its name. Runs of other victims may write at the same time."""
     with (Path(tempfile.gettempdir()) / f"{file.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         _write(file, result)
