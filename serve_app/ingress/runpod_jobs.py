@@ -44,6 +44,9 @@ from storage.job_state import JobKind, JobState
 
 logger = logging.getLogger(__name__)
 
+# Several of these are within the silence after which the reply table gives a process up.
+KEEP_INTERVAL_S = 5.0
+
 
 @dataclass(frozen=True)
 class Submission:
@@ -63,6 +66,8 @@ class RunpodJobs:
         self._services = services
         self._new_uuid = new_uuid
         self._tasks: set[asyncio.Task[str]] = set()
+        self._owner = f"ingress-{uuid.uuid4().hex[:12]}"
+        self._keeping: asyncio.Task[None] | None = None
         self._watched = WatchedRecords(services.jobs)
         # Of jobs that a request of this process waits for: None until they have ended.
         self._awaited: dict[tuple[str, str], Reply | None] = {}
@@ -103,7 +108,7 @@ class RunpodJobs:
         if watched is not None and (wait_s <= 0 or watched.state.is_terminal):
             return await status_object(services, watched, request_id)
         until = loop.time() + wait_s
-        reply = await services.dispatch.wait_reply(tenant, runpod_id, wait_s)
+        reply = await self._reply(tenant, runpod_id, wait_s)
         if reply is not None:
             return reply_view(runpod_id, reply, services.clock(), services.worker_id)
         record = await self._record(tenant, runpod_id)
@@ -121,7 +126,7 @@ class RunpodJobs:
         """
         services, loop = self._services, asyncio.get_running_loop()
         until = loop.time() + wait_s
-        reply = await services.dispatch.wait_reply(tenant, runpod_id, wait_s)
+        reply = await self._reply(tenant, runpod_id, wait_s)
         if reply is not None:
             return reply_stream(reply, is_first=await services.dispatch.drain_reply(tenant, runpod_id))
         record = await self._record(tenant, runpod_id)
@@ -129,7 +134,7 @@ class RunpodJobs:
 
     async def cancel(self, tenant: str, runpod_id: str) -> dict[str, Any]:
         """Asks the job to stop. A job that has ended is told as it ended. Raises RunpodJobNotFound."""
-        reply = await self._services.dispatch.wait_reply(tenant, runpod_id, 0.0)
+        reply = await self._reply(tenant, runpod_id, 0.0)
         if reply is not None:
             return {"id": runpod_id, "status": reply.status}
         record = await self._record(tenant, runpod_id)
@@ -145,7 +150,7 @@ class RunpodJobs:
 
     async def retry(self, tenant: str, runpod_id: str) -> dict[str, Any]:
         """Queues a FAILED or TIMED_OUT job again. Raises RunpodJobNotFound, RunpodJobNotRetryable, JobNotRetryable."""
-        if await self._services.dispatch.wait_reply(tenant, runpod_id, 0.0) is not None:
+        if await self._reply(tenant, runpod_id, 0.0) is not None:
             raise RunpodJobNotRetryable
         record = await self._record(tenant, runpod_id)
         if is_accepted_only(record):
@@ -189,6 +194,9 @@ class RunpodJobs:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.gather(self._keeping, return_exceptions=True)
 
     async def _begin(self, call: Submission) -> tuple[str, asyncio.Task[str] | None]:
         """The job's id, and its task; no task where the same request was sent before."""
@@ -202,6 +210,7 @@ class RunpodJobs:
             runpod_id,
             kept_s=limits.runsync_result_kept_s if sync else limits.run_result_kept_s,
             fingerprint=self._fingerprint(call, envelope, digest),
+            owner=self._owner,
         )
         if known != runpod_id:
             return known, None
@@ -217,7 +226,18 @@ class RunpodJobs:
         task = asyncio.create_task(self._execute(context, envelope.input))
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        if self._keeping is None or self._keeping.done():
+            self._keeping = asyncio.create_task(self._keep())
         return runpod_id, task
+
+    async def _keep(self) -> None:
+        """Tell the reply table, while there is work, that this process is still at it."""
+        while self._tasks:
+            await asyncio.sleep(KEEP_INTERVAL_S)
+            try:
+                await self._services.dispatch.keep_replies(self._owner)
+            except ServiceUnavailable:
+                logger.warning("The dispatcher could not be told that %d jobs are under way", len(self._tasks))
 
     def _ended(self, task: asyncio.Task[str]) -> None:
         self._tasks.discard(task)
@@ -316,6 +336,13 @@ class RunpodJobs:
         except ServiceUnavailable:
             # The record is queued; the dispatcher finds it at its next look.
             return
+
+    async def _reply(self, tenant: str, runpod_id: str, wait_s: float) -> Reply | None:
+        """None where a record answers for the job, or nobody knows it."""
+        reply = await self._services.dispatch.wait_reply(tenant, runpod_id, wait_s)
+        if reply is not None and reply.is_interrupted and await self._found(tenant, runpod_id) is not None:
+            return None
+        return reply
 
     async def _record(self, tenant: str, runpod_id: str) -> JobRecord:
         """Raises RunpodJobNotFound: unknown, another tenant's, or no longer kept."""
