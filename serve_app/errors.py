@@ -237,6 +237,12 @@ class OutboundFailed(ServeError):
         self.reason = reason
 
 
+class JobInterrupted(ServeError):
+    """The process that did a job without a record was lost before the job had ended."""
+
+    code = "job_interrupted"
+
+
 class ServiceUnavailable(ServeError):
     """`part` is the name of the internal part: jobs, validation, dispatch, inference."""
 

@@ -117,9 +117,16 @@ class HandleDispatch:
         load: DispatchLoad = await answer(DISPATCH, self._handle.load.remote(), CALL_TIMEOUT_S)
         return load
 
-    async def open_reply(self, tenant: str, runpod_id: str, *, kept_s: float, fingerprint: Fingerprint | None) -> str:
-        response = self._handle.open_reply.remote(tenant, runpod_id, kept_s=kept_s, fingerprint=fingerprint)
+    async def open_reply(
+        self, tenant: str, runpod_id: str, *, kept_s: float, fingerprint: Fingerprint | None, owner: str
+    ) -> str:
+        response = self._handle.open_reply.remote(
+            tenant, runpod_id, kept_s=kept_s, fingerprint=fingerprint, owner=owner
+        )
         return str(await answer(DISPATCH, response, CALL_TIMEOUT_S))
+
+    async def hear_from(self, owner: str) -> None:
+        await answer(DISPATCH, self._handle.hear_from.remote(owner), CALL_TIMEOUT_S)
 
     async def settle_reply(
         self, tenant: str, runpod_id: str, *, output: dict[str, Any] | None = None, error: str | None = None

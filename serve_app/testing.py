@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -80,8 +80,13 @@ class LocalDispatch:
     async def load(self) -> DispatchLoad:
         return DispatchLoad(running=0, slots=1)
 
-    async def open_reply(self, tenant: str, runpod_id: str, *, kept_s: float, fingerprint: Fingerprint | None) -> str:
-        return self.replies.open(tenant, runpod_id, kept_s=kept_s, fingerprint=fingerprint)
+    async def open_reply(
+        self, tenant: str, runpod_id: str, *, kept_s: float, fingerprint: Fingerprint | None, owner: str
+    ) -> str:
+        return self.replies.open(tenant, runpod_id, kept_s=kept_s, fingerprint=fingerprint, owner=owner)
+
+    async def hear_from(self, owner: str) -> None:
+        self.replies.hear_from(owner)
 
     async def settle_reply(
         self, tenant: str, runpod_id: str, *, output: dict[str, Any] | None = None, error: str | None = None

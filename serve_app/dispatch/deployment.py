@@ -58,8 +58,13 @@ class Dispatcher:
     async def load(self) -> DispatchLoad:
         return self._dispatcher.load()
 
-    async def open_reply(self, tenant: str, runpod_id: str, *, kept_s: float, fingerprint: Fingerprint | None) -> str:
-        return self._replies.open(tenant, runpod_id, kept_s=kept_s, fingerprint=fingerprint)
+    async def open_reply(
+        self, tenant: str, runpod_id: str, *, kept_s: float, fingerprint: Fingerprint | None, owner: str
+    ) -> str:
+        return self._replies.open(tenant, runpod_id, kept_s=kept_s, fingerprint=fingerprint, owner=owner)
+
+    async def hear_from(self, owner: str) -> None:
+        self._replies.hear_from(owner)
 
     async def settle_reply(
         self, tenant: str, runpod_id: str, *, output: dict[str, Any] | None = None, error: str | None = None

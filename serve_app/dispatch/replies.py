@@ -2,7 +2,8 @@
 
 A record is made for trainings and generations only; every other job type ends within its own request, and its reply is
 kept here for as long as RunPod keeps results. The table is bounded and lives in memory: after a restart of the
-dispatcher these ids answer 404, like expired ones.
+dispatcher these ids answer 404, like expired ones. A job ends with the ingress process that does it: one whose process
+has not been heard of for a while is FAILED.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from serve_app.errors import IdempotencyKeyReused
+from serve_app.errors import IdempotencyKeyReused, JobInterrupted
+from serve_app.ingress.errors import describe
 
 SWEEP_INTERVAL = timedelta(seconds=1)
+WAIT_SLICE_S = 5.0
+OWNER_SILENT_MAX = timedelta(seconds=30)
 ReplyStatus = Literal["IN_QUEUE", "COMPLETED", "FAILED"]
 
 
@@ -25,7 +29,8 @@ ReplyStatus = Literal["IN_QUEUE", "COMPLETED", "FAILED"]
 class Reply:
     """How a job without a record stands. `error` is set exactly where `status` is FAILED.
 
-    Until it ends it is IN_QUEUE: should a record take over, the status then never goes backwards.
+    Until it ends it is IN_QUEUE: should a record take over, the status then never goes backwards. `is_interrupted`: its
+    process was lost, which may have happened after it had made a record and before it could say so here.
     """
 
     status: ReplyStatus
@@ -33,6 +38,7 @@ class Reply:
     finished_at: datetime | None = None
     output: dict[str, Any] | None = None
     error: str | None = None
+    is_interrupted: bool = False
 
     @property
     def is_final(self) -> bool:
@@ -68,6 +74,7 @@ class _Entry:
     reply: Reply
     kept_s: float
     expires_at: datetime
+    owner: str | None = None
     size_bytes: int = 0
     fingerprint: tuple[str, str] | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -99,12 +106,22 @@ class ReplyTable:
         self._pending_max_s = pending_max_s
         self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
         self._seen: OrderedDict[tuple[str, str], _Seen] = OrderedDict()
+        self._heard: dict[str, datetime] = {}
         self._bytes = 0
         self._swept_at = clock()
 
-    def open(self, tenant: str, runpod_id: str, *, kept_s: float, fingerprint: Fingerprint | None) -> str:
+    def open(
+        self,
+        tenant: str,
+        runpod_id: str,
+        *,
+        kept_s: float,
+        fingerprint: Fingerprint | None,
+        owner: str | None = None,
+    ) -> str:
         """Note a job that begins now. Returns `runpod_id`, or the id of the same request that came before.
 
+        `owner` is the process that does it, which must be heard from until it has ended; None is believed for ever.
         Raises IdempotencyKeyReused where the client's key came with another body.
         """
         now = self._clock()
@@ -128,17 +145,28 @@ class ReplyTable:
             return runpod_id
         expires_at = now + timedelta(seconds=self._pending_max_s)
         reply = Reply(status="IN_QUEUE", created_at=now)
-        self._entries[tenant, runpod_id] = _Entry(reply, kept_s, expires_at, fingerprint=mark)
+        self._entries[tenant, runpod_id] = _Entry(reply, kept_s, expires_at, owner, fingerprint=mark)
+        if owner is not None:
+            self._heard[owner] = now
         self._shrink()
         return runpod_id
+
+    def hear_from(self, owner: str) -> None:
+        """That process is still there, and so are the jobs that it opened."""
+        self._heard[owner] = self._clock()
+        self._sweep(self._clock())
 
     def settle(
         self, tenant: str, runpod_id: str, *, output: dict[str, Any] | None = None, error: str | None = None
     ) -> None:
         """Note how the job ended; a second ending is ignored. `error` makes it FAILED."""
         entry = self._entries.get((tenant, runpod_id))
-        if entry is None or entry.reply.is_final:
-            return
+        if entry is not None and not entry.reply.is_final:
+            self._settle(entry, output, error)
+
+    def _settle(
+        self, entry: _Entry, output: dict[str, Any] | None, error: str | None, *, is_interrupted: bool = False
+    ) -> None:
         now = self._clock()
         entry.reply = Reply(
             status="COMPLETED" if error is None else "FAILED",
@@ -146,6 +174,7 @@ class ReplyTable:
             finished_at=now,
             output=output,
             error=error,
+            is_interrupted=is_interrupted,
         )
         entry.expires_at = now + timedelta(seconds=entry.kept_s)
         entry.size_bytes = len(json.dumps(output)) if output is not None else 0
@@ -189,11 +218,18 @@ class ReplyTable:
     async def wait(self, tenant: str, runpod_id: str, timeout_s: float) -> Reply | None:
         """Like `get`, after the job ended, was handed over, or `timeout_s` passed."""
         entry = self._entries.get((tenant, runpod_id))
-        if entry is not None and not entry.reply.is_final:
+        until = asyncio.get_running_loop().time() + timeout_s
+        while entry is not None and not entry.reply.is_final:
+            left_s = until - asyncio.get_running_loop().time()
             try:
-                await asyncio.wait_for(entry.settled.wait(), timeout_s)
+                # In slices, because an owner's silence is only seen by looking.
+                await asyncio.wait_for(entry.settled.wait(), min(left_s, WAIT_SLICE_S))
             except TimeoutError:
-                return self.get(tenant, runpod_id)
+                if left_s <= WAIT_SLICE_S:
+                    break
+                self._sweep(self._clock())
+            else:
+                break
         return self.get(tenant, runpod_id)
 
     def _forget_unnamed(self, entry: _Entry) -> None:
@@ -212,10 +248,24 @@ class ReplyTable:
         if now < self._swept_at + SWEEP_INTERVAL:
             return
         self._swept_at = now
+        self._interrupt(now)
         for key in [key for key, entry in self._entries.items() if entry.expires_at <= now]:
             self._drop(key)
         for mark in [mark for mark, seen in self._seen.items() if seen.expires_at <= now]:
             del self._seen[mark]
+
+    def _interrupt(self, now: datetime) -> None:
+        """End the jobs whose owner is silent."""
+        silent = {owner for owner, heard_at in self._heard.items() if heard_at + OWNER_SILENT_MAX <= now}
+        if not silent:
+            return
+        told = describe(JobInterrupted())
+        for entry in list(self._entries.values()):
+            if entry.owner in silent and not entry.reply.is_final:
+                output = {"error": told.message, "error_type": told.code}
+                self._settle(entry, output, told.message, is_interrupted=True)
+        for owner in silent:
+            del self._heard[owner]
 
     def _shrink(self) -> None:
         """Drop the oldest beyond the bounds; the newest always stays."""

@@ -106,6 +106,7 @@ TABLE: dict[type[BaseException], Row] = {
     s.QueueFull: Row(429, lambda e: f"{e.waiting} generations are waiting. Try again later.", retryable=True),
     s.AddressRefused: Row(400, "This server does not send to that address."),
     s.OutboundFailed: Row(502, "What was sent to that address did not arrive.", retryable=True),
+    s.JobInterrupted: Row(503, "The server lost this job before it had ended. Send it again.", retryable=True),
     s.ServiceUnavailable: Row(503, lambda e: f"The {e.part} service did not answer. Try again.", retryable=True),
     # Objects.
     o.StorageError: Row(503, "The object storage failed.", retryable=True),

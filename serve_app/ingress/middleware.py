@@ -2,7 +2,7 @@
 
 Outermost first: EdgeHeaders -> Guard -> Authentication -> RateLimit (`serve_app.ingress.rate_limits`) -> BodyLimit ->
 routes. `proxy_middlewares` puts EdgeHeaders in front of Serve's own proxy too, because the proxy obeys the two headers
-that clients must not set before any replica sees the request: Serve's environment must have
+that clients must not set before any replica sees the request, and ProxyErrors. Serve's environment must have
 RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.ingress.middleware:proxy_middlewares when it starts.
 """
 
@@ -17,7 +17,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.errors import BodyTooLarge
+from serve_app.errors import BodyTooLarge, ServiceUnavailable
 from serve_app.ingress.auth import KeyRing
 from serve_app.ingress.errors import INTERNAL, describe, where_raised
 from serve_app.ingress.replies import error_response
@@ -101,6 +101,35 @@ class Guard:
             await error_response(error, path=scope["path"], request_id=request_id_of(scope))(scope, receive, send)
 
 
+class ProxyErrors:
+    """Gives the reply that Serve's proxy owes where a replica was lost: it sends none, or an exception's text.
+
+    Every error of the application is JSON, and every one of the proxy is plain text.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        is_owed = True
+
+        async def checked_send(message: Message) -> None:
+            nonlocal is_owed
+            if message["type"] == "http.response.start":
+                kind = Headers(raw=message["headers"]).get("content-type", "")
+                is_owed = message["status"] >= 400 and kind.startswith("text/plain")
+            if not is_owed:
+                await send(message)
+
+        await self._app(scope, receive, checked_send)
+        if is_owed:
+            error = ServiceUnavailable("ingress")
+            await error_response(error, path=scope["path"], request_id=request_id_of(scope))(scope, receive, send)
+
+
 class Authentication:
     """Lets a request through only with a valid key, before its body is read. Sets `scope["state"]["principal"]`."""
 
@@ -157,7 +186,7 @@ class BodyLimit:
 
 def proxy_middlewares() -> list[Middleware]:
     """What Serve's proxy puts in front of itself; see the module's text."""
-    return [Middleware(EdgeHeaders)]
+    return [Middleware(EdgeHeaders), Middleware(ProxyErrors)]
 
 
 def request_id_of(scope: Scope) -> str:

@@ -45,6 +45,9 @@ from storage.job_state import JobKind, JobState
 
 logger = logging.getLogger(__name__)
 
+# Several of these are within the silence after which the reply table gives a process up.
+KEEP_INTERVAL_S = 5.0
+
 
 @dataclass(frozen=True)
 class Submission:
@@ -64,6 +67,8 @@ class RunpodJobs:
         self._services = services
         self._new_uuid = new_uuid
         self._tasks: set[asyncio.Task[str]] = set()
+        self._owner = f"ingress-{uuid.uuid4().hex[:12]}"
+        self._keeping: asyncio.Task[None] | None = None
         self._watched = WatchedRecords(services.jobs)
         self._near = NearReplies(services.dispatch, is_only_one=services.ingress_replicas == 1)
         # Of jobs that a request of this process waits for: None until they have ended.
@@ -128,7 +133,7 @@ class RunpodJobs:
         services, loop = self._services, asyncio.get_running_loop()
         until = loop.time() + wait_s
         await self._near.arrived(tenant, runpod_id)
-        reply = await services.dispatch.wait_reply(tenant, runpod_id, wait_s)
+        reply = await self._shared_reply(tenant, runpod_id, wait_s)
         if reply is not None:
             return reply_stream(reply, is_first=await services.dispatch.drain_reply(tenant, runpod_id))
         record = await self._record(tenant, runpod_id)
@@ -197,17 +202,20 @@ class RunpodJobs:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._near.close()
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.gather(self._keeping, return_exceptions=True)
 
     async def _reply(self, tenant: str, runpod_id: str, wait_s: float) -> Reply | None:
         near = self._near.get(tenant, runpod_id)
-        return near or await self._services.dispatch.wait_reply(tenant, runpod_id, wait_s)
+        return near or await self._shared_reply(tenant, runpod_id, wait_s)
 
     async def _told(self, key: tuple[str, str]) -> None:
         """Tell the shared table of a job that goes on when its request has ended. Raises ServiceUnavailable."""
         telling = self._untold[key]
         if telling is None:
             opened = self._services.dispatch.open_reply(
-                *key, kept_s=self._services.limits.runsync_result_kept_s, fingerprint=None
+                *key, kept_s=self._services.limits.runsync_result_kept_s, fingerprint=None, owner=self._owner
             )
             telling = self._untold[key] = asyncio.ensure_future(opened)
         await asyncio.shield(telling)
@@ -240,6 +248,7 @@ class RunpodJobs:
                 runpod_id,
                 kept_s=limits.runsync_result_kept_s if sync else limits.run_result_kept_s,
                 fingerprint=fingerprint,
+                owner=self._owner,
             )
             if known != runpod_id:
                 return known, None
@@ -256,7 +265,18 @@ class RunpodJobs:
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         task.add_done_callback(lambda _: self._untold.pop((call.tenant, runpod_id), None))
+        if self._keeping is None or self._keeping.done():
+            self._keeping = asyncio.create_task(self._keep())
         return runpod_id, task
+
+    async def _keep(self) -> None:
+        """Tell the reply table, while there is work, that this process is still at it."""
+        while self._tasks:
+            await asyncio.sleep(KEEP_INTERVAL_S)
+            try:
+                await self._services.dispatch.hear_from(self._owner)
+            except ServiceUnavailable:
+                logger.warning("The dispatcher could not be told that %d jobs are under way", len(self._tasks))
 
     def _ended(self, task: asyncio.Task[str]) -> None:
         self._tasks.discard(task)
@@ -360,6 +380,13 @@ class RunpodJobs:
         except ServiceUnavailable:
             # The record is queued; the dispatcher finds it at its next look.
             return
+
+    async def _shared_reply(self, tenant: str, runpod_id: str, wait_s: float) -> Reply | None:
+        """What the shared table has. None where a record answers for the job, or nobody knows it."""
+        reply = await self._services.dispatch.wait_reply(tenant, runpod_id, wait_s)
+        if reply is not None and reply.is_interrupted and await self._found(tenant, runpod_id) is not None:
+            return None
+        return reply
 
     async def _record(self, tenant: str, runpod_id: str) -> JobRecord:
         """Raises RunpodJobNotFound: unknown, another tenant's, or no longer kept."""

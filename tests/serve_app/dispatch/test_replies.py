@@ -41,6 +41,36 @@ def test_what_never_ends_is_forgotten_too() -> None:
     assert replies.get("matt", "a") is None
 
 
+def owned(replies: ReplyTable, name: str, owner: str) -> None:
+    replies.open("matt", name, kept_s=60.0, fingerprint=None, owner=owner)
+
+
+def test_a_job_whose_process_is_silent_has_failed_and_says_so_once() -> None:
+    replies, clock = table()
+    owned(replies, "lost", "silent")
+    owned(replies, "held", "alive")
+    clock.advance(29)
+    replies.hear_from("alive")
+    clock.advance(1)
+    lost, held = replies.get("matt", "lost"), replies.get("matt", "held")
+    assert lost is not None
+    assert held is not None
+    assert (lost.status, lost.is_interrupted, held.status) == ("FAILED", True, "IN_QUEUE")
+    assert lost.output == {"error": lost.error, "error_type": "job_interrupted"}
+    replies.settle("matt", "lost", output={"done": True})
+    assert replies.get("matt", "lost") == lost
+
+
+def test_what_ended_before_its_process_was_lost_keeps_its_end() -> None:
+    replies, clock = table()
+    owned(replies, "a", "silent")
+    replies.settle("matt", "a", output={"x": 1})
+    clock.advance(31)
+    reply = replies.get("matt", "a")
+    assert reply is not None
+    assert (reply.status, reply.output) == ("COMPLETED", {"x": 1})
+
+
 def test_a_second_ending_is_ignored() -> None:
     replies, _ = table()
     opened(replies, "a")

@@ -4,9 +4,11 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import pytest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.ingress.middleware import EdgeHeaders, proxy_middlewares
+from serve_app.ingress.middleware import EdgeHeaders, ProxyErrors, proxy_middlewares
 from serve_app.settings import RequestLimits
 from serve_app.testing import LocalServer, local_server
 from storage.jobs_testing import JobsWorld
@@ -81,7 +83,47 @@ async def test_a_trace_parent_comes_back_when_it_is_one(server: LocalServer) -> 
 
 
 def test_the_proxy_gets_the_same_edge() -> None:
-    assert [middleware.cls for middleware in proxy_middlewares()] == [EdgeHeaders]
+    assert [middleware.cls for middleware in proxy_middlewares()] == [EdgeHeaders, ProxyErrors]
+
+
+def proxy_that_sends(*messages: Message) -> ASGIApp:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        for message in messages:
+            await send(message)
+
+    for middleware in reversed(proxy_middlewares()):
+        app = middleware.cls(app)
+    return app
+
+
+def sent(status: int, content_type: bytes, body: bytes) -> list[Message]:
+    headers = [[b"content-type", content_type]]
+    return [
+        {"type": "http.response.start", "status": status, "headers": headers},
+        {"type": "http.response.body", "body": body},
+    ]
+
+
+@pytest.mark.parametrize(
+    "messages", [[], sent(503, b"text/plain; charset=utf-8", b"ActorDiedError: pid 7 on 10.0.0.1")]
+)
+async def test_a_lost_replica_is_a_json_error_without_what_the_proxy_says(messages: list[Message]) -> None:
+    transport = httpx.ASGITransport(app=proxy_that_sends(*messages))
+    async with httpx.AsyncClient(transport=transport, base_url="http://raylora") as http:
+        reply = await http.get("/v2/ep/status/x")
+        assert (reply.status_code, reply.json()["error_type"]) == (503, "service_unavailable")
+        assert reply.headers["x-request-id"] == reply.json()["request_id"]
+        assert "ActorDied" not in reply.text
+        problem = await http.get("/v1/trainings")
+        assert problem.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize("messages", [sent(404, b"application/json", b"{}"), sent(200, b"text/plain", b"success")])
+async def test_what_the_application_answers_passes_the_proxy(messages: list[Message]) -> None:
+    transport = httpx.ASGITransport(app=proxy_that_sends(*messages))
+    async with httpx.AsyncClient(transport=transport, base_url="http://raylora") as http:
+        reply = await http.get("/v2/ep/status/x")
+    assert (reply.status_code, reply.content) == (messages[0]["status"], messages[1]["body"])
 
 
 async def chunks(size_bytes: int) -> AsyncIterator[bytes]:

@@ -9,8 +9,9 @@ import httpx
 import pytest
 
 from serve_app.settings import RequestLimits
-from serve_app.testing import OTHER_KEY, LocalServer, local_server, train_config, upload_payload
+from serve_app.testing import OTHER_KEY, TENANT, LocalServer, local_server, train_config, upload_payload
 from storage.errors import StorageUnavailable
+from storage.job_record import NewJob
 from storage.job_state import JobKind, JobState
 from storage.jobs_testing import JobsWorld
 
@@ -323,6 +324,20 @@ async def test_an_accepted_training_is_still_completed_after_a_restart(server: L
         after = await status(http, reply["id"])
     assert before["status"] == after["status"] == "COMPLETED"
     assert before["output"]["process_id"] == after["output"]["process_id"]
+
+
+async def test_a_job_whose_ingress_was_lost_is_its_record_or_has_failed(server: LocalServer, world: JobsWorld) -> None:
+    for runpod_id in ("recorded-u1", "nothing-u1"):
+        server.dispatch.replies.open(TENANT, runpod_id, kept_s=60.0, fingerprint=None, owner="lost")
+    await server.jobs.create(NewJob(kind=JobKind.GENERATION, tenant=TENANT, request={}, runpod_id="recorded-u1"))
+    async with server.client() as http:
+        assert (await status(http, "nothing-u1"))["status"] == "IN_QUEUE"
+        world.clock.advance(31)
+        nothing = await status(http, "nothing-u1")
+        assert (nothing["status"], nothing["output"]["error_type"]) == ("FAILED", "job_interrupted")
+        await start_one(server)
+        assert (await status(http, "recorded-u1"))["status"] == "IN_PROGRESS"
+        assert (await post(http, "cancel/recorded-u1"))["status"] == "CANCELLED"
 
 
 async def test_readyz_asks_every_part(server: LocalServer) -> None:
