@@ -101,11 +101,12 @@ def quantize(module: nn.Module, weights: Weights, exclude: Sequence[str] = (), *
 
 def dense_weight(layer: nn.Module) -> Tensor:
     """``[out, in, ...]``, float32, on the CPU: what a linear or convolution layer multiplies with, rounded or not."""
-    weight: Any = layer.weight.detach()
-    if getattr(layer.weight, "quant_state", None) is not None:
+    parameter: Any = layer.weight
+    weight: Any = parameter.detach()
+    if getattr(parameter, "quant_state", None) is not None:
         from bitsandbytes.functional import dequantize_4bit
 
-        weight = dequantize_4bit(weight.data, layer.weight.quant_state)
+        weight = dequantize_4bit(weight.data, parameter.quant_state)
     elif type(weight) is not Tensor:
         weight = weight.dequantize()
     dense: Tensor = weight.float().cpu()
