@@ -21,8 +21,6 @@ from transformers import (
     CLIPTokenizer,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
-    PixtralImageProcessorPil,
-    PixtralProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -241,12 +239,14 @@ def _flux2_dev(folder: Path, width: int) -> Any:
     # As one token: spelt out by a tokenizer this small, the system message would leave a prompt no room.
     tokenizer.add_tokens([SYSTEM_MESSAGE])
     tokenizer.add_tokens(["[IMG]", "[IMG_BREAK]", "[IMG_END]"], special_tokens=True)
-    template = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    )
     transformer = dict(pipeline.transformer.config) | {"guidance_embeds": True}
     return diffusers.Flux2Pipeline(
         vae=pipeline.vae,
         scheduler=pipeline.scheduler,
-        tokenizer=PixtralProcessor(PixtralImageProcessorPil(), tokenizer, chat_template=template),
+        tokenizer=tokenizer,
         text_encoder=Mistral3ForConditionalGeneration(
             Mistral3Config(
                 vision_config={

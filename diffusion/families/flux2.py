@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2 import SYSTEM_MESSAGE, format_input
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor, nn
-from transformers import AutoProcessor, AutoTokenizer, Mistral3ForConditionalGeneration, Qwen3ForCausalLM
+from transformers import AutoTokenizer, Mistral3ForConditionalGeneration, Qwen3ForCausalLM
 
 from diffusion.families.base import LoraTargets, TextEmbeds
 from diffusion.families.flow import FlowMatching, even_sigmas
@@ -36,7 +36,6 @@ class Flux2Klein(FlowFamily):
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     patch = 1
     text_encoder_class: ClassVar[Any] = Qwen3ForCausalLM
-    tokenizer_class: ClassVar[Any] = AutoTokenizer
     states: ClassVar[tuple[int, ...]] = (9, 18, 27)
     """Layers of the text encoder whose states, side by side, are a token's embedding."""
 
@@ -62,7 +61,7 @@ class Flux2Klein(FlowFamily):
     def load(cls, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Self:
         index = json.loads((folder / "model_index.json").read_text())
         return cls(
-            tokenizer=load_part(folder, "tokenizer", cls.tokenizer_class),
+            tokenizer=load_part(folder, "tokenizer", AutoTokenizer),
             text_encoder=load_weights(folder, "text_encoder", cls.text_encoder_class, dtype),
             transformer=load_weights(folder, "transformer", Flux2Transformer2DModel, dtype),
             vae=load_weights(folder, "vae", AutoencoderKLFlux2, dtype),
@@ -176,12 +175,14 @@ class Flux2Klein(FlowFamily):
 
 
 class Flux2Dev(Flux2Klein):
-    """The guidance scale is an input of the distilled model: there is no negative prompt."""
+    """The guidance scale is an input of the distilled model: there is no negative prompt.
+
+    Of the folder's processor only the tokenizer is used: its part for pictures needs torchvision.
+    """
 
     name = "flux2_dev"
     architecture = "flux-2-dev"
     text_encoder_class = Mistral3ForConditionalGeneration
-    tokenizer_class = AutoProcessor
     states = (10, 20, 30)
 
     def _tokens(self, prompts: Sequence[str]) -> Any:
@@ -194,9 +195,8 @@ class Flux2Dev(Flux2Klein):
         chat = self.tokenizer.apply_chat_template(
             format_input([""], system_message=SYSTEM_MESSAGE), add_generation_prompt=False, tokenize=False
         )
-        tokenizer = self.tokenizer.tokenizer
-        frame = len(tokenizer(chat[0], add_special_tokens=False).input_ids)
-        return text_beyond(tokenizer, prompt, TOKENS_MAX, special=frame)
+        frame = len(self.tokenizer(chat[0], add_special_tokens=False).input_ids)
+        return text_beyond(self.tokenizer, prompt, TOKENS_MAX, special=frame)
 
     def uses_negative_prompt(self, guidance_scale: float) -> bool:
         return False

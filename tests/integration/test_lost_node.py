@@ -88,6 +88,9 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
     home = Path(tempfile.mkdtemp(prefix="rl", dir="/tmp"))
     with pytest.MonkeyPatch.context() as patch, EmbeddedS3(tmp_path / "s3", 0) as s3:
         patch.setenv("HOME", str(home))
+        # Ray notes the newest cluster of a machine there; others on this one must not join it.
+        (home / "ray").mkdir()
+        patch.setenv("RAY_TMPDIR", str(home))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
         import ray

@@ -20,6 +20,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
@@ -134,9 +135,11 @@ def _write_qwen_vl(folder: Path) -> None:
 
 
 def _write_florence2(folder: Path) -> None:
-    tokenizer = _tokenizer()
-    tokenizer.bos_token = tokenizer.eos_token
-    tokenizer.image_token, tokenizer.image_token_id = "<image>", tokenizer.convert_tokens_to_ids("<image>")
+    plain = _tokenizer()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain.backend_tokenizer, pad_token=plain.pad_token, eos_token=plain.eos_token,
+        bos_token=plain.eos_token, model_specific_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
     image = CLIPImageProcessorPil(size={"height": 2 * SIDE_PX, "width": 2 * SIDE_PX}, do_center_crop=False)
     image.image_seq_length = 17
     config = Florence2Config(
