@@ -37,8 +37,8 @@ async def status(http: httpx.AsyncClient, job_id: str) -> dict[str, Any]:
 async def status_when(http: httpx.AsyncClient, job_id: str, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """A status is answered from a watched copy, which may be a moment behind a change made elsewhere."""
     async with asyncio.timeout(20):
-        while not holds(body := await status(http, job_id)):
-            pass
+        while not holds(body := await status(http, job_id)):  # noqa: ASYNC110 - nothing tells a client
+            await asyncio.sleep(0.01)
     return body
 
 

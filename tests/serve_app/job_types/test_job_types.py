@@ -1,5 +1,6 @@
 """What each job type answers, through /runsync."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -137,7 +138,11 @@ async def test_a_training_with_wait_stays_in_progress_and_shows_how_far_it_is(se
         shown = {name: reply["output"][name] for name in ("process_id", "progress", "step", "total_steps", "eta")}
         assert shown == {"process_id": record.id, "progress": 30.0, "step": 3, "total_steps": 10, "eta": 7.0}
         await server.jobs.fail(record.id, OWNER, "non_finite_loss", "The loss became NaN.")
-        reply = (await http.get(f"/v2/ep/status/{job_id}")).json()
+        # A status is answered from a watched copy, which may be a moment behind.
+        async with asyncio.timeout(20):
+            while reply["status"] == "IN_PROGRESS":  # noqa: ASYNC110 - nothing tells a client
+                await asyncio.sleep(0.01)
+                reply = (await http.get(f"/v2/ep/status/{job_id}")).json()
     assert (reply["status"], reply["error"]) == ("FAILED", "The loss became NaN.")
 
 
