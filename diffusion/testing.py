@@ -12,15 +12,12 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.pipelines.flux2.pipeline_flux2 import SYSTEM_MESSAGE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
-    Mistral3Config,
-    Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -233,38 +230,6 @@ def _flux2_klein(folder: Path, width: int) -> Any:
     )  # fmt: skip
 
 
-def _flux2_dev(folder: Path, width: int) -> Any:
-    pipeline = _flux2_klein(folder, width)
-    tokenizer = qwen_tokenizer()
-    # As one token: spelt out by a tokenizer this small, the system message would leave a prompt no room.
-    tokenizer.add_tokens([SYSTEM_MESSAGE])
-    tokenizer.add_tokens(["[IMG]", "[IMG_BREAK]", "[IMG_END]"], special_tokens=True)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
-    )
-    transformer = dict(pipeline.transformer.config) | {"guidance_embeds": True}
-    return diffusers.Flux2Pipeline(
-        vae=pipeline.vae,
-        scheduler=pipeline.scheduler,
-        tokenizer=tokenizer,
-        text_encoder=Mistral3ForConditionalGeneration(
-            Mistral3Config(
-                vision_config={
-                    "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-                    "num_attention_heads": 2, "head_dim": 8, "image_size": 32, "patch_size": 16,
-                },
-                text_config={
-                    "model_type": "mistral", "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32,
-                    "num_hidden_layers": 30, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
-                    "max_position_embeddings": 2048,
-                },
-                image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
-            )
-        ),
-        transformer=diffusers.Flux2Transformer2DModel.from_config(transformer),
-    )  # fmt: skip
-
-
 def _qwen3_config(vocabulary: int, *, layers: int) -> Qwen3Config:
     return Qwen3Config(
         vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2,
@@ -274,7 +239,7 @@ def _qwen3_config(vocabulary: int, *, layers: int) -> Qwen3Config:
 
 MAKERS: dict[str, Callable[[Path, int], Any]] = {
     "sd1": _sd1, "sdxl": _sdxl, "sd3": _sd3, "flux1": _flux1, "z_image": _z_image, "qwen_image": _qwen_image,
-    "flux2_klein": _flux2_klein, "flux2_dev": _flux2_dev,
+    "flux2_klein": _flux2_klein,
 }  # fmt: skip
 
 

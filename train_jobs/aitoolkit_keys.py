@@ -359,7 +359,6 @@ ARCHITECTURES = {
     "flux": "flux1",
     "flux1": "flux1",
     "flux_schnell": "flux1",
-    "flux2": "flux2_dev",
     "flux2_klein_4b": "flux2_klein",
     "flux2_klein_9b": "flux2_klein",
     "qwen_image": "qwen_image",
@@ -368,7 +367,7 @@ ARCHITECTURES = {
 }
 """ai-toolkit's architectures (`ModelConfig.arch`) by the names of the families here."""
 ARCHITECTURE_FLAGS = {"is_xl": "sdxl", "is_v3": "sd3", "is_flux": "flux1"}
-FLOW_FAMILIES = frozenset({"sd3", "flux1", "flux2_klein", "flux2_dev", "qwen_image", "z_image"})
+FLOW_FAMILIES = frozenset({"sd3", "flux1", "flux2_klein", "qwen_image", "z_image"})
 OPTIMIZERS = {
     "adam": "adam",
     "adam8bit": "adam",

@@ -10,7 +10,7 @@ import torch
 from diffusion.errors import ModelNotFound, UnsupportedModel
 from diffusion.families.base import ALL_LEVELS, Family, LoraTargets, NoiseLevels, TextEmbeds
 from diffusion.families.flux1 import Flux1
-from diffusion.families.flux2 import Flux2Dev, Flux2Klein
+from diffusion.families.flux2 import Flux2Klein
 from diffusion.families.parts import quantized
 from diffusion.families.qwen_image import QwenImage
 from diffusion.families.sd1 import StableDiffusion1
@@ -24,7 +24,6 @@ __all__ = [
     "FAMILIES",
     "Family",
     "Flux1",
-    "Flux2Dev",
     "Flux2Klein",
     "LoraTargets",
     "NoiseLevels",
@@ -43,7 +42,6 @@ FAMILIES: dict[str, type[Family]] = {
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux1,
     "Flux2KleinPipeline": Flux2Klein,
-    "Flux2Pipeline": Flux2Dev,
     "QwenImagePipeline": QwenImage,
     "ZImagePipeline": ZImage,
 }

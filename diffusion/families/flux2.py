@@ -1,9 +1,7 @@
-"""FLUX.2: a double- and single-stream transformer, 32-channel VAE, flow matching. Its text encoder is Qwen3 in klein
-and Mistral 3 in dev, which is guidance-distilled.
+"""FLUX.2 klein: Qwen3 text encoder, a double- and single-stream transformer, 32-channel VAE, flow matching.
 
-Follows ``Flux2KleinPipeline``, ``Flux2Pipeline`` and ``train_dreambooth_lora_flux2_klein.py`` of diffusers. Latents
-cross the interface as the pipelines hold them: two by two patches as channels, normalised by the VAE's batch
-statistics.
+Follows ``Flux2KleinPipeline`` and ``train_dreambooth_lora_flux2_klein.py`` of diffusers. Latents cross the interface as
+the pipeline holds them: two by two patches as channels, normalised by the VAE's batch statistics.
 """
 
 from __future__ import annotations
@@ -11,14 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
-from diffusers.pipelines.flux2.pipeline_flux2 import SYSTEM_MESSAGE, format_input
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Mistral3ForConditionalGeneration, Qwen3ForCausalLM
+from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from diffusion.families.base import LoraTargets, TextEmbeds
 from diffusion.families.flow import FlowMatching, even_sigmas
@@ -26,17 +23,14 @@ from diffusion.families.flow_family import ATTENTION, FlowFamily
 from diffusion.families.parts import check_size, frozen, load_part, load_scheduler, load_weights, text_beyond
 
 TOKENS_MAX = 512
-TRAINING_GUIDANCE = 1.0
-"""What dev, which is guidance-distilled, is told while it trains, unless the caller says otherwise; as FLUX.1 is."""
+STATES = (9, 18, 27)
+"""Layers of the text encoder whose states, side by side, are a token's embedding."""
 
 
 class Flux2Klein(FlowFamily):
     name = "flux2_klein"
     architecture = "flux-2-klein"
     patch = 1
-    text_encoder_class: ClassVar[Any] = Qwen3ForCausalLM
-    states: ClassVar[tuple[int, ...]] = (9, 18, 27)
-    """Layers of the text encoder whose states, side by side, are a token's embedding."""
 
     def __init__(
         self, *, tokenizer: Any, text_encoder: Any, transformer: Any, vae: Any, scheduler: Any, is_distilled: bool,
@@ -61,7 +55,7 @@ class Flux2Klein(FlowFamily):
         index = json.loads((folder / "model_index.json").read_text())
         return cls(
             tokenizer=load_part(folder, "tokenizer", AutoTokenizer),
-            text_encoder=load_weights(folder, "text_encoder", cls.text_encoder_class, dtype),
+            text_encoder=load_weights(folder, "text_encoder", Qwen3ForCausalLM, dtype),
             transformer=load_weights(folder, "transformer", Flux2Transformer2DModel, dtype),
             vae=load_weights(folder, "vae", AutoencoderKLFlux2, dtype),
             scheduler=load_scheduler(folder),
@@ -91,19 +85,15 @@ class Flux2Klein(FlowFamily):
 
     def encode_prompts(self, prompts: Sequence[str]) -> TextEmbeds:
         """Padded to a fixed length; the denoiser sees the padding's states too, as in the stock pipeline."""
-        tokens = self._tokens(prompts).to(self.device)
+        tokens = self.tokenizer(
+            [self._in_chat(prompt) for prompt in prompts], padding="max_length", max_length=TOKENS_MAX,
+            truncation=True, return_tensors="pt",
+        ).to(self.device)  # fmt: skip
         states = self.text_encoder(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True,
             use_cache=False,
         ).hidden_states  # fmt: skip
-        return TextEmbeds(torch.cat([states[layer] for layer in self.states], dim=-1)).to(dtype=self.dtype)
-
-    def _tokens(self, prompts: Sequence[str]) -> Any:
-        """``input_ids`` and ``attention_mask``, ``[B, TOKENS_MAX]``."""
-        return self.tokenizer(
-            [self._in_chat(prompt) for prompt in prompts], padding="max_length", max_length=TOKENS_MAX,
-            truncation=True, return_tensors="pt",
-        )  # fmt: skip
+        return TextEmbeds(torch.cat([states[layer] for layer in STATES], dim=-1)).to(dtype=self.dtype)
 
     def _in_chat(self, prompt: str) -> str:
         text: str = self.tokenizer.apply_chat_template(
@@ -152,7 +142,7 @@ class Flux2Klein(FlowFamily):
         tokens_BLD: Tensor = self.transformer(
             hidden_states=latents_BCHW.to(self.dtype).flatten(2).transpose(1, 2),
             timestep=timesteps_B.to(self.device, self.dtype) / 1000,
-            guidance=self._guidance(guidance_B, len(latents_BCHW)),
+            guidance=None,
             encoder_hidden_states=hidden_BLD,
             txt_ids=self._places(1, 1, hidden_BLD.shape[1]).expand(len(hidden_BLD), -1, -1),
             img_ids=self._places(rows, columns, 1).expand(len(latents_BCHW), -1, -1),
@@ -160,45 +150,10 @@ class Flux2Klein(FlowFamily):
         )[0]
         return tokens_BLD.transpose(1, 2).reshape(-1, channels, rows, columns)
 
-    def _guidance(self, guidance_B: Tensor | None, rows: int) -> Tensor | None:
-        if not self.transformer.config.guidance_embeds:
-            return None
-        if guidance_B is None:
-            return torch.full((rows,), TRAINING_GUIDANCE, device=self.device)
-        return guidance_B.to(self.device, torch.float32)
-
     def _places(self, rows: int, columns: int, length: int) -> Tensor:
         """``[1, rows * columns * length, 4]``: time, row, column and place in the text of each token."""
         axes = (torch.arange(1), torch.arange(rows), torch.arange(columns), torch.arange(length))
         return torch.cartesian_prod(*axes)[None].to(self.device)
-
-
-class Flux2Dev(Flux2Klein):
-    """The guidance scale is an input of the distilled model: there is no negative prompt.
-
-    Of the folder's processor only the tokenizer is used: its part for pictures needs torchvision.
-    """
-
-    name = "flux2_dev"
-    architecture = "flux-2-dev"
-    text_encoder_class = Mistral3ForConditionalGeneration
-    states = (10, 20, 30)
-
-    def _tokens(self, prompts: Sequence[str]) -> Any:
-        return self.tokenizer.apply_chat_template(
-            format_input(list(prompts), system_message=SYSTEM_MESSAGE), add_generation_prompt=False, tokenize=True,
-            return_dict=True, return_tensors="pt", padding="max_length", truncation=True, max_length=TOKENS_MAX,
-        )  # fmt: skip
-
-    def truncated_text(self, prompt: str) -> str:
-        chat = self.tokenizer.apply_chat_template(
-            format_input([""], system_message=SYSTEM_MESSAGE), add_generation_prompt=False, tokenize=False
-        )
-        frame = len(self.tokenizer(chat[0], add_special_tokens=False).input_ids)
-        return text_beyond(self.tokenizer, prompt, TOKENS_MAX, special=frame)
-
-    def uses_negative_prompt(self, guidance_scale: float) -> bool:
-        return False
 
 
 def _patchify(latents_BCHW: Tensor) -> Tensor:

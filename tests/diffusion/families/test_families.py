@@ -20,7 +20,7 @@ from diffusion.families import FAMILIES, Family, NoiseLevels, load_family
 from diffusion.lora import save_lora
 from diffusion.testing import MAKERS, write_tiny_model
 
-FLOW = ["sd3", "flux1", "z_image", "qwen_image", "flux2_klein", "flux2_dev"]
+FLOW = ["sd3", "flux1", "z_image", "qwen_image", "flux2_klein"]
 OTHERS = ["sdxl", *FLOW]
 PROMPTS = ["a red ring", "blue, and rather longer"]
 STOCK: dict[str, dict[str, Any]] = {
@@ -31,7 +31,6 @@ STOCK: dict[str, dict[str, Any]] = {
     "z_image": {"negative_prompt": "bad", "guidance_scale": 4.0},
     "qwen_image": {"negative_prompt": "bad", "true_cfg_scale": 4.0},
     "flux2_klein": {"guidance_scale": 4.0},
-    "flux2_dev": {"guidance_scale": 4.0},
 }
 """What the stock pipelines are called with for a guidance of 4."""
 
@@ -121,13 +120,12 @@ def qwen_image_step(pipe: Any, latents: Tensor, noise: Tensor, timesteps: Tensor
     return _flow_loss(prediction.squeeze(2), latents, noise)
 
 
-def flux2_step(pipe: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+def flux2_klein_step(pipe: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     embeds, text_ids = pipe.encode_prompt(PROMPTS)
     ids = Flux2KleinPipeline._prepare_latent_ids(latents)
     packed = Flux2KleinPipeline._pack_latents(_noisy(latents, noise, timesteps))
-    guidance = torch.full([1], 1.0).expand(len(latents)) if pipe.transformer.config.guidance_embeds else None
     prediction = pipe.transformer(
-        hidden_states=packed, timestep=timesteps / 1000, guidance=guidance, encoder_hidden_states=embeds,
+        hidden_states=packed, timestep=timesteps / 1000, guidance=None, encoder_hidden_states=embeds,
         txt_ids=text_ids, img_ids=ids, return_dict=False,
     )[0][:, : packed.size(1)]  # fmt: skip
     return _flow_loss(Flux2KleinPipeline._unpack_latents_with_ids(prediction, ids), latents, noise)
@@ -139,8 +137,7 @@ STEPS: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
     "flux1": flux1_step,
     "z_image": z_image_step,
     "qwen_image": qwen_image_step,
-    "flux2_klein": flux2_step,
-    "flux2_dev": flux2_step,
+    "flux2_klein": flux2_klein_step,
 }
 
 
