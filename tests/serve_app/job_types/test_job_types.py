@@ -140,7 +140,7 @@ async def test_a_training_with_wait_stays_in_progress_and_shows_how_far_it_is(se
         await server.jobs.fail(record.id, OWNER, "non_finite_loss", "The loss became NaN.")
         # A status is answered from a watched copy, which may be a moment behind.
         async with asyncio.timeout(20):
-            while reply["status"] == "IN_PROGRESS":  # noqa: ASYNC110 - nothing tells a client
+            while reply["status"] == "IN_PROGRESS":
                 await asyncio.sleep(0.01)
                 reply = (await http.get(f"/v2/ep/status/{job_id}")).json()
     assert (reply["status"], reply["error"]) == ("FAILED", "The loss became NaN.")
