@@ -199,6 +199,9 @@ class Cell:
             return bool(victims(self.stand.instance, self.victim))
         if self.phase == "idle":
             return True
+        if self.phase == "upload" and self.victim in {"ingress replica", "validation replica"}:
+            # One that was acknowledged and has not ended.
+            return any(job.what == "upload" and job.reply is None and not job.ends for job in list(self.jobs))
         if self.phase == "upload":
             uploading = (self.evidence.objects / "raylora").glob("*/datasets/d*/*/*")
             return any(str(path) not in self.stand.seen_files for path in uploading) and self._trains()
@@ -383,7 +386,7 @@ class Stand:
         self.random = random.Random(seed)
         self.baseline: list[Job] = []
         self.seen_files: set[str] = set()
-        self.large = [(f"noise-{number}.png", _noise(self.random)) for number in range(8)]
+        self.large = [(f"large-{number}.png", _large(number)) for number in range(16)]
         client = Client(self.url, self.key)
         files = [(path.name, path.read_bytes()) for path in PICTURES]
         answer = client.run(wait_s=120.0, type="upload_training_data", **_inline("zib", files))
@@ -392,10 +395,10 @@ class Stand:
         assert answer.body.get("status") == "COMPLETED", answer
 
 
-def _noise(chance: random.Random) -> bytes:
-    """A PNG of 0.8 MB."""
+def _large(number: int) -> bytes:
+    """A PNG of few bytes that takes long to decode."""
     data = io.BytesIO()
-    Image.frombytes("RGB", (512, 512), chance.randbytes(512 * 512 * 3)).save(data, "png")
+    Image.linear_gradient("L").resize((3600, 3600)).rotate(number).convert("RGB").save(data, "png")
     return data.getvalue()
 
 
