@@ -19,7 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
+from diffusers.loaders.lora_conversion_utils import (
+    _convert_kohya_flux_lora_to_diffusers,
+    _convert_non_diffusers_lora_to_diffusers,
+    _convert_non_diffusers_qwen_lora_to_diffusers,
+    _convert_non_diffusers_z_image_lora_to_diffusers,
+)
 from diffusers.utils.state_dict_utils import (
     StateDictType,
     convert_state_dict_to_peft,
@@ -39,6 +44,13 @@ logger = logging.getLogger(__name__)
 ADAPTER_METADATA_KEY = "lora_adapter_metadata"
 """Metadata entry in which diffusers keeps peft's settings; without it a reader takes alpha = rank."""
 KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+TRANSFORMER_READERS = {
+    ("lora_unet_double_blocks_", "lora_unet_single_blocks_"): _convert_kohya_flux_lora_to_diffusers,
+    ("lora_unet_transformer_blocks_",): _convert_non_diffusers_qwen_lora_to_diffusers,
+    ("lora_unet_layers_", "lora_unet_noise_refiner_", "lora_unet_context_refiner_"):
+        _convert_non_diffusers_z_image_lora_to_diffusers,
+}  # fmt: skip
+"""kohya's names of FLUX.1's, Qwen-Image's and Z-Image's blocks. Theirs begin with lora_unet too."""
 PEFT_PREFIX = "base_model.model."
 UNSUPPORTED_KEYS = {
     "lora_mid": "Tucker LoCon", "hada_t": "Tucker LoHa", "lokr_t": "Tucker LoKr", "oft_": "OFT", "boft_": "BOFT",
@@ -102,6 +114,8 @@ def read_lora(path: Path) -> LoraFile:
     weights, magnitudes = _without_magnitudes(raw)
     if raw and all(key.startswith(KOHYA_PREFIXES) for key in raw):
         state, alphas, paths = _from_kohya(expand(weights, down="lora_down.weight", up="lora_up.weight"))
+        if magnitudes and not paths:
+            raise LoraInvalid("DoRA under kohya's names is supported for SD 1.x and SDXL only")
         magnitudes = {paths[name]: tensor for name, tensor in magnitudes.items() if name in paths}
         source_format: LoraFormat = "kohya"
     else:
@@ -205,8 +219,15 @@ def _without_magnitudes(raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], d
 def _from_kohya(raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float], dict[str, str]]:
     """Module by module, so that each alpha stays with its module; the naming rules are diffusers' own.
 
-    The third part gives each of the file's module names its path.
+    The third part gives each of the file's module names its path. It is empty for a transformer, and so are the alphas:
+    its reader takes whole files, cuts joined layers up and multiplies the weights by alpha / rank.
     """
+    for starts, read in TRANSFORMER_READERS.items():
+        if any(key.startswith(starts) for key in raw):
+            try:
+                return _peft_names(read(dict(raw))), {}, {}
+            except (ValueError, KeyError, RuntimeError, AttributeError, AssertionError) as exc:
+                raise LoraInvalid("its layers are not those of the model whose names it has") from exc
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in raw.items():
         groups.setdefault(key.partition(".")[0], {})[key] = tensor

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from diffusion.adapter import ConvLora, attach_lora
 from diffusion.engine import Engine, GenerateRequest, LoraRef
-from diffusion.errors import SettingNotSupported
+from diffusion.errors import LoraInvalid, SettingNotSupported
 from diffusion.families import Family, load_family
 from diffusion.kohya import to_kohya
-from diffusion.lora import read_lora, save_lora
+from diffusion.lora import fit_layers, read_lora, save_lora
 from diffusion.testing import write_tiny_model
 
 
@@ -70,6 +70,52 @@ def test_both_key_formats_give_the_same_picture_in_the_stock_pipeline(
     ).images[0]  # fmt: skip
     assert float((pictures[0] - pictures[1]).abs().max()) <= 2e-5
     assert float((pictures[0] - plain).abs().max()) > 1e-4
+
+
+def _effects(path: Path, family: Family) -> dict[str, torch.Tensor]:
+    """What the file's LoRA adds to each layer's weight."""
+    fitted = fit_layers(read_lora(path), family.lora_components)
+    return {
+        f"{component}.{name}": layer.alpha / layer.rank * layer.B.flatten(1) @ layer.A.flatten(1)
+        for component, layers in fitted.items()
+        for name, layer in layers.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("flux1", {"only_if_contains": ["transformer.transformer_blocks"], "alpha": 3.0}),
+        ("flux1", {"components": ["text_encoder"]}),
+        ("qwen_image", {"alpha": 3.0}),
+        ("z_image", {}),
+    ],
+)
+def test_a_transformers_kohya_file_is_read_back(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    family = load_family(write_tiny_model(name, tmp_path), device="cpu", dtype=torch.float32)
+    ours, theirs = tmp_path / "diffusers.safetensors", tmp_path / "kohya.safetensors"
+    write_adapter(family, ours, **options)
+    state = to_kohya(read_lora(ours).layers(), family)
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, theirs)
+    written, read = _effects(ours, family), _effects(theirs, family)
+    assert written.keys() == read.keys()
+    assert all(torch.allclose(written[path], read[path], atol=1e-5) for path in written)
+
+
+def test_kohya_files_of_a_transformer_that_cannot_be_read_say_why(tmp_path: Path) -> None:
+    pair = {
+        "lora_unet_single_blocks_0_linear1.lora_down.weight": torch.ones(2, 8),
+        "lora_unet_single_blocks_0_linear1.lora_up.weight": torch.ones(24, 2),
+    }
+    path = tmp_path / "kohya.safetensors"
+    save_file(pair, path)
+    with pytest.raises(LoraInvalid, match="not those of the model"):
+        read_lora(path)
+    name = "lora_unet_transformer_blocks_0_attn_to_q"
+    dora = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(8, 2)}
+    save_file({**dora, f"{name}.dora_scale": torch.ones(8, 1)}, path)
+    with pytest.raises(LoraInvalid, match="DoRA"):
+        read_lora(path)
 
 
 def test_stacked_layers_of_flux_keep_their_parts_effects(tmp_path: Path) -> None:

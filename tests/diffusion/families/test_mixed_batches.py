@@ -105,7 +105,8 @@ def test_a_picture_from_a_picture_equals_the_stock_pipelines(
 
 
 @pytest.mark.parametrize(
-    ("name", "mask"), [("z_image", None), ("qwen_image", None), ("flux2_klein", None), ("sd3", MASK)]
+    ("name", "mask"),
+    [("z_image", None), ("qwen_image", None), ("flux2_klein", None), ("flux2_dev", None), ("sd3", MASK)],
 )
 def test_what_a_family_cannot_start_from_is_refused(
     name: str, mask: Image.Image | None, folders: dict[str, Path]
