@@ -106,14 +106,19 @@ class Cell:
         return result
 
     def _begin(self) -> None:
-        if self.phase == "upload":
-            for begin in (self._upload_inline, self._upload_by_run, self._upload_presigned):
-                self._in_background(self._repeated, begin)
         if self.work == "training":
             self._submit_training()
             if self.phase == "queued":
                 self._submit_training()
-        elif self.phase == "queued":
+            if self.phase == "upload":
+                # Uploads take all cores: begun before it, they would keep the training from its first step.
+                wait_for(self._trains, 120.0)
+        if self.phase == "upload":
+            for begin in (self._upload_inline, self._upload_by_run, self._upload_presigned):
+                self._in_background(self._repeated, begin)
+        if self.work == "training":
+            return
+        if self.phase == "queued":
             for _ in range(3 * GENERATIONS_AT_ONCE):
                 self._submit_generation(steps=40)
         elif self.phase in {"running", "finishing"}:
