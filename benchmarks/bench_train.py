@@ -218,7 +218,7 @@ def report(shape: str, args: argparse.Namespace, parameters: int, runs: dict[str
                   f"+- {row['loss_difference_error']:.4f} of theirs")  # fmt: skip
     machine = f"cpu{os.cpu_count()}-{platform.machine()}"
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"train-{shape}-{machine}.json"
+    path = RESULTS / f"train-{shape}-batch{args.batch}-{machine}.json"
     document = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
@@ -228,7 +228,7 @@ def report(shape: str, args: argparse.Namespace, parameters: int, runs: dict[str
             "load_1min": os.getloadavg()[0],
         },
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": sys.version.split()[0]},
-        "command": f"make bench-train BENCH_ARGS='--examples EXAMPLES --shapes {shape} --steps {args.steps}'",
+        "command": f"make bench-train BENCH_ARGS='--examples EXAMPLES --shapes {shape} --steps {args.steps} --batch {args.batch}'",
         "settings": {k: v for k, v in vars(args).items() if k not in {"examples", "peer_path", "run", "shapes"}},
         "denoiser_parameters": parameters,
         "peer": SHAPES[shape].script,
