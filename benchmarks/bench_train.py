@@ -228,7 +228,8 @@ def report(shape: str, args: argparse.Namespace, parameters: int, runs: dict[str
             "load_1min": os.getloadavg()[0],
         },
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": sys.version.split()[0]},
-        "command": f"make bench-train BENCH_ARGS='--examples EXAMPLES --shapes {shape} --steps {args.steps} --batch {args.batch}'",
+        "command": "make bench-train BENCH_ARGS='--examples EXAMPLES "
+        f"--shapes {shape} --steps {args.steps} --batch {args.batch}'",
         "settings": {k: v for k, v in vars(args).items() if k not in {"examples", "peer_path", "run", "shapes"}},
         "denoiser_parameters": parameters,
         "peer": SHAPES[shape].script,
