@@ -35,7 +35,8 @@ from storage.objects import (
     StorageHealth,
 )
 from storage.resilience import Attempt, Gate, LocalGate, Policy, Resilience, RetryBudget, TransientFaultError
-from storage.s3_calls import Answer, S3Calls, corrupted, description, info_of
+from storage.s3_bodies import Bodies
+from storage.s3_calls import Answer, S3Calls, corrupted, info_of
 from storage.s3_client import S3Clients
 from storage.s3_files import FileTransfers
 from storage.s3_maintenance import Maintenance
@@ -75,7 +76,7 @@ class S3Store:
             counters=self._tally,
         )
         self._clients = S3Clients(settings)
-        self._calls = S3Calls(self._clients, settings.bucket, self._tally)
+        self._calls = S3Calls(self._clients, Bodies(settings), settings.bucket, self._tally)
         self._files = FileTransfers(self._calls, self._resilience, settings, self._tally)
         self._maintenance = Maintenance(self._calls, self._resilience, settings)
 
@@ -93,13 +94,11 @@ class S3Store:
     async def put(self, key: str, data: bytes, *, content_type: str | None = None) -> ObjectInfo:
         check_key(key)
         digest = await _hashed(digest_bytes, data)
-        parameters = {"Key": key, "Body": data, **description(digest.sha256, content_type)}
 
         async def attempt(state: Attempt) -> ObjectInfo:
             if state.ambiguous and (stored := await self._calls.stored("put", key, digest)):
                 return stored
-            answer = await self._calls.send("put", key, "put_object", parameters)
-            return await self._calls.confirmed("put", key, digest, content_type, answer)
+            return await self._calls.put("put", key, data, digest, content_type)
 
         return await self._resilience.call("put", attempt, size_bytes=len(data))
 
@@ -117,7 +116,7 @@ class S3Store:
         check_key(key)
 
         async def attempt(state: Attempt) -> bytes:
-            data, noted_sha256 = await self._calls.read("get", key, state)
+            data, noted_sha256 = await self._calls.get("get", key, state)
             expected = expected_sha256 or noted_sha256
             if expected is not None:
                 actual = await _hashed(_sha256, data)

@@ -16,12 +16,12 @@ from storage.digests import Digest, is_hash
 from storage.errors import IntegrityError, ObjectNotFound
 from storage.objects import ObjectInfo
 from storage.resilience import Attempt, TransientFaultError
+from storage.s3_bodies import SHA256_METADATA, Bodies
 from storage.s3_faults import mapped
 from storage.settings import MIB
 
 Answer = Mapping[str, Any]
 
-SHA256_METADATA = "sha256"
 # They move bytes within the server, for minutes where there are many, or wait there for the parts before them, as
 # rclone's do; only the attempt's own timeout is for them. A part sent twice can spoil the whole upload.
 ANSWERED_LATE = frozenset({"complete_multipart_upload", "copy_object", "upload_part"})
@@ -46,8 +46,9 @@ class Clients(Protocol):
 class S3Calls:
     """The calls on one bucket. `operation` is what our caller is doing, for the errors."""
 
-    def __init__(self, clients: Clients, bucket: str, counters: Counters) -> None:
+    def __init__(self, clients: Clients, bodies: Bodies, bucket: str, counters: Counters) -> None:
         self._clients = clients
+        self._bodies = bodies
         self._bucket = bucket
         self._counters = counters
 
@@ -73,20 +74,34 @@ class S3Calls:
     async def head(self, operation: str, key: str) -> Answer:
         return await self.send(operation, key, "head_object", {"Key": key})
 
-    async def read(
-        self, operation: str, key: str, state: Attempt, *, byte_range: str | None = None
-    ) -> tuple[bytes, str | None]:
-        """The whole body, of the length that was announced, and the SHA-256 of the object that was noted with it."""
-        ranged = {} if byte_range is None else {"Range": byte_range}
-        answer = await self.send(operation, key, "get_object", {"Key": key, **ranged})
-        size_bytes = int(answer["ContentLength"])
-        state.allow_for(size_bytes)
+    async def get(self, operation: str, key: str, state: Attempt) -> tuple[bytes, str | None]:
+        """The whole object, of the length that was announced, and the SHA-256 that was noted with it."""
+        self._counters.add(REQUESTS, operation=operation, method="get_object")
+        with mapped(operation, key):
+            found = await self._bodies.open(key)
+            state.allow_for(found.size_bytes)
+            data = await found.read()
+        if len(data) != found.size_bytes:
+            raise TransientFaultError("truncated")
+        return data, found.sha256
+
+    async def put(self, operation: str, key: str, data: bytes, digest: Digest, content_type: str | None) -> ObjectInfo:
+        """Store the whole object and verify what was stored."""
+        self._counters.add(REQUESTS, operation=operation, method="put_object")
+        with mapped(operation, key):
+            etag = await self._bodies.put(key, data, sha256=digest.sha256, content_type=content_type)
+        if not digest.confirmed_by(etag):
+            return await self.verified(operation, key, digest)
+        return ObjectInfo(key, digest.size_bytes, digest.sha256, datetime.now(UTC), content_type)
+
+    async def get_range(self, operation: str, key: str, first: int, last: int) -> bytes:
+        """The bytes from `first` to `last`, both included, or others where the server knows no ranges."""
+        wanted = {"Key": key, "Range": f"bytes={first}-{last}"}
+        answer = await self.send(operation, key, "get_object", wanted)
         with mapped(operation, key):
             async with answer["Body"] as body:
                 data: bytes = await body.read()
-        if len(data) != size_bytes:
-            raise TransientFaultError("truncated")
-        return data, answer.get("Metadata", {}).get(SHA256_METADATA)
+        return data
 
     async def stored(self, operation: str, key: str, digest: Digest) -> ObjectInfo | None:
         """The object, if it is there and has these bytes."""
@@ -149,10 +164,10 @@ def corrupted(key: str, expected: str, actual: str) -> TransientFaultError:
     return TransientFaultError("corrupted", counts=False, final=IntegrityError(key, expected, actual))
 
 
-def description(sha256: str, content_type: str | None) -> dict[str, Any]:
+def description(sha256: str | None, content_type: str | None) -> dict[str, Any]:
     """What is stored beside the bytes."""
-    typed = {} if content_type is None else {"ContentType": content_type}
-    return {"Metadata": {SHA256_METADATA: sha256}, **typed}
+    noted = {} if sha256 is None else {"Metadata": {SHA256_METADATA: sha256}}
+    return {**noted, **({} if content_type is None else {"ContentType": content_type})}
 
 
 def info_of(key: str, answer: Answer, *, sha256: str | None = None) -> ObjectInfo:

@@ -130,13 +130,19 @@ def _client_config(settings: S3Settings, endpoint_url: str | None, read_timeout_
     )
 
 
-def _credentials(settings: S3Settings) -> dict[str, str]:
+def static_credentials(settings: S3Settings) -> tuple[str, str] | None:
+    """The access key id and the secret access key; None for AWS' usual chain. Raises StorageMisconfigured."""
     key, secret = settings.access_key_id, settings.secret_access_key
     if key is not None and secret is not None:
-        return {"aws_access_key_id": key.get_secret_value(), "aws_secret_access_key": secret.get_secret_value()}
+        return key.get_secret_value(), secret.get_secret_value()
     if settings.backend != "aws" or key is not secret:
         raise StorageMisconfigured("an access key id and a secret access key are needed")
-    return {}
+    return None
+
+
+def _credentials(settings: S3Settings) -> dict[str, str]:
+    keys = static_credentials(settings)
+    return {} if keys is None else {"aws_access_key_id": keys[0], "aws_secret_access_key": keys[1]}
 
 
 def _drop_expect_header(request: Any, **_: Any) -> None:

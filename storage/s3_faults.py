@@ -1,4 +1,4 @@
-"""The seam where errors of botocore and aiohttp become ours. Nothing of theirs leaves `storage.s3`.
+"""The seam where errors of botocore, aiohttp and obstore become ours. Nothing of theirs leaves `storage.s3`.
 
 | from the backend                                              | ours                               | breaker  |
 |---------------------------------------------------------------|------------------------------------|----------|
@@ -21,9 +21,11 @@ from contextlib import contextmanager
 import aiohttp
 from botocore import exceptions as botocore_errors
 from botocore.parsers import ResponseParserError
+from obstore.exceptions import BaseError
 
 from storage.errors import IntegrityError, ObjectNotFound, StorageAccessDenied, StorageFailed, StorageMisconfigured
 from storage.resilience import THROTTLED, TransientFaultError
+from storage.s3_bodies import Refusal, is_timeout, is_truncation, refusal_of
 
 # From botocore.retries.standard, and S3's own.
 _THROTTLES = frozenset(
@@ -80,7 +82,9 @@ def mapped(operation: str, key: str | None) -> Iterator[None]:
 def translate(error: Exception, operation: str, key: str | None) -> Exception | None:
     """Our error for a foreign one; None for what is ours already, or a programming error."""
     if isinstance(error, botocore_errors.ClientError):
-        return _translate_answer(error, operation, key)
+        return _translate_refusal(_refusal_in(error), operation, key)
+    if isinstance(error, BaseError | FileNotFoundError):
+        return _translate_obstore(error, operation, key)
     if isinstance(error, _TIMEOUTS):
         return TransientFaultError("timeout", timed_out=True)
     if isinstance(error, _TRUNCATIONS):
@@ -97,9 +101,22 @@ def translate(error: Exception, operation: str, key: str | None) -> Exception | 
     return None
 
 
-def _translate_answer(error: botocore_errors.ClientError, operation: str, key: str | None) -> Exception:
+def _refusal_in(error: botocore_errors.ClientError) -> Refusal:
     code = str(error.response.get("Error", {}).get("Code", ""))
-    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    return Refusal(int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)), code)
+
+
+def _translate_obstore(error: Exception, operation: str, key: str | None) -> Exception:
+    refusal = refusal_of(error)
+    if refusal is not None:
+        return _translate_refusal(refusal, operation, key)
+    if is_timeout(error):
+        return TransientFaultError("timeout", timed_out=True)
+    return TransientFaultError("truncated" if is_truncation(error) else "connection")
+
+
+def _translate_refusal(refusal: Refusal, operation: str, key: str | None) -> Exception:
+    status, code = refusal.status, refusal.code
     if code in _THROTTLES or status == 429:
         return TransientFaultError(THROTTLED)
     if code == "RequestTimeout":
@@ -119,9 +136,9 @@ def _translate_answer(error: botocore_errors.ClientError, operation: str, key: s
     # Complete and copy may answer 200 and fail in the body; the code then is all there is.
     if code in {"InternalError", "ServiceUnavailable"} or (status >= 500 and status != 501):
         return TransientFaultError("server_error")
-    return StorageFailed(operation, 1, _refusal(status))
+    return StorageFailed(operation, 1, _reason(status))
 
 
-def _refusal(status: int) -> str:
+def _reason(status: int) -> str:
     known = {400: "bad_request", 405: "not_allowed", 412: "precondition", 416: "range", 501: "not_implemented"}
     return known.get(status, f"status_{status}")

@@ -14,22 +14,24 @@ from typing import Any, Protocol, TypeVar
 from storage.bounded import run_bounded
 from storage.byte_budget import ByteBudget
 from storage.counters import CLEANUP_FAILURES, Counters
-from storage.digests import Digest, md5_of, sha256_file
+from storage.digests import Digest, sha256_file
 from storage.errors import IntegrityError, StorageError, StorageTimeout
 from storage.objects import ObjectInfo
 from storage.resilience import Attempt, Resilience, TransientFaultError
 from storage.s3_calls import S3Calls, description
-from storage.settings import S3Settings
+from storage.s3_maintenance import UNPROBED
+from storage.settings import MIB, S3Settings
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 PARTS_MAX = 10_000
+HASHED_AT_ONCE_BYTES = MIB
 
 
 class _Hash(Protocol):
-    def update(self, data: bytes, /) -> None: ...
+    def update(self, data: bytes | memoryview, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,10 @@ class _Look:
 
 @dataclass(frozen=True)
 class _SentPart:
-    """`md5` in hex, of the bytes as they were sent; `etag` is the server's answer."""
+    """`etag` is the server's answer."""
 
     number: int
     etag: str
-    md5: str
 
 
 class FileTransfers:
@@ -75,7 +76,10 @@ class FileTransfers:
         Raises IntegrityError for a file that changes while it is sent.
         """
         before = await asyncio.to_thread(_look_of, path)
-        sha256 = await asyncio.to_thread(sha256_file, path)
+        # It has to be known before the first part where it is noted with the object, and is computed beside the
+        # sending where the backend would forget it.
+        keeps_notes = UNPROBED[self._settings.backend]["keeps_metadata"]
+        sha256 = await asyncio.to_thread(sha256_file, path) if keeps_notes else None
         upload = self._upload_parts(path, key, before, sha256, content_type)
         return await self._within("upload_file", before.size_bytes, upload)
 
@@ -104,10 +108,11 @@ class FileTransfers:
             raise StorageTimeout(operation, deadline_s) from error
 
     async def _upload_parts(
-        self, path: Path, key: str, before: _Look, sha256: str, content_type: str | None
+        self, path: Path, key: str, before: _Look, sha256: str | None, content_type: str | None
     ) -> ObjectInfo:
         part_size_bytes = max(self._settings.part_size_bytes, -(-before.size_bytes // PARTS_MAX))
         upload_id = await self._begin_upload(key, sha256, content_type)
+        hashing = asyncio.create_task(_digest_file(path, before.size_bytes, part_size_bytes))
         try:
             starts = range(0, before.size_bytes, part_size_bytes)
             ends = (min(first + part_size_bytes, before.size_bytes) for first in starts)
@@ -117,16 +122,18 @@ class FileTransfers:
             )
             sent = await run_bounded(parts, self._settings.parts_in_flight)
             if await asyncio.to_thread(_look_of, path) != before:
-                raise IntegrityError(key, sha256, "a file that changes")
-            digest = Digest(before.size_bytes, sha256, tuple(part.md5 for part in sent), part_size_bytes)
-            return await self._complete_upload(key, digest, upload_id, sent, content_type)
+                raise IntegrityError(key, sha256 or "one file", "a file that changes")
+            return await self._complete_upload(key, hashing, before.size_bytes, upload_id, sent, content_type)
         except BaseException:
             abort = asyncio.create_task(self._abort_upload(key, upload_id))
             self._aborts.add(abort)
             abort.add_done_callback(self._aborts.discard)
             raise
+        finally:
+            hashing.cancel()
+            await asyncio.gather(hashing, return_exceptions=True)
 
-    async def _begin_upload(self, key: str, sha256: str, content_type: str | None) -> str:
+    async def _begin_upload(self, key: str, sha256: str | None, content_type: str | None) -> str:
         parameters = {"Key": key, **description(sha256, content_type)}
 
         async def attempt(_: Attempt) -> str:
@@ -137,29 +144,39 @@ class FileTransfers:
 
     async def _upload_part(self, path: Path, key: str, upload_id: str, number: int, first: int, end: int) -> _SentPart:
         async with self._in_flight.hold(end - first):
-            data, md5 = await asyncio.to_thread(_read_hashed, path, first, end - first)
+            data = await asyncio.to_thread(_read_part, path, first, end - first)
             parameters = {"Key": key, "UploadId": upload_id, "PartNumber": number, "Body": data}
 
             async def attempt(_: Attempt) -> _SentPart:
                 # What changes on its way is noticed when the upload is completed, by the ETag of the whole.
                 answer = await self._calls.send("upload_file", key, "upload_part", parameters)
-                return _SentPart(number, answer["ETag"], md5)
+                return _SentPart(number, answer["ETag"])
 
             return await self._resilience.call("upload_file", attempt, size_bytes=len(data))
 
     async def _complete_upload(
-        self, key: str, digest: Digest, upload_id: str, parts: list[_SentPart], content_type: str | None
+        self,
+        key: str,
+        hashing: asyncio.Task[Digest],
+        size_bytes: int,
+        upload_id: str,
+        parts: list[_SentPart],
+        content_type: str | None,
     ) -> ObjectInfo:
         named = [{"PartNumber": part.number, "ETag": part.etag} for part in parts]
         parameters = {"Key": key, "UploadId": upload_id, "MultipartUpload": {"Parts": named}}
 
         async def attempt(state: Attempt) -> ObjectInfo:
-            if state.ambiguous and (stored := await self._calls.stored("upload_file", key, digest)):
+            # An attempt that is given up must not take the digest with it.
+            if state.ambiguous and (
+                stored := await self._calls.stored("upload_file", key, await asyncio.shield(hashing))
+            ):
                 return stored
             answer = await self._calls.send("upload_file", key, "complete_multipart_upload", parameters)
+            digest = await asyncio.shield(hashing)
             return await self._calls.confirmed("upload_file", key, digest, content_type, answer)
 
-        return await self._resilience.call("upload_file", attempt, size_bytes=digest.size_bytes)
+        return await self._resilience.call("upload_file", attempt, size_bytes=size_bytes)
 
     async def _abort_upload(self, key: str, upload_id: str) -> None:
         async def attempt(_: Attempt) -> None:
@@ -201,13 +218,13 @@ class FileTransfers:
             await asyncio.gather(hashing, return_exceptions=True)
 
     async def _download_part(self, key: str, first: int, last: int) -> bytes:
-        async def attempt(state: Attempt) -> bytes:
-            data, _ = await self._calls.read("download_file", key, state, byte_range=f"bytes={first}-{last}")
+        async def attempt(_: Attempt) -> bytes:
+            data = await self._calls.get_range("download_file", key, first, last)
             if len(data) != last - first + 1:
                 raise TransientFaultError("truncated")
             return data
 
-        return await self._resilience.call("download_file", attempt)
+        return await self._resilience.call("download_file", attempt, size_bytes=last - first + 1)
 
 
 def _look_of(path: Path) -> _Look:
@@ -215,14 +232,36 @@ def _look_of(path: Path) -> _Look:
     return _Look(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
+async def _digest_file(path: Path, size_bytes: int, part_size_bytes: int) -> Digest:
+    """Of the file as it is on disk, in one pass."""
+    sha256 = hashlib.sha256()
+    md5s = [
+        await asyncio.to_thread(_hash_both, path, first, min(part_size_bytes, size_bytes - first), sha256)
+        for first in range(0, size_bytes, part_size_bytes)
+    ]
+    return Digest(size_bytes, sha256.hexdigest(), tuple(md5s), part_size_bytes)
+
+
 # Each opens the file by its name: a thread cannot be cancelled, and a descriptor that is closed under it may be
 # another file's by then.
-def _read_hashed(path: Path, first: int, size_bytes: int) -> tuple[bytes, str]:
-    """A part and its MD5. It is shorter at the end of a file that shrank."""
+def _read_part(path: Path, first: int, size_bytes: int) -> bytes:
+    """It is shorter at the end of a file that shrank."""
     with path.open("rb") as file:
         file.seek(first)
-        data = file.read(size_bytes)
-    return data, md5_of(data)
+        return file.read(size_bytes)
+
+
+def _hash_both(path: Path, first: int, size_bytes: int, sha256: _Hash) -> str:
+    """Goes on with the file's SHA-256 and returns the part's MD5 in hex."""
+    md5 = hashlib.md5(usedforsecurity=False)
+    buffer = memoryview(bytearray(HASHED_AT_ONCE_BYTES))
+    with path.open("rb") as file:
+        file.seek(first)
+        while size_bytes > 0 and (read := file.readinto(buffer[:size_bytes])):
+            sha256.update(buffer[:read])
+            md5.update(buffer[:read])
+            size_bytes -= read
+    return md5.hexdigest()
 
 
 def _write_part(path: Path, first: int, data: bytes) -> None:

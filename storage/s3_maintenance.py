@@ -64,17 +64,17 @@ class Maintenance:
         """
         key = probe_object(self._settings.prefix, token)
 
-        async def attempt(state: Attempt) -> Capabilities:
-            found = await self._probed(key, state)
+        async def attempt(_: Attempt) -> Capabilities:
+            found = await self._probed(key)
             await self._calls.send("capabilities", key, "delete_object", {"Key": key})
             return found
 
         return await self._resilience.call("capabilities", attempt)
 
-    async def _probed(self, key: str, state: Attempt) -> Capabilities:
+    async def _probed(self, key: str) -> Capabilities:
         write = {"Key": key, "Body": PROBE_BODY}
         answer = await self._calls.send("capabilities", key, "put_object", write)
-        part, _ = await self._calls.read("capabilities", key, state, byte_range="bytes=1-2")
+        part = await self._calls.get_range("capabilities", key, 1, 2)
         return Capabilities(
             conditional_writes=not await self._accepts("put_object", key, {**write, "IfNoneMatch": "*"}),
             ranged_reads=part == PROBE_BODY[1:3],

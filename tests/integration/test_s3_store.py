@@ -144,16 +144,15 @@ async def test_a_silent_server_times_out_even_for_a_large_body(
 
 
 async def test_bytes_changed_on_the_server_are_noticed_after_the_write(
-    store: S3Store, embedded_s3: EmbeddedS3, key: str, monkeypatch: pytest.MonkeyPatch
+    store: S3Store, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = store._calls
-    send = calls.send
+    bodies = store._calls._bodies
+    put = bodies.put
 
-    async def send_other_bytes(operation: str, name: str | None, method: str, parameters: dict[str, object]) -> object:
-        spoiled = {**parameters, "Body": b"87654321"} if method == "put_object" else parameters
-        return await send(operation, name, method, spoiled)
+    async def put_other_bytes(name: str, _: bytes, *, sha256: str, content_type: str | None) -> str:
+        return await put(name, b"87654321", sha256=sha256, content_type=content_type)
 
-    monkeypatch.setattr(calls, "send", send_other_bytes)
+    monkeypatch.setattr(bodies, "put", put_other_bytes)
 
     with pytest.raises(IntegrityError):
         await store.put(key, b"12345678")
