@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import random
 import secrets
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import ray
-import tenacity
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -25,7 +26,17 @@ from storage.breaker import BreakerMode, BreakerSnapshot
 from storage.counters import Counts
 from storage.errors import StorageError, StorageMisconfigured, StorageUnavailable
 from storage.loop_thread import LoopThread
-from storage.objects import Capabilities, ObjectInfo, PendingUpload, PutItem, PutOutcome, StorageHealth
+from storage.node_channel import ChannelClient, ChannelClosedError, ChannelMissingError, ChannelServer
+from storage.objects import (
+    Capabilities,
+    ObjectInfo,
+    ObjectStore,
+    PendingUpload,
+    PutItem,
+    PutOutcome,
+    StorageHealth,
+    StoreMaintenance,
+)
 from storage.ray_counters import RayCounters
 from storage.s3 import S3Store, local_breaker
 from storage.settings import MIB, BreakerSettings, S3Settings
@@ -42,8 +53,6 @@ from storage.shared_breaker import (
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 __all__ = ["NAMESPACE", "BlockingStorage", "BreakerShell", "StorageClient", "StorageShell", "storage_actor_name"]
 
 NAMESPACE = "raylora"
@@ -52,10 +61,32 @@ BREAKER_NAME = "breaker"
 ARRAY_FROM_BYTES = MIB
 TASK_RETRIES_MAX = 3
 RESOLVE_ATTEMPTS_MAX = 5
+REPEAT_WITHIN_S = 1.0
 HEALTH_GRACE_S = 5.0
 HEALTH_CALLS_MAX = 4
 
-Payload = bytes | np.ndarray[Any, np.dtype[np.uint8]]
+# Of `storage.objects`, what is asked for a node's own work; the rest is about the actor itself.
+PERFORMED = frozenset(
+    name
+    for protocol in (ObjectStore, StoreMaintenance)
+    for name in vars(protocol)
+    if not name.startswith("_") and name not in {"health", "set_breaker", "counts"}
+)
+REPEATED = (ActorDiedError, ActorUnavailableError, ChannelClosedError)
+
+
+@dataclass(frozen=True)
+class ActorIdentity:
+    """`fingerprint` is of the settings, `socket` where the actor listens on its node."""
+
+    fingerprint: str
+    socket: Path | None
+
+
+@dataclass(frozen=True)
+class _Actor:
+    handle: Any
+    channel: ChannelClient | None
 
 
 class BreakerShell:
@@ -115,71 +146,25 @@ class StorageShell:
     """The store of one node, as an actor.
 
     Ray gives each concurrency group an event loop of its own, but the store belongs to one loop: it lives on a
-    thread of ours, and every method runs there.
+    thread of ours, and every method runs there. What this node's processes ask for comes over a socket, and as actor
+    calls where they cannot reach that.
     """
 
     def __init__(self, settings: S3Settings, breaker: BreakerSettings, namespace: str) -> None:
-        self._fingerprint = fingerprint(settings, breaker)
         self._thread = LoopThread("storage")
         remote = _RemoteBreaker(breaker, namespace) if breaker.shared else None
         self._store, self._reporting = self._thread.run_blocking(_open(settings, breaker, remote))
+        self._channel = ChannelServer(self._perform, bytes_max=settings.bytes_in_flight_max)
+        path = self._thread.run_blocking(self._channel.start())
+        self._identity = ActorIdentity(fingerprint(settings, breaker), path)
+
+    @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
+    async def identify(self) -> ActorIdentity:
+        return self._identity
 
     @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
     async def health(self) -> StorageHealth:
         return await self._thread.run(self._store.health())
-
-    @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
-    async def identify(self) -> str:
-        return self._fingerprint
-
-    async def put(self, key: str, data: Payload, content_type: str | None) -> ObjectInfo:
-        return await self._thread.run(self._store.put(key, _unpacked(data), content_type=content_type))
-
-    async def put_many(self, items: Sequence[tuple[str, Payload, str | None]]) -> list[PutOutcome]:
-        unpacked = [PutItem(key, _unpacked(data), content_type) for key, data, content_type in items]
-        return await self._thread.run(self._store.put_many(unpacked))
-
-    async def get(self, key: str, expected_sha256: str | None) -> Payload:
-        return _packed(await self._thread.run(self._store.get(key, expected_sha256=expected_sha256)))
-
-    async def head(self, key: str) -> ObjectInfo:
-        return await self._thread.run(self._store.head(key))
-
-    async def exists(self, key: str) -> bool:
-        return await self._thread.run(self._store.exists(key))
-
-    async def delete(self, key: str) -> None:
-        await self._thread.run(self._store.delete(key))
-
-    async def delete_many(self, keys: Sequence[str]) -> int:
-        return await self._thread.run(self._store.delete_many(keys))
-
-    async def copy(self, source: str, target: str) -> ObjectInfo:
-        return await self._thread.run(self._store.copy(source, target))
-
-    async def upload_file(self, path: Path, key: str, content_type: str | None) -> ObjectInfo:
-        return await self._thread.run(self._store.upload_file(path, key, content_type=content_type))
-
-    async def download_file(self, key: str, path: Path, expected_sha256: str | None) -> ObjectInfo:
-        return await self._thread.run(self._store.download_file(key, path, expected_sha256=expected_sha256))
-
-    async def presign_get(self, key: str, expires_s: int, filename: str | None) -> str:
-        return await self._thread.run(self._store.presign_get(key, expires_s=expires_s, filename=filename))
-
-    async def presign_put(self, key: str, expires_s: int, content_type: str | None) -> str:
-        return await self._thread.run(self._store.presign_put(key, expires_s=expires_s, content_type=content_type))
-
-    async def ensure_bucket(self) -> None:
-        await self._thread.run(self._store.ensure_bucket())
-
-    async def list_uploads(self, prefix: str) -> list[PendingUpload]:
-        return await self._thread.run(self._store.list_uploads(prefix))
-
-    async def abort_upload(self, key: str, upload_id: str) -> None:
-        await self._thread.run(self._store.abort_upload(key, upload_id))
-
-    async def capabilities(self) -> Capabilities:
-        return await self._thread.run(self._store.capabilities())
 
     @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
     async def set_breaker(self, mode: BreakerMode) -> BreakerSnapshot:
@@ -189,8 +174,15 @@ class StorageShell:
     async def counts(self) -> Counts:
         return await self._thread.run(self._store.counts())
 
-    async def list(self, prefix: str, start_after: str | None, limit: int | None) -> Any:
-        return await self._thread.run(self._store.list(prefix, start_after=start_after, limit=limit))
+    async def perform(self, operation: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
+        """One of `PERFORMED` by the store."""
+        unpacked = [_unpacked(argument) for argument in arguments]
+        return _packed(await self._thread.run(self._perform(operation, unpacked, keywords)))
+
+    async def _perform(self, operation: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
+        if operation not in PERFORMED:
+            raise ValueError(f"storage has no operation {operation}")
+        return await getattr(self._store, operation)(*arguments, **keywords)
 
 
 class StorageClient:
@@ -207,22 +199,22 @@ class StorageClient:
         self._settings = settings
         self._breaker = breaker or BreakerSettings()
         self._namespace = namespace
-        self._handle: Any = None
+        self._found: _Actor | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _client, (self._settings, self._breaker, self._namespace)
 
     async def put(self, key: str, data: bytes, *, content_type: str | None = None) -> ObjectInfo:
-        info: ObjectInfo = await self._call("put", key, _packed(data), content_type)
+        info: ObjectInfo = await self._call("put", key, data, content_type=content_type)
         return info
 
     async def put_many(self, items: Sequence[PutItem]) -> list[PutOutcome]:
-        packed = [(item.key, _packed(item.data), item.content_type) for item in items]
-        outcomes: list[PutOutcome] = await self._call("put_many", packed)
+        outcomes: list[PutOutcome] = await self._call("put_many", items)
         return outcomes
 
     async def get(self, key: str, *, expected_sha256: str | None = None) -> bytes:
-        return _unpacked(await self._call("get", key, expected_sha256))
+        data: bytes = await self._call("get", key, expected_sha256=expected_sha256)
+        return data
 
     async def head(self, key: str) -> ObjectInfo:
         info: ObjectInfo = await self._call("head", key)
@@ -243,24 +235,24 @@ class StorageClient:
 
     async def upload_file(self, path: Path, key: str, *, content_type: str | None = None) -> ObjectInfo:
         """`path` is read by the actor, which shares this node's file system."""
-        info: ObjectInfo = await self._call("upload_file", _absolute(path), key, content_type)
+        info: ObjectInfo = await self._call("upload_file", _absolute(path), key, content_type=content_type)
         return info
 
     async def download_file(self, key: str, path: Path, *, expected_sha256: str | None = None) -> ObjectInfo:
         """`path` is written by the actor, which shares this node's file system."""
-        info: ObjectInfo = await self._call("download_file", key, _absolute(path), expected_sha256)
+        info: ObjectInfo = await self._call("download_file", key, _absolute(path), expected_sha256=expected_sha256)
         return info
 
     async def presign_get(self, key: str, *, expires_s: int = 3600, filename: str | None = None) -> str:
-        return str(await self._call("presign_get", key, expires_s, filename))
+        return str(await self._call("presign_get", key, expires_s=expires_s, filename=filename))
 
     async def presign_put(self, key: str, *, expires_s: int = 3600, content_type: str | None = None) -> str:
-        return str(await self._call("presign_put", key, expires_s, content_type))
+        return str(await self._call("presign_put", key, expires_s=expires_s, content_type=content_type))
 
     async def health(self) -> StorageHealth:
         try:
             async with asyncio.timeout(self._settings.health_deadline_s + HEALTH_GRACE_S):
-                health: StorageHealth = await self._call("health")
+                health: StorageHealth = await self._call_actor("health")
                 return health
         except StorageError as error:
             return StorageHealth(False, "unknown", self._settings.backend, detail=error.code)
@@ -282,48 +274,63 @@ class StorageClient:
         return found
 
     async def set_breaker(self, mode: BreakerMode) -> BreakerSnapshot:
-        snapshot: BreakerSnapshot = await self._call("set_breaker", mode)
+        snapshot: BreakerSnapshot = await self._call_actor("set_breaker", mode)
         return snapshot
 
     async def counts(self) -> Counts:
         """Of this node's actor."""
-        counts: Counts = await self._call("counts")
+        counts: Counts = await self._call_actor("counts")
         return counts
 
     async def list(self, prefix: str, *, start_after: str | None = None, limit: int | None = None) -> list[ObjectInfo]:
-        found: Any = await self._call("list", prefix, start_after, limit)
+        found: Any = await self._call("list", prefix, start_after=start_after, limit=limit)
         return found  # type: ignore[no-any-return]
 
-    async def _call(self, method: str, *arguments: Any) -> Any:
-        retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type((ActorDiedError, ActorUnavailableError)),
-            stop=tenacity.stop_after_attempt(RESOLVE_ATTEMPTS_MAX),
-            wait=tenacity.wait_random_exponential(multiplier=0.1, max=2),
-            reraise=True,
-        )
-        try:
-            async for trial in retrying:
-                with trial:
-                    return await self._call_once(method, *arguments)
-        except RayActorError as error:
-            raise StorageUnavailable(method, 1.0) from error
-        raise AssertionError("tenacity either returns or raises")
+    async def _call(self, operation: str, *arguments: Any, **keywords: Any) -> Any:
+        """Over the socket of this node's actor, or as an actor call where that cannot be reached."""
 
-    async def _call_once(self, method: str, *arguments: Any) -> Any:
-        handle = self._handle
-        if handle is None:
-            handle = self._handle = await self._resolve()
-        try:
-            return await _answer(getattr(handle, method).remote(*arguments))
-        except RayActorError:
-            self._handle = None
-            raise
+        async def once() -> Any:
+            actor = await self._actor()
+            if actor.channel is not None:
+                try:
+                    return await actor.channel.call(operation, arguments, keywords)
+                except ChannelMissingError as error:
+                    logger.warning("storage is called through Ray", extra={"errno": error.errno})
+            packed = [_packed(argument) for argument in arguments]
+            return _unpacked(await _answer(actor.handle.perform.remote(operation, packed, keywords)))
 
-    async def _resolve(self) -> Any:
-        handle = await asyncio.to_thread(self._get_or_create)
-        if await _answer(handle.identify.remote()) != fingerprint(self._settings, self._breaker):
-            raise StorageMisconfigured("this node's storage actor was created with other settings")
-        return handle
+        return await self._until_answered(operation, once)
+
+    async def _call_actor(self, method: str, *arguments: Any) -> Any:
+        async def once() -> Any:
+            actor = await self._actor()
+            return await _answer(getattr(actor.handle, method).remote(*arguments))
+
+        return await self._until_answered(method, once)
+
+    async def _until_answered(self, operation: str, once: Callable[[], Awaitable[Any]]) -> Any:
+        """Repeats what its actor's death cut short. Raises StorageUnavailable."""
+        for left in reversed(range(RESOLVE_ATTEMPTS_MAX)):
+            try:
+                return await once()
+            except (RayActorError, ChannelClosedError) as error:
+                self._found = None
+                if left == 0 or not isinstance(error, REPEATED):
+                    raise StorageUnavailable(operation, 1.0) from error
+                logger.info("a storage call is repeated", extra={"operation": operation, "kind": type(error).__name__})
+            await asyncio.sleep(random.uniform(0, REPEAT_WITHIN_S))
+        raise AssertionError("the last attempt raises")
+
+    async def _actor(self) -> _Actor:
+        found = self._found
+        if found is None:
+            handle = await asyncio.to_thread(self._get_or_create)
+            identity: ActorIdentity = await _answer(handle.identify.remote())
+            if identity.fingerprint != fingerprint(self._settings, self._breaker):
+                raise StorageMisconfigured("this node's storage actor was created with other settings")
+            channel = None if identity.socket is None else ChannelClient(identity.socket)
+            found = self._found = _Actor(handle, channel)
+        return found
 
     def _get_or_create(self) -> Any:
         node_id = ray.get_runtime_context().get_node_id()
@@ -383,12 +390,13 @@ def _client(settings: S3Settings, breaker: BreakerSettings, namespace: str) -> S
     return StorageClient(settings, breaker, namespace=namespace)
 
 
-def _packed(data: bytes) -> Payload:
-    return np.frombuffer(data, dtype=np.uint8) if len(data) >= ARRAY_FROM_BYTES else data
+def _packed(value: Any) -> Any:
+    is_large = isinstance(value, bytes) and len(value) >= ARRAY_FROM_BYTES
+    return np.frombuffer(value, dtype=np.uint8) if is_large else value
 
 
-def _unpacked(payload: Payload) -> bytes:
-    return payload if isinstance(payload, bytes) else payload.tobytes()
+def _unpacked(value: Any) -> Any:
+    return value.tobytes() if isinstance(value, np.ndarray) else value
 
 
 def _absolute(path: Path) -> Path:

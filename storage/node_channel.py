@@ -1,0 +1,323 @@
+"""Calls between the processes of one node over a Unix socket, for what an actor call takes too long for.
+
+The wire, in both directions: two lengths (4 and 8 bytes, big-endian), a pickled message, and raw bytes beside it, so
+that a body of megabytes is neither pickled nor copied by it. A request's message is (method, arguments, keywords); an
+answer's is (whether it succeeded, the result or the exception). One call at a time on a connection; to cancel it, the
+caller closes the connection. Pickle is safe there, because the socket lies in a folder that only this user can enter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import pickle
+import secrets
+import socket
+import stat
+import struct
+import tempfile
+import weakref
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storage.byte_budget import ByteBudget
+
+logger = logging.getLogger(__name__)
+
+Serve = Callable[[str, Sequence[Any], Mapping[str, Any]], Awaitable[Any]]
+
+HEAD = struct.Struct(">IQ")
+BODY_BYTES_MIN = 16 * 1024
+FIRST_READ_BYTES = 64 * 1024
+IDLE_MAX = 64
+BACKLOG = 128
+SUFFIX = ".socket"
+
+
+class ChannelClosedError(Exception):
+    """The other side is gone. Nobody knows whether the call had its effect."""
+
+
+class ChannelMissingError(Exception):
+    """There is no server to connect to. `errno` says why."""
+
+    def __init__(self, errno: int | None) -> None:
+        super().__init__(errno)
+        self.errno = errno
+
+
+@dataclass(frozen=True)
+class _Body:
+    """Stands in a message for the bytes beside it."""
+
+
+class ChannelServer:
+    """Answers calls with what `serve` returns or raises. Belongs to one event loop.
+
+    The requests that are held at one time have `bytes_max` bytes together, larger ones come alone.
+    """
+
+    def __init__(self, serve: Serve, *, bytes_max: int) -> None:
+        self._serve = serve
+        self._held = ByteBudget(bytes_max)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._listener: socket.socket | None = None
+        self.path: Path | None = None
+
+    async def start(self) -> Path | None:
+        """Where it listens; None where the folder for it is not this user's alone."""
+        folder = _own_folder()
+        if folder is None:
+            return None
+        await _remove_abandoned(folder)
+        path = folder / (secrets.token_hex(8) + SUFFIX)
+        listener = _socket()
+        listener.bind(str(path))
+        listener.listen(BACKLOG)
+        self._listener, self.path = listener, path
+        self._keep(asyncio.create_task(self._accept(listener)))
+        return path
+
+    async def aclose(self) -> None:
+        """Cut all connections."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._listener is not None:
+            self._listener.close()
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            connection, _ = await loop.sock_accept(listener)
+            connection.setblocking(False)
+            self._keep(asyncio.create_task(self._converse(connection)))
+
+    async def _converse(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(ChannelClosedError, ConnectionError):
+            while True:
+                await self._answer_one(connection)
+
+    async def _answer_one(self, connection: socket.socket) -> None:
+        receiving = _Receiving(connection)
+        async with self._held.hold(await receiving.head()):
+            method, arguments, keywords = await receiving.message()
+            serving = asyncio.ensure_future(self._outcome(method, arguments, keywords))
+            with _watched(connection, serving):
+                try:
+                    outcome = await serving
+                except asyncio.CancelledError:
+                    if _is_gone(connection):
+                        raise ChannelClosedError from None
+                    serving.cancel()
+                    raise
+        await _send(connection, outcome)
+
+    async def _outcome(self, method: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[bool, Any]:
+        try:
+            return True, await self._serve(method, arguments, keywords)
+        except Exception as error:  # noqa: BLE001 - it is raised where the call was made
+            return False, error
+
+
+class ChannelClient:
+    """Calls the server at `path`. From any event loop and thread; the connections that nobody uses are kept."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._idle: deque[socket.socket] = deque()
+        weakref.finalize(self, _close_all, self._idle)
+
+    async def call(self, method: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
+        """What the server returns, or the exception that it raises.
+
+        Raises ChannelClosedError when the server ends meanwhile, ChannelMissingError when it is not there at all.
+        """
+        connection = await self._connection()
+        try:
+            await _send(connection, (method, arguments, keywords))
+            receiving = _Receiving(connection)
+            await receiving.head()
+            succeeded, result = await receiving.message()
+        except ConnectionError as error:
+            connection.close()
+            raise ChannelClosedError from error
+        except BaseException:
+            connection.close()
+            raise
+        self._give_back(connection)
+        if succeeded:
+            return result
+        raise result
+
+    async def _connection(self) -> socket.socket:
+        while self._idle:
+            connection = self._idle.pop()
+            if not _is_gone(connection):
+                return connection
+            connection.close()
+        connection = _socket()
+        try:
+            await asyncio.get_running_loop().sock_connect(connection, str(self._path))
+        except OSError as error:
+            connection.close()
+            raise ChannelMissingError(error.errno) from error
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _give_back(self, connection: socket.socket) -> None:
+        if len(self._idle) < IDLE_MAX:
+            self._idle.append(connection)
+        else:
+            connection.close()
+
+
+class _Receiving:
+    """One message, and the bytes beside it, from a connection."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._loop = asyncio.get_running_loop()
+        self._start = memoryview(bytearray(FIRST_READ_BYTES))
+        self._read = 0
+        self._message_bytes = self._body_bytes = 0
+
+    async def head(self) -> int:
+        """How many bytes are to come. Raises ChannelClosedError."""
+        while self._read < HEAD.size:
+            self._read += await self._some(self._start[self._read :])
+        self._message_bytes, self._body_bytes = HEAD.unpack(self._start[: HEAD.size])
+        return self._message_bytes + self._body_bytes
+
+    async def message(self) -> Any:
+        """Raises ChannelClosedError."""
+        rest = self._start[HEAD.size : self._read]
+        message = await self._exactly(self._message_bytes, rest)
+        body = await self._exactly(self._body_bytes, rest[self._message_bytes :])
+        return _joined(pickle.loads(message), bytes(body))  # noqa: S301
+
+    async def _exactly(self, size: int, begun: memoryview) -> memoryview:
+        if len(begun) >= size:
+            return begun[:size]
+        whole = memoryview(bytearray(size))
+        filled = len(begun)
+        whole[:filled] = begun
+        while filled < size:
+            filled += await self._some(whole[filled:])
+        return whole
+
+    async def _some(self, target: memoryview) -> int:
+        received = await self._loop.sock_recv_into(self._connection, target)
+        if received == 0:
+            raise ChannelClosedError
+        return received
+
+
+async def _send(connection: socket.socket, message: tuple[Any, ...]) -> None:
+    rest, body = _parted(message)
+    pickled = _pickled(rest)
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(connection, HEAD.pack(len(pickled), len(body)) + pickled)
+    if body:
+        await loop.sock_sendall(connection, body)
+
+
+def _pickled(message: tuple[Any, ...]) -> bytes:
+    try:
+        return pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+    except (pickle.PicklingError, TypeError, AttributeError):
+        if not isinstance(message[-1], BaseException):
+            raise
+        logger.exception("an exception cannot be sent", extra={"kind": type(message[-1]).__name__})
+        return pickle.dumps((False, RuntimeError(type(message[-1]).__name__)))
+
+
+def _parted(message: tuple[Any, ...]) -> tuple[tuple[Any, ...], bytes]:
+    """The message without its first large bytes, and those."""
+    body = b""
+
+    def part(value: Any) -> Any:
+        nonlocal body
+        if not body and isinstance(value, bytes) and len(value) >= BODY_BYTES_MIN:
+            body = value
+            return _Body()
+        return value
+
+    parted = tuple(tuple(part(inner) for inner in item) if type(item) is tuple else part(item) for item in message)
+    return parted, body
+
+
+def _joined(message: tuple[Any, ...], body: bytes) -> tuple[Any, ...]:
+    def join(value: Any) -> Any:
+        return body if isinstance(value, _Body) else value
+
+    return tuple(tuple(join(inner) for inner in item) if type(item) is tuple else join(item) for item in message)
+
+
+@contextlib.contextmanager
+def _watched(connection: socket.socket, serving: asyncio.Future[Any]) -> Iterator[None]:
+    """Cancels the work when the caller goes away; it sends nothing until it has its answer."""
+    loop = asyncio.get_running_loop()
+    loop.add_reader(connection, serving.cancel)
+    try:
+        yield
+    finally:
+        loop.remove_reader(connection)
+
+
+def _is_gone(connection: socket.socket) -> bool:
+    """Whether the other side has closed, or sent what nobody asked for."""
+    try:
+        connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _socket() -> socket.socket:
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    made.setblocking(False)
+    return made
+
+
+def _own_folder() -> Path | None:
+    folder = Path(tempfile.gettempdir(), f"raylora-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+        return folder
+    logger.warning("the folder for sockets is open to other users", extra={"folder": str(folder)})
+    return None
+
+
+async def _remove_abandoned(folder: Path) -> None:
+    """Those of servers that were killed."""
+    for path in folder.glob("*" + SUFFIX):  # noqa: ASYNC240 - a handful of names
+        with _socket() as probe:
+            try:
+                await asyncio.get_running_loop().sock_connect(probe, str(path))
+            except ConnectionRefusedError:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("a socket was left as it is", extra={"path": str(path), "errno": error.errno})
+
+
+def _close_all(connections: deque[socket.socket]) -> None:
+    while connections:
+        connections.pop().close()
