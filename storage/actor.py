@@ -177,11 +177,15 @@ class StorageShell:
     async def perform(self, operation: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
         """One of `PERFORMED` by the store."""
         unpacked = [_unpacked(argument) for argument in arguments]
-        return _packed(await self._thread.run(self._perform(operation, unpacked, keywords)))
+        result = await self._thread.run(self._perform(operation, unpacked, keywords))
+        return _packed(bytes(result) if isinstance(result, memoryview) else result)
 
     async def _perform(self, operation: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
         if operation not in PERFORMED:
             raise ValueError(f"storage has no operation {operation}")
+        if operation == "get":
+            # What is sent on need not be copied before.
+            return await self._store.get_view(*arguments, **keywords)
         return await getattr(self._store, operation)(*arguments, **keywords)
 
 

@@ -36,7 +36,7 @@ def is_hash(etag: str) -> bool:
     return _HASH.fullmatch(etag) is not None
 
 
-def digest_bytes(data: bytes) -> Digest:
+def digest_bytes(data: bytes | memoryview) -> Digest:
     return Digest(len(data), hashlib.sha256(data).hexdigest(), (md5_of(data),), max(1, len(data)))
 
 
@@ -45,6 +45,6 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def md5_of(data: bytes) -> str:
+def md5_of(data: bytes | memoryview) -> str:
     """In hex: what servers make their ETags of."""
     return hashlib.md5(data, usedforsecurity=False).hexdigest()

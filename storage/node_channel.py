@@ -34,6 +34,7 @@ Serve = Callable[[str, Sequence[Any], Mapping[str, Any]], Awaitable[Any]]
 HEAD = struct.Struct(">IQ")
 BODY_BYTES_MIN = 16 * 1024
 FIRST_READ_BYTES = 64 * 1024
+KEPT_BYTES_MAX = 2 * 1024 * 1024
 IDLE_MAX = 64
 BACKLOG = 128
 SUFFIX = ".socket"
@@ -100,29 +101,28 @@ class ChannelServer:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            connection, _ = await loop.sock_accept(listener)
-            connection.setblocking(False)
-            self._keep(asyncio.create_task(self._converse(connection)))
+            accepted, _ = await loop.sock_accept(listener)
+            accepted.setblocking(False)
+            self._keep(asyncio.create_task(self._converse(_Connection(accepted))))
 
-    async def _converse(self, connection: socket.socket) -> None:
-        with connection, contextlib.suppress(ChannelClosedError, ConnectionError):
+    async def _converse(self, connection: _Connection) -> None:
+        with contextlib.closing(connection), contextlib.suppress(ChannelClosedError, ConnectionError):
             while True:
                 await self._answer_one(connection)
 
-    async def _answer_one(self, connection: socket.socket) -> None:
-        receiving = _Receiving(connection)
-        async with self._held.hold(await receiving.head()):
-            method, arguments, keywords = await receiving.message()
+    async def _answer_one(self, connection: _Connection) -> None:
+        async with self._held.hold(await connection.head()):
+            method, arguments, keywords = await connection.message()
             serving = asyncio.ensure_future(self._outcome(method, arguments, keywords))
-            with _watched(connection, serving):
+            with _watched(connection.socket, serving):
                 try:
                     outcome = await serving
                 except asyncio.CancelledError:
-                    if _is_gone(connection):
+                    if connection.is_gone():
                         raise ChannelClosedError from None
                     serving.cancel()
                     raise
-        await _send(connection, outcome)
+        await connection.send(outcome)
 
     async def _outcome(self, method: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[bool, Any]:
         try:
@@ -136,7 +136,7 @@ class ChannelClient:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._idle: deque[socket.socket] = deque()
+        self._idle: deque[_Connection] = deque()
         weakref.finalize(self, _close_all, self._idle)
 
     async def call(self, method: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
@@ -146,10 +146,9 @@ class ChannelClient:
         """
         connection = await self._connection()
         try:
-            await _send(connection, (method, arguments, keywords))
-            receiving = _Receiving(connection)
-            await receiving.head()
-            succeeded, result = await receiving.message()
+            await connection.send((method, arguments, keywords))
+            await connection.head()
+            succeeded, result = await connection.message()
         except ConnectionError as error:
             connection.close()
             raise ChannelClosedError from error
@@ -161,78 +160,89 @@ class ChannelClient:
             return result
         raise result
 
-    async def _connection(self) -> socket.socket:
+    async def _connection(self) -> _Connection:
         while self._idle:
             connection = self._idle.pop()
-            if not _is_gone(connection):
+            if not connection.is_gone():
                 return connection
             connection.close()
-        connection = _socket()
+        end = _socket()
         try:
-            await asyncio.get_running_loop().sock_connect(connection, str(self._path))
+            await asyncio.get_running_loop().sock_connect(end, str(self._path))
         except OSError as error:
-            connection.close()
+            end.close()
             raise ChannelMissingError(error.errno) from error
         except BaseException:
-            connection.close()
+            end.close()
             raise
-        return connection
+        return _Connection(end)
 
-    def _give_back(self, connection: socket.socket) -> None:
+    def _give_back(self, connection: _Connection) -> None:
         if len(self._idle) < IDLE_MAX:
             self._idle.append(connection)
         else:
             connection.close()
 
 
-class _Receiving:
-    """One message, and the bytes beside it, from a connection."""
+class _Connection:
+    """One end. Keeps the memory that it receives into, because new memory costs more than the copy out of it."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._loop = asyncio.get_running_loop()
-        self._start = memoryview(bytearray(FIRST_READ_BYTES))
+    def __init__(self, end: socket.socket) -> None:
+        self.socket = end
+        self._memory = memoryview(bytearray(FIRST_READ_BYTES))
         self._read = 0
         self._message_bytes = self._body_bytes = 0
 
+    def close(self) -> None:
+        self.socket.close()
+
+    def is_gone(self) -> bool:
+        """Whether the other side has closed, or sent what nobody asked for."""
+        try:
+            self.socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
+    async def send(self, message: tuple[Any, ...]) -> None:
+        rest, body = _parted(message)
+        pickled = _pickled(rest)
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(self.socket, HEAD.pack(len(pickled), len(body)) + pickled)
+        if body:
+            await loop.sock_sendall(self.socket, body)
+
     async def head(self) -> int:
-        """How many bytes are to come. Raises ChannelClosedError."""
-        while self._read < HEAD.size:
-            self._read += await self._some(self._start[self._read :])
-        self._message_bytes, self._body_bytes = HEAD.unpack(self._start[: HEAD.size])
+        """How many bytes of a message are to come. Raises ChannelClosedError."""
+        self._read = 0
+        await self._fill(HEAD.size)
+        self._message_bytes, self._body_bytes = HEAD.unpack(self._memory[: HEAD.size])
         return self._message_bytes + self._body_bytes
 
     async def message(self) -> Any:
-        """Raises ChannelClosedError."""
-        rest = self._start[HEAD.size : self._read]
-        message = await self._exactly(self._message_bytes, rest)
-        body = await self._exactly(self._body_bytes, rest[self._message_bytes :])
-        return _joined(pickle.loads(message), bytes(body))  # noqa: S301
-
-    async def _exactly(self, size: int, begun: memoryview) -> memoryview:
-        if len(begun) >= size:
-            return begun[:size]
-        whole = memoryview(bytearray(size))
-        filled = len(begun)
-        whole[:filled] = begun
-        while filled < size:
-            filled += await self._some(whole[filled:])
+        """After its head. Raises ChannelClosedError."""
+        message_end = HEAD.size + self._message_bytes
+        end = message_end + self._body_bytes
+        if end > len(self._memory):
+            larger = memoryview(bytearray(end))
+            larger[: self._read] = self._memory[: self._read]
+            self._memory = larger
+        await self._fill(end)
+        message = pickle.loads(self._memory[HEAD.size : message_end])  # noqa: S301
+        whole = _joined(message, bytes(self._memory[message_end:end]))
+        if len(self._memory) > KEPT_BYTES_MAX:
+            self._memory = memoryview(bytearray(FIRST_READ_BYTES))
         return whole
 
-    async def _some(self, target: memoryview) -> int:
-        received = await self._loop.sock_recv_into(self._connection, target)
-        if received == 0:
-            raise ChannelClosedError
-        return received
-
-
-async def _send(connection: socket.socket, message: tuple[Any, ...]) -> None:
-    rest, body = _parted(message)
-    pickled = _pickled(rest)
-    loop = asyncio.get_running_loop()
-    await loop.sock_sendall(connection, HEAD.pack(len(pickled), len(body)) + pickled)
-    if body:
-        await loop.sock_sendall(connection, body)
+    async def _fill(self, end: int) -> None:
+        loop = asyncio.get_running_loop()
+        while self._read < end:
+            received = await loop.sock_recv_into(self.socket, self._memory[self._read : max(end, FIRST_READ_BYTES)])
+            if received == 0:
+                raise ChannelClosedError
+            self._read += received
 
 
 def _pickled(message: tuple[Any, ...]) -> bytes:
@@ -245,16 +255,18 @@ def _pickled(message: tuple[Any, ...]) -> bytes:
         return pickle.dumps((False, RuntimeError(type(message[-1]).__name__)))
 
 
-def _parted(message: tuple[Any, ...]) -> tuple[tuple[Any, ...], bytes]:
-    """The message without its first large bytes, and those."""
-    body = b""
+def _parted(message: tuple[Any, ...]) -> tuple[tuple[Any, ...], bytes | memoryview]:
+    """The message without its first large bytes, and those. Memory is sent as bytes."""
+    body: bytes | memoryview = b""
 
     def part(value: Any) -> Any:
         nonlocal body
-        if not body and isinstance(value, bytes) and len(value) >= BODY_BYTES_MIN:
+        if not isinstance(value, bytes | memoryview):
+            return value
+        if not body and len(value) >= BODY_BYTES_MIN:
             body = value
             return _Body()
-        return value
+        return bytes(value)
 
     parted = tuple(tuple(part(inner) for inner in item) if type(item) is tuple else part(item) for item in message)
     return parted, body
@@ -276,17 +288,6 @@ def _watched(connection: socket.socket, serving: asyncio.Future[Any]) -> Iterato
         yield
     finally:
         loop.remove_reader(connection)
-
-
-def _is_gone(connection: socket.socket) -> bool:
-    """Whether the other side has closed, or sent what nobody asked for."""
-    try:
-        connection.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _socket() -> socket.socket:
@@ -318,6 +319,6 @@ async def _remove_abandoned(folder: Path) -> None:
                 logger.warning("a socket was left as it is", extra={"path": str(path), "errno": error.errno})
 
 
-def _close_all(connections: deque[socket.socket]) -> None:
+def _close_all(connections: deque[_Connection]) -> None:
     while connections:
         connections.pop().close()

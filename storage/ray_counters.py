@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import threading
+from collections import defaultdict
 from functools import cache
 from typing import Any
 
@@ -12,9 +15,14 @@ from storage.counters import CLEANUP_FAILURES, METRICS, Tally
 
 logger = logging.getLogger(__name__)
 
+FLUSH_S = 1.0
+
 
 class RayCounters(Tally):
-    """Implements `Counters`. For processes that Ray runs in; also keeps the counts of this process."""
+    """Implements `Counters`. For processes that Ray runs in; also keeps the counts of this process.
+
+    Ray hears of them together, every `FLUSH_S`: one by one they cost a tenth of a small storage operation.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,16 +31,31 @@ class RayCounters(Tally):
             name: kinds[metric.kind](name, description=metric.description, tag_keys=metric.labels)
             for name, metric in METRICS.items()
         }
+        self._pending: defaultdict[tuple[str, tuple[tuple[str, str], ...]], float] = defaultdict(float)
+        self._pending_lock = threading.Lock()
+        atexit.register(self.flush)
 
     def add(self, metric: str, value: float = 1.0, **labels: str) -> None:
         super().add(metric, value, **labels)
-        if value > 0:
-            # Ray refuses to add nothing.
-            self._metrics[metric].inc(value, tags=labels)
+        with self._pending_lock:
+            if not self._pending:
+                timer = threading.Timer(FLUSH_S, self.flush)
+                timer.daemon = True
+                timer.start()
+            self._pending[metric, tuple(labels.items())] += value
 
     def show(self, metric: str, value: float, **labels: str) -> None:
         super().show(metric, value, **labels)
         self._metrics[metric].set(value, tags=labels)
+
+    def flush(self) -> None:
+        """Tell Ray what has been counted since the last time."""
+        with self._pending_lock:
+            pending, self._pending = self._pending, defaultdict(float)
+        for (metric, labels), value in pending.items():
+            if value > 0:
+                # Ray refuses to add nothing.
+                self._metrics[metric].inc(value, tags=dict(labels))
 
 
 @cache

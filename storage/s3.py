@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import secrets
 import time
 import unicodedata
 import urllib.parse
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +45,7 @@ from storage.s3_maintenance import Maintenance
 from storage.settings import MIB, BreakerSettings, S3Settings
 
 T = TypeVar("T")
+Buffer = bytes | memoryview
 
 DELETE_KEYS_MAX = 1000
 PAGE_KEYS_MAX = 1000
@@ -66,6 +69,8 @@ class S3Store:
         self._clock = clock
         self._tally = tally or Tally()
         self._capabilities: Capabilities | None = None
+        # More threads than cores would only take turns.
+        self._hashing = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="hashing")
         self._resilience = Resilience(
             gate or LocalGate(local_breaker(breaker or BreakerSettings(), clock)),
             Policy.of(settings),
@@ -90,10 +95,11 @@ class S3Store:
         """Finish the clean-ups that are under way and close the connections."""
         await self._files.aclose()
         await self._clients.aclose()
+        self._hashing.shutdown(wait=False)
 
     async def put(self, key: str, data: bytes, *, content_type: str | None = None) -> ObjectInfo:
         check_key(key)
-        digest = await _hashed(digest_bytes, data)
+        digest = await self._hashed(digest_bytes, data)
 
         async def attempt(state: Attempt) -> ObjectInfo:
             if state.ambiguous and (stored := await self._calls.stored("put", key, digest)):
@@ -113,13 +119,17 @@ class S3Store:
         return await run_bounded((one(item) for item in items), self._settings.max_concurrency)
 
     async def get(self, key: str, *, expected_sha256: str | None = None) -> bytes:
+        return bytes(await self.get_view(key, expected_sha256=expected_sha256))
+
+    async def get_view(self, key: str, *, expected_sha256: str | None = None) -> memoryview:
+        """As `get`, for those who would only copy the bytes elsewhere."""
         check_key(key)
 
-        async def attempt(state: Attempt) -> bytes:
+        async def attempt(state: Attempt) -> memoryview:
             data, noted_sha256 = await self._calls.get("get", key, state)
             expected = expected_sha256 or noted_sha256
             if expected is not None:
-                actual = await _hashed(_sha256, data)
+                actual = await self._hashed(_sha256, data)
                 if actual != expected:
                     raise corrupted(key, expected, actual)
             return data
@@ -258,6 +268,12 @@ class S3Store:
     async def counts(self) -> Counts:
         return self._tally.counts()
 
+    async def _hashed(self, function: Callable[[Buffer], T], data: Buffer) -> T:
+        """In a thread where that takes longer than going there."""
+        if len(data) <= HASHED_IN_PLACE_BYTES_MAX:
+            return function(data)
+        return await asyncio.get_running_loop().run_in_executor(self._hashing, function, data)
+
     async def _page(self, parameters: dict[str, Any]) -> Answer:
         async def attempt(_: Attempt) -> Answer:
             return await self._calls.send("list", None, "list_objects_v2", parameters)
@@ -305,12 +321,7 @@ def local_breaker(settings: BreakerSettings, clock: Callable[[], float] = time.m
     return CircuitBreaker(settings.failure_threshold, settings.recovery_s, settings.probe_timeout_s, clock=clock)
 
 
-async def _hashed(function: Callable[[bytes], T], data: bytes) -> T:
-    """In a thread where that takes longer than going there."""
-    return await asyncio.to_thread(function, data) if len(data) > HASHED_IN_PLACE_BYTES_MAX else function(data)
-
-
-def _sha256(data: bytes) -> str:
+def _sha256(data: Buffer) -> str:
     return hashlib.sha256(data).hexdigest()
 
 

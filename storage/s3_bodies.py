@@ -65,9 +65,9 @@ class OpenedObject:
         noted: Any = result.attributes.get(SHA256_METADATA)
         self.sha256: str | None = noted
 
-    async def read(self) -> bytes:
+    async def read(self) -> memoryview:
         """The body. Once only."""
-        return (await self._result.bytes_async()).to_bytes()
+        return memoryview(await self._result.bytes_async())
 
 
 class Bodies:

@@ -74,7 +74,7 @@ class S3Calls:
     async def head(self, operation: str, key: str) -> Answer:
         return await self.send(operation, key, "head_object", {"Key": key})
 
-    async def get(self, operation: str, key: str, state: Attempt) -> tuple[bytes, str | None]:
+    async def get(self, operation: str, key: str, state: Attempt) -> tuple[memoryview, str | None]:
         """The whole object, of the length that was announced, and the SHA-256 that was noted with it."""
         self._counters.add(REQUESTS, operation=operation, method="get_object")
         with mapped(operation, key):

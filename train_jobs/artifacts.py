@@ -70,12 +70,16 @@ class Artifacts:
         return sorted(step for step, found in names.items() if found >= set(checkpoint.FILES))
 
     def fetch_checkpoint(self, step: int) -> Path:
-        """Download one into a folder."""
+        """Download one into a folder, the weights verified. Raises CheckpointInvalid for a damaged state."""
         folder = self._scratch / f"checkpoint-{step}"
         folder.mkdir(parents=True, exist_ok=True)
-        for name in checkpoint.FILES:
+        expected: dict[str, str] = {}
+        for name in reversed(checkpoint.FILES):
             key = self._keys.checkpoint_file(self._process_id, step, name)
-            self._runner.run_blocking(self._store.download_file(key, folder / name))
+            digest = expected.get(name)
+            self._runner.run_blocking(self._store.download_file(key, folder / name, expected_sha256=digest))
+            if name == checkpoint.STATE:
+                expected = checkpoint.digests(folder)
         return folder
 
     def store_checkpoint(self, step: int, paths: Sequence[Path], *, keep: int, best: int | None = None) -> None:

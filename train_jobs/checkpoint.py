@@ -2,11 +2,13 @@
 
 adapter.safetensors      the trained parameters by name, in full precision
 optimizer.safetensors    the optimizer's tensors, `<slot>.<parameter>`, and the weights' average, `average.<parameter>`
-state.json               step, losses, the optimizer's plain numbers, and what the training depends on
+state.json               step, losses, the optimizer's plain numbers, what the training depends on, and the SHA-256
+                         of the other two
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +54,7 @@ def write_checkpoint(folder: Path, state: LoopState, *, facts: Mapping[str, Any]
         "group": state.group,
         "validation": state.validation,
         "facts": dict(facts),
+        "sha256": {name: _sha256_of(folder / name) for name in (ADAPTER, OPTIMIZER)},
     }
     (folder / STATE).write_text(json.dumps(meta))
     return [folder / name for name in FILES]
@@ -86,9 +89,26 @@ def read_checkpoint(folder: Path, *, expected: Mapping[str, Tensor]) -> Checkpoi
     return Checkpoint(state, facts)
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 (hex) of a checkpoint's other files, as its state says; none in one of an earlier version.
+
+    Raises CheckpointInvalid.
+    """
+    try:
+        found = json.loads((folder / STATE).read_text()).get("sha256", {})
+        return {str(name): str(digest) for name, digest in found.items()}
+    except (OSError, ValueError, AttributeError):
+        raise CheckpointInvalid("its state is missing or damaged") from None
+
+
 def steps_to_prune(steps: Sequence[int], *, keep: int, best: int | None = None) -> list[int]:
     """Which of the stored steps to delete so that the newest `keep` remain, and the `best` one with them."""
     return [step for step in sorted(set(steps))[:-keep] if step != best]
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _numbers(value: Any) -> dict[str, float]:

@@ -324,7 +324,7 @@ async def test_what_the_server_can_do_is_tried_out_once_and_nothing_is_left_of_i
     assert await store.list("raylora/probes/") == []
 
 
-async def test_a_read_is_checked_against_what_was_noted_at_the_write(
+async def test_a_read_is_checked_against_the_digest_of_the_write(
     store: S3Store, proxy: FaultProxy, key: str, large_file: Path, tmp_path: Path
 ) -> None:
     await store.put(key, b"12345678")
@@ -332,10 +332,10 @@ async def test_a_read_is_checked_against_what_was_noted_at_the_write(
     assert await store.get(key) == b"12345678"
     assert proxy.requests["GET"] == 2
 
-    await store.upload_file(large_file, key + ".large")
+    sha256 = (await store.upload_file(large_file, key + ".large")).sha256
     proxy.script("GET", Fault.GARBLE)
     with pytest.raises(IntegrityError):
-        await store.download_file(key + ".large", tmp_path / "back")
+        await store.download_file(key + ".large", tmp_path / "back", expected_sha256=sha256)
     assert not (tmp_path / "back").exists()
 
 

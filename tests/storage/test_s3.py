@@ -24,6 +24,7 @@ OPERATIONS: dict[str, Operation] = {
     "put": lambda store, _: store.put("a", b"1"),
     "put_many": lambda store, _: store.put_many([PutItem("a", b"1")]),
     "get": lambda store, _: store.get("a"),
+    "get_view": lambda store, _: store.get_view("a"),
     "head": lambda store, _: store.head("a"),
     "exists": lambda store, _: store.exists("a"),
     "delete": lambda store, _: store.delete("a"),

@@ -1,0 +1,228 @@
+"""Calls over the socket: what arrives, what happens when either side goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storage import node_channel
+from storage.errors import ObjectNotFound
+from storage.node_channel import (
+    BODY_BYTES_MIN,
+    ChannelClient,
+    ChannelClosedError,
+    ChannelMissingError,
+    ChannelServer,
+    Serve,
+)
+
+WAIT_S = 10
+
+
+@pytest.fixture(autouse=True)
+def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("s")
+    monkeypatch.setattr(node_channel.tempfile, "gettempdir", lambda: str(folder))
+    return folder
+
+
+async def echo(method: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
+    return arguments[0] if method == "first" else (method, tuple(arguments), dict(keywords))
+
+
+@asynccontextmanager
+async def serving(serve: Serve, *, bytes_max: int = 1 << 20) -> AsyncIterator[ChannelClient]:
+    server = ChannelServer(serve, bytes_max=bytes_max)
+    path = await server.start()
+    assert path is not None
+    try:
+        yield ChannelClient(path)
+    finally:
+        await server.aclose()
+    assert not path.exists()
+
+
+async def test_a_call_arrives_with_all_that_it_has() -> None:
+    async with serving(echo) as client:
+        assert await client.call("put", ("k", None, 3.5), {"content_type": "text/plain"}) == (
+            "put",
+            ("k", None, 3.5),
+            {"content_type": "text/plain"},
+        )
+
+
+SIZES = st.sampled_from([0, 1, BODY_BYTES_MIN - 1, BODY_BYTES_MIN, 65_523, 65_524, 65_536, 300_000, 3_000_000])
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=st.lists(SIZES, min_size=1, max_size=4), as_view=st.booleans())
+def test_bytes_of_any_size_come_back_whole_one_call_after_another(sizes: list[int], as_view: bool) -> None:
+    async def serve(_: str, arguments: Sequence[Any], __: Mapping[str, Any]) -> Any:
+        return memoryview(arguments[0]) if as_view else arguments[0]
+
+    async def run() -> None:
+        async with serving(serve) as client:
+            for number, size in enumerate(sizes):
+                data = bytes([number + 1]) * size
+                assert await client.call("get", (data,), {}) == data
+
+    asyncio.run(run())
+
+
+async def test_two_large_arguments_both_arrive() -> None:
+    first, second = b"1" * BODY_BYTES_MIN, b"2" * BODY_BYTES_MIN
+    async with serving(echo) as client:
+        assert (await client.call("m", (first, second), {}))[1] == (first, second)
+
+
+async def test_many_calls_at_once_do_not_mix() -> None:
+    async with serving(echo) as client:
+        sent = [os.urandom(1000 * number) for number in range(50)]
+        assert await asyncio.gather(*(client.call("first", (data,), {}) for data in sent)) == sent
+
+
+async def test_an_error_is_raised_where_the_call_was_made() -> None:
+    async def serve(*_: object) -> Any:
+        raise ObjectNotFound("a/b")
+
+    async with serving(serve) as client:
+        with pytest.raises(ObjectNotFound) as raised:
+            await client.call("get", ("a/b",), {})
+        assert raised.value.key == "a/b"
+        with pytest.raises(ObjectNotFound):
+            await client.call("get", ("a/b",), {})
+
+
+async def test_an_error_that_cannot_be_sent_does_not_leave_the_caller_waiting() -> None:
+    async def serve(*_: object) -> Any:
+        error = ValueError("x")
+        error.lock = threading.Lock()  # type: ignore[attr-defined]
+        raise error
+
+    async with serving(serve) as client:
+        with pytest.raises(RuntimeError, match="ValueError"):
+            await client.call("get", (), {})
+
+
+async def test_what_its_caller_no_longer_wants_is_cancelled() -> None:
+    started, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def serve(*_: object) -> Any:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    async with serving(serve) as client, asyncio.timeout(WAIT_S):
+        call = asyncio.create_task(client.call("get", (), {}))
+        await started.wait()
+        call.cancel()
+        await cancelled.wait()
+
+
+async def test_a_server_that_ends_cuts_the_calls_under_way_and_is_missed_by_the_next() -> None:
+    started = asyncio.Event()
+
+    async def serve(*_: object) -> Any:
+        started.set()
+        await asyncio.Event().wait()
+
+    async with serving(serve) as client:
+        call = asyncio.create_task(client.call("get", (), {}))
+        await started.wait()
+
+    with pytest.raises(ChannelClosedError):
+        await call
+    with pytest.raises(ChannelMissingError):
+        await client.call("get", (), {})
+
+
+async def test_a_kept_connection_to_an_ended_server_is_not_used_again() -> None:
+    async with serving(echo) as client:
+        await client.call("first", (1,), {})
+
+    with pytest.raises(ChannelMissingError):
+        await client.call("first", (2,), {})
+
+
+async def test_requests_wait_for_room_and_one_that_is_larger_than_all_of_it_comes_alone() -> None:
+    sizes: list[int] = []
+    now = most = 0
+
+    async def serve(_: str, arguments: Sequence[Any], __: Mapping[str, Any]) -> Any:
+        nonlocal now, most
+        now += len(arguments[0])
+        sizes.append(len(arguments[0]))
+        most = max(most, now)
+        await asyncio.sleep(0.01)
+        now -= len(arguments[0])
+
+    async with serving(serve, bytes_max=250_000) as client:
+        await asyncio.gather(*(client.call("put", (bytes(100_000),), {}) for _ in range(8)))
+        assert most == 200_000
+        await client.call("put", (bytes(400_000),), {})
+    assert sizes[-1] == 400_000
+
+
+async def test_a_client_works_from_several_loops_and_threads() -> None:
+    async with serving(echo) as client:
+        assert await client.call("first", (1,), {}) == 1
+        assert await asyncio.to_thread(lambda: asyncio.run(client.call("first", (2,), {}))) == 2
+        assert await client.call("first", (3,), {}) == 3
+
+
+def socket_of_a_killed_server(folder: Path) -> Path:
+    code = (
+        "import asyncio,os,sys,tempfile; tempfile.gettempdir = lambda: sys.argv[1]\n"
+        "from storage.node_channel import ChannelServer\n"
+        "print(asyncio.run(ChannelServer(None, bytes_max=1).start()), flush=True); os._exit(0)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    return Path(ended.stdout.strip())
+
+
+async def test_the_sockets_of_killed_servers_are_removed_and_live_ones_stay(own_temporary_folder: Path) -> None:
+    await asyncio.to_thread(socket_of_a_killed_server, own_temporary_folder)
+    assert len(sockets_in(own_temporary_folder)) == 1
+
+    async with serving(echo) as first:
+        assert len(sockets_in(own_temporary_folder)) == 1
+        async with serving(echo):
+            assert await first.call("first", (1,), {}) == 1
+
+
+def sockets_in(folder: Path) -> list[Path]:
+    return list(folder.glob("*/*.socket"))
+
+
+async def test_a_folder_that_others_can_enter_gets_no_socket(own_temporary_folder: Path) -> None:
+    (own_temporary_folder / f"raylora-{os.getuid()}").mkdir(mode=0o755)
+
+    assert await ChannelServer(echo, bytes_max=1).start() is None
+
+
+async def test_the_socket_lies_where_nobody_else_can_enter() -> None:
+    server = ChannelServer(echo, bytes_max=1)
+    path = await server.start()
+    assert path is not None
+    try:
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+    finally:
+        await server.aclose()
+
+
+def test_the_errors_survive_pickle() -> None:
+    assert pickle.loads(pickle.dumps(ChannelMissingError(2))).errno == 2  # noqa: S301

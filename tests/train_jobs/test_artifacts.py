@@ -1,0 +1,73 @@
+"""Stored checkpoints come back as they were, or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from storage.errors import IntegrityError
+from storage.keys import Keys
+from storage.loop_thread import LoopThread
+from storage.testing import InMemoryStore
+from train_jobs import checkpoint
+from train_jobs.artifacts import Artifacts
+from train_jobs.loop import LoopState
+
+KEYS, JOB = Keys("raylora", "default"), "t_" + 32 * "0"
+STATE = LoopState(5, {"a.lora_A.weight": torch.ones(2, 3)}, {"exp_avg.a.lora_A.weight": torch.ones(2, 3)}, [], [])
+
+
+@pytest.fixture
+def store() -> InMemoryStore:
+    return InMemoryStore()
+
+
+@pytest.fixture
+def runner() -> Iterator[LoopThread]:
+    thread = LoopThread("test")
+    yield thread
+    thread.stop()
+
+
+@pytest.fixture
+def artifacts(store: InMemoryStore, runner: LoopThread, tmp_path: Path) -> Artifacts:
+    artifacts = Artifacts(store, runner, KEYS, JOB, tmp_path / "scratch")
+    paths = checkpoint.write_checkpoint(tmp_path / "written", STATE, facts={})
+    artifacts.store_checkpoint(5, paths, keep=1)
+    return artifacts
+
+
+def key_of(name: str) -> str:
+    return KEYS.checkpoint_file(JOB, 5, name)
+
+
+def test_a_checkpoint_comes_back(artifacts: Artifacts) -> None:
+    read = checkpoint.read_checkpoint(artifacts.fetch_checkpoint(5), expected=STATE.parameters)
+
+    assert torch.equal(read.state.parameters["a.lora_A.weight"], torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("name", [checkpoint.ADAPTER, checkpoint.OPTIMIZER])
+def test_weights_that_were_changed_in_the_store_are_noticed(
+    artifacts: Artifacts, store: InMemoryStore, runner: LoopThread, name: str
+) -> None:
+    data = bytearray(runner.run_blocking(store.get(key_of(name))))
+    data[-1] ^= 1
+    runner.run_blocking(store.put(key_of(name), bytes(data)))
+
+    with pytest.raises(IntegrityError):
+        artifacts.fetch_checkpoint(5)
+
+
+def test_a_checkpoint_of_before_there_were_digests_is_still_read(
+    artifacts: Artifacts, store: InMemoryStore, runner: LoopThread
+) -> None:
+    state = json.loads(runner.run_blocking(store.get(key_of(checkpoint.STATE))))
+    del state["sha256"]
+    runner.run_blocking(store.put(key_of(checkpoint.STATE), json.dumps(state).encode()))
+
+    assert checkpoint.read_checkpoint(artifacts.fetch_checkpoint(5), expected=STATE.parameters).state.step == 5
