@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import logging
 import random
-import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from storage.blocking import BlockingStorage
 from storage.breaker import BreakerMode, BreakerSnapshot
+from storage.breaker_actor import RemoteBreaker
 from storage.counters import Counts
 from storage.errors import StorageError, StorageMisconfigured, StorageUnavailable
 from storage.loop_thread import LoopThread
@@ -40,23 +40,13 @@ from storage.objects import (
 from storage.ray_counters import RayCounters
 from storage.s3 import S3Store, local_breaker
 from storage.settings import MIB, BreakerSettings, S3Settings
-from storage.shared_breaker import (
-    OperatorSetting,
-    Remote,
-    RemoteUnreachableError,
-    Report,
-    SharedBreaker,
-    SharedGate,
-    SharedPermit,
-    SharedState,
-)
+from storage.shared_breaker import Remote, SharedGate
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["NAMESPACE", "BlockingStorage", "BreakerShell", "StorageClient", "StorageShell", "storage_actor_name"]
+__all__ = ["NAMESPACE", "BlockingStorage", "StorageClient", "StorageShell", "storage_actor_name"]
 
 NAMESPACE = "raylora"
-BREAKER_NAME = "breaker"
 # Ray copies bytes into its messages, but shares the memory of an array with every process on the node.
 ARRAY_FROM_BYTES = MIB
 TASK_RETRIES_MAX = 3
@@ -89,59 +79,6 @@ class _Actor:
     channel: ChannelClient | None
 
 
-class BreakerShell:
-    """The breaker of the cluster, as an actor."""
-
-    def __init__(self, settings: BreakerSettings) -> None:
-        self._breaker = SharedBreaker(local_breaker(settings), secrets.token_hex(8))
-
-    async def report(self, reports: Sequence[Report], setting: OperatorSetting | None = None) -> SharedState:
-        return self._breaker.report(reports, setting)
-
-    async def admit(self) -> SharedPermit | SharedState:
-        return self._breaker.admit()
-
-
-class _RemoteBreaker:
-    """Implements `storage.shared_breaker.Remote` over the breaker actor, which it creates when it is missing."""
-
-    def __init__(self, settings: BreakerSettings, namespace: str) -> None:
-        self._settings = settings
-        self._namespace = namespace
-        self._handle: Any = None
-
-    async def report(self, reports: Sequence[Report], setting: OperatorSetting | None = None) -> SharedState:
-        state: SharedState = await self._call("report", reports, setting)
-        return state
-
-    async def admit(self) -> SharedPermit | SharedState:
-        answer: SharedPermit | SharedState = await self._call("admit")
-        return answer
-
-    async def _call(self, method: str, *arguments: Any) -> Any:
-        try:
-            if self._handle is None:
-                self._handle = await asyncio.to_thread(self._resolve)
-            return await getattr(self._handle, method).remote(*arguments)
-        except (RayError, ValueError) as error:
-            self._handle = None
-            raise RemoteUnreachableError from error
-
-    def _resolve(self) -> Any:
-        return (
-            ray.remote(BreakerShell)
-            .options(
-                name=BREAKER_NAME,
-                namespace=self._namespace,
-                lifetime="detached",
-                get_if_exists=True,
-                max_restarts=-1,
-                num_cpus=0,
-            )
-            .remote(self._settings)
-        )
-
-
 class StorageShell:
     """The store of one node, as an actor.
 
@@ -152,7 +89,7 @@ class StorageShell:
 
     def __init__(self, settings: S3Settings, breaker: BreakerSettings, namespace: str) -> None:
         self._thread = LoopThread("storage")
-        remote = _RemoteBreaker(breaker, namespace) if breaker.shared else None
+        remote = RemoteBreaker(breaker, namespace) if breaker.shared else None
         self._store, self._reporting = self._thread.run_blocking(_open(settings, breaker, remote))
         self._channel = ChannelServer(self._perform, bytes_max=settings.bytes_in_flight_max)
         path = self._thread.run_blocking(self._channel.start())

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from storage.actor import BREAKER_NAME, BlockingStorage, StorageClient, storage_actor_name
+from storage.actor import BlockingStorage, StorageClient, storage_actor_name
 from storage.breaker import BreakerMode, Outcome, Permit
+from storage.breaker_actor import BREAKER_NAME
 from storage.counters import OPERATIONS, REQUESTS
 from storage.embedded import EmbeddedS3
 from storage.errors import IntegrityError, ObjectNotFound, StorageFailed, StorageMisconfigured, StorageUnavailable
