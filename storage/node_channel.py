@@ -1,9 +1,10 @@
 """Calls between the processes of one node over a Unix socket, for what an actor call takes too long for.
 
-The wire, in both directions: two lengths (4 and 8 bytes, big-endian), a pickled message, and raw bytes beside it, so
-that a body of megabytes is neither pickled nor copied by it. A request's message is (method, arguments, keywords); an
-answer's is (whether it succeeded, the result or the exception). One call at a time on a connection; to cancel it, the
-caller closes the connection. Pickle is safe there, because the socket lies in a folder that only this user can enter.
+The wire, in both directions: two lengths (4 and 8 bytes, big-endian), whether the body lies in shared memory (1 byte),
+a pickled message, and the body, raw bytes that are not pickled. The caller's first byte brings the shared memory, an
+anonymous file of `SHARED_BYTES`, where the system has such files. A request's message is (method, arguments, keywords);
+an answer's is (whether it succeeded, the result or the exception). One call at a time on a connection; to cancel it,
+the caller closes the connection. Pickle is safe there: only this user can enter the folder that the socket lies in.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import mmap
 import os
 import pickle
 import secrets
@@ -31,9 +33,10 @@ logger = logging.getLogger(__name__)
 
 Serve = Callable[[str, Sequence[Any], Mapping[str, Any]], Awaitable[Any]]
 
-HEAD = struct.Struct(">IQ")
+HEAD = struct.Struct(">IQ?")
 BODY_BYTES_MIN = 16 * 1024
 FIRST_READ_BYTES = 64 * 1024
+SHARED_BYTES = 2 * 1024 * 1024
 KEPT_BYTES_MAX = 2 * 1024 * 1024
 IDLE_MAX = 64
 BACKLOG = 128
@@ -107,6 +110,7 @@ class ChannelServer:
 
     async def _converse(self, connection: _Connection) -> None:
         with contextlib.closing(connection), contextlib.suppress(ChannelClosedError, ConnectionError):
+            await connection.accept_memory()
             while True:
                 await self._answer_one(connection)
 
@@ -169,13 +173,15 @@ class ChannelClient:
         end = _socket()
         try:
             await asyncio.get_running_loop().sock_connect(end, str(self._path))
+            connection = _Connection(end)
+            connection.offer_memory()
         except OSError as error:
             end.close()
             raise ChannelMissingError(error.errno) from error
         except BaseException:
             end.close()
             raise
-        return _Connection(end)
+        return connection
 
     def _give_back(self, connection: _Connection) -> None:
         if len(self._idle) < IDLE_MAX:
@@ -192,9 +198,38 @@ class _Connection:
         self._memory = memoryview(bytearray(FIRST_READ_BYTES))
         self._read = 0
         self._message_bytes = self._body_bytes = 0
+        self._is_shared = False
+        self._shared: mmap.mmap | None = None
 
     def close(self) -> None:
         self.socket.close()
+        if self._shared is not None:
+            self._shared.close()
+
+    def offer_memory(self) -> None:
+        """The caller's part, once, before anything is sent."""
+        if not hasattr(os, "memfd_create"):
+            self.socket.send(b"-")
+            return
+        file = os.memfd_create("raylora-channel")
+        try:
+            os.ftruncate(file, SHARED_BYTES)
+            self._shared = mmap.mmap(file, SHARED_BYTES)
+            socket.send_fds(self.socket, [b"+"], [file])
+        finally:
+            os.close(file)
+
+    async def accept_memory(self) -> None:
+        """The server's part. Raises ChannelClosedError."""
+        await _readable(self.socket)
+        first, files, *_ = socket.recv_fds(self.socket, 1, 1)
+        if not first:
+            raise ChannelClosedError
+        for file in files:
+            try:
+                self._shared = mmap.mmap(file, SHARED_BYTES)
+            finally:
+                os.close(file)
 
     def is_gone(self) -> bool:
         """Whether the other side has closed, or sent what nobody asked for."""
@@ -210,31 +245,39 @@ class _Connection:
         rest, body = _parted(message)
         pickled = _pickled(rest)
         loop = asyncio.get_running_loop()
-        await loop.sock_sendall(self.socket, HEAD.pack(len(pickled), len(body)) + pickled)
-        if body:
+        is_shared = self._shared is not None and 0 < len(body) <= SHARED_BYTES
+        if self._shared is not None and is_shared:
+            self._shared[: len(body)] = body
+        await loop.sock_sendall(self.socket, HEAD.pack(len(pickled), len(body), is_shared) + pickled)
+        if body and not is_shared:
             await loop.sock_sendall(self.socket, body)
 
     async def head(self) -> int:
         """How many bytes of a message are to come. Raises ChannelClosedError."""
         self._read = 0
         await self._fill(HEAD.size)
-        self._message_bytes, self._body_bytes = HEAD.unpack(self._memory[: HEAD.size])
+        self._message_bytes, self._body_bytes, self._is_shared = HEAD.unpack(self._memory[: HEAD.size])
         return self._message_bytes + self._body_bytes
 
     async def message(self) -> Any:
         """After its head. Raises ChannelClosedError."""
         message_end = HEAD.size + self._message_bytes
-        end = message_end + self._body_bytes
+        end = message_end + (0 if self._is_shared else self._body_bytes)
         if end > len(self._memory):
             larger = memoryview(bytearray(end))
             larger[: self._read] = self._memory[: self._read]
             self._memory = larger
         await self._fill(end)
         message = pickle.loads(self._memory[HEAD.size : message_end])  # noqa: S301
-        whole = _joined(message, bytes(self._memory[message_end:end]))
+        whole = _joined(message, self._body(message_end, end))
         if len(self._memory) > KEPT_BYTES_MAX:
             self._memory = memoryview(bytearray(FIRST_READ_BYTES))
         return whole
+
+    def _body(self, start: int, end: int) -> bytes:
+        if self._is_shared and self._shared is not None:
+            return self._shared[: self._body_bytes]
+        return bytes(self._memory[start:end])
 
     async def _fill(self, end: int) -> None:
         loop = asyncio.get_running_loop()
@@ -288,6 +331,21 @@ def _watched(connection: socket.socket, serving: asyncio.Future[Any]) -> Iterato
         yield
     finally:
         loop.remove_reader(connection)
+
+
+async def _readable(end: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    came = loop.create_future()
+
+    def note() -> None:
+        if not came.done():
+            came.set_result(None)
+
+    loop.add_reader(end, note)
+    try:
+        await came
+    finally:
+        loop.remove_reader(end)
 
 
 def _socket() -> socket.socket:

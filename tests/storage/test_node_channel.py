@@ -21,6 +21,7 @@ from storage import node_channel
 from storage.errors import ObjectNotFound
 from storage.node_channel import (
     BODY_BYTES_MIN,
+    SHARED_BYTES,
     ChannelClient,
     ChannelClosedError,
     ChannelMissingError,
@@ -63,12 +64,16 @@ async def test_a_call_arrives_with_all_that_it_has() -> None:
         )
 
 
-SIZES = st.sampled_from([0, 1, BODY_BYTES_MIN - 1, BODY_BYTES_MIN, 65_523, 65_524, 65_536, 300_000, 3_000_000])
+SIZES = st.sampled_from(
+    [0, 1, BODY_BYTES_MIN - 1, BODY_BYTES_MIN, 65_536, 300_000, SHARED_BYTES, SHARED_BYTES + 1, 3_000_000]
+)
 
 
 @settings(max_examples=30, deadline=None)
-@given(sizes=st.lists(SIZES, min_size=1, max_size=4), as_view=st.booleans())
-def test_bytes_of_any_size_come_back_whole_one_call_after_another(sizes: list[int], as_view: bool) -> None:
+@given(sizes=st.lists(SIZES, min_size=1, max_size=4), as_view=st.booleans(), shares=st.booleans())
+def test_bytes_of_any_size_come_back_whole_one_call_after_another(
+    sizes: list[int], as_view: bool, shares: bool
+) -> None:
     async def serve(_: str, arguments: Sequence[Any], __: Mapping[str, Any]) -> Any:
         return memoryview(arguments[0]) if as_view else arguments[0]
 
@@ -78,7 +83,10 @@ def test_bytes_of_any_size_come_back_whole_one_call_after_another(sizes: list[in
                 data = bytes([number + 1]) * size
                 assert await client.call("get", (data,), {}) == data
 
-    asyncio.run(run())
+    with pytest.MonkeyPatch.context() as patch:
+        if not shares:
+            patch.delattr(os, "memfd_create", raising=False)
+        asyncio.run(run())
 
 
 async def test_two_large_arguments_both_arrive() -> None:
