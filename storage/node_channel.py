@@ -141,6 +141,7 @@ class ChannelClient:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._idle: deque[_Connection] = deque()
+        self._process = os.getpid()
         weakref.finalize(self, _close_all, self._idle)
 
     async def call(self, method: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
@@ -165,6 +166,10 @@ class ChannelClient:
         raise result
 
     async def _connection(self) -> _Connection:
+        if self._process != os.getpid():
+            # A fork shares its parent's connections, on which only one of them may speak.
+            _close_all(self._idle)
+            self._process = os.getpid()
         while self._idle:
             connection = self._idle.pop()
             if not connection.is_gone():

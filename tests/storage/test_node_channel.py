@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,49 @@ async def test_a_folder_that_others_can_enter_gets_no_socket(own_temporary_folde
     (own_temporary_folder / f"raylora-{os.getuid()}").mkdir(mode=0o755)
 
     assert await ChannelServer(echo, bytes_max=1).start() is None
+
+
+def test_a_forked_process_has_connections_of_its_own(own_temporary_folder: Path) -> None:
+    code = """
+import asyncio, os, sys, tempfile, threading
+tempfile.gettempdir = lambda: sys.argv[1]
+from storage.node_channel import ChannelClient, ChannelServer
+async def echo(method, arguments, keywords):
+    return arguments[0]
+async def serve(ready):
+    ready.append(await ChannelServer(echo, bytes_max=1 << 20).start())
+    await asyncio.Event().wait()
+ready = []
+if os.fork() == 0:
+    asyncio.run(serve(ready))
+import time, pathlib
+while not (found := list(pathlib.Path(sys.argv[1]).glob("*/*.socket"))):
+    time.sleep(0.01)
+client = ChannelClient(found[0])
+call = lambda data: asyncio.run(client.call("m", (data,), {}))
+assert call(b"0" * 100_000) == b"0" * 100_000
+child = os.fork()
+mark = b"c" if child == 0 else b"p"
+for number in range(200):
+    data = mark * (20_000 + number)
+    assert call(data) == data
+if child == 0:
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+print("whole", flush=True)
+os.killpg(0, 9)
+"""
+    running = subprocess.Popen(
+        [sys.executable, "-c", code, str(own_temporary_folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = running.communicate(timeout=WAIT_S * 3)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+        running.communicate()
+    assert "whole" in out, err
 
 
 async def test_the_socket_lies_where_nobody_else_can_enter() -> None:
