@@ -411,3 +411,19 @@ async def test_the_server_may_take_its_time_to_put_a_large_object_together(
         await store.upload_file(large_file, key)
         assert proxy.forwarded["POST"] == 2
         assert await store.get(key) == content
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["%41", "a%2Fb", "a+b", "a?b=c", "a#b", "ü é", "~*[]{}|^`\"'<>", "a b ", "a:b;c,d@e!$&()=", "日本", ".hidden", "x..y", "100%"],
+)  # fmt: skip
+async def test_a_key_names_the_same_object_for_each_of_the_clients_inside(store: S3Store, key: str, name: str) -> None:
+    """Bytes go through one library, and everything else through another."""
+    odd = f"{key}/{name}"
+    await store.put(odd, name.encode())
+
+    assert await store.get(odd) == name.encode()
+    assert (await store.head(odd)).size_bytes == len(name.encode())
+    assert [info.key for info in await store.list(key + "/")] == [odd]
+    await store.delete(odd)
+    assert not await store.exists(odd)
