@@ -415,7 +415,7 @@ async def test_the_server_may_take_its_time_to_put_a_large_object_together(
 
 @pytest.mark.parametrize(
     "name",
-    ["%41", "a%2Fb", "a+b", "a?b=c", "a#b", "ü é", "~*[]{}|^`\"'<>", "a b ", "a:b;c,d@e!$&()=", "日本", ".a", "x..y", "9%"],
+    ["%41", "a%2Fb", "a+b", "a?b=c", "a#b", "ü é", "~*[]{}|^`\"'<>", "a b ", "a:b;c,d@e!$&()=", ".a", "x..y", "9%"],
 )  # fmt: skip
 async def test_a_key_names_the_same_object_for_each_of_the_clients_inside(store: S3Store, key: str, name: str) -> None:
     """Bytes go through one library, and everything else through another."""
