@@ -3,7 +3,6 @@
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -23,8 +22,8 @@ from serve_app.ingress.openapi import document
 from serve_app.ingress.rate_limits import RateGate, RateLimit
 from serve_app.ingress.readiness import DiskSpace, check_readiness, disk_of
 from serve_app.ingress.reference import reference_router
-from serve_app.ingress.replies import error_response
-from serve_app.ingress.runpod import runpod_router
+from serve_app.ingress.replies import PlainJson, error_response
+from serve_app.ingress.runpod import runpod_router, short_ways
 from serve_app.ingress.runpod_jobs import RunpodJobs
 from serve_app.job_types.context import Services
 from storage.jobs import Jobs
@@ -56,7 +55,7 @@ def create_app(
     gate = RateGate(services.dispatch, services.rate_limits, replicas=services.ingress_replicas)
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await jobs.close()
 
@@ -79,10 +78,12 @@ def create_app(
     )
 
     # Routes are tried in this order: what is asked most comes first.
+    app.router.routes.extend(short_ways(jobs, services.limits))
+
     @app.get("/livez", tags=["server"])
-    async def livez() -> dict[str, Any]:
+    async def livez() -> Response:
         """This process answers. Touches nothing else."""
-        return {"alive": True}
+        return PlainJson({"alive": True})
 
     @app.get("/readyz", tags=["server"])
     async def readyz() -> JSONResponse:
