@@ -15,6 +15,7 @@ from starlette.routing import Match
 
 from serve_app.errors import BodyInvalid, InvalidRequest, MethodNotAllowed, RouteNotFound, ServeError
 from serve_app.ingress.auth import KeyRing
+from serve_app.ingress.door import Door
 from serve_app.ingress.issued_keys import KnownKeys
 from serve_app.ingress.middleware import Authentication, BodyLimit, EdgeHeaders, Guard, request_id_of
 from serve_app.ingress.native.router import native_router
@@ -40,10 +41,12 @@ def create_app(
     *,
     cors_origins: Sequence[str] = (),
     disk: Callable[[], DiskSpace] = disk_of(Path.home()),  # noqa: B008 looks at nothing until it is called
+    door: Door | None = None,
 ) -> FastAPI:
     """Every route needs a key of `keys` or one made by /v1/keys, but GET /livez and the description of the interface.
 
     Browsers of `cors_origins`, and of no other origin, may read replies; they send their key, never a cookie.
+    `door` is open from the application's start until its end.
     """
     jobs = RunpodJobs(services)
     keys.learn(
@@ -56,7 +59,11 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if door is not None:
+            await door.open(app)
         yield
+        if door is not None:
+            await door.close()
         await jobs.close()
 
     app = FastAPI(
