@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -13,7 +14,7 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from serve_app.dispatch.deployment import Dispatcher
 from serve_app.dispatch.routing import WarmFirstRouter
 from serve_app.inference.deployment import Inference
-from serve_app.ingress.deployment import Ingress
+from serve_app.ingress.deployment import DoorSettings, Ingress
 from serve_app.settings import Settings, SettingsIncomplete
 from serve_app.validation.deployment import Validation
 
@@ -37,10 +38,11 @@ ONE_LOOP = {
 }
 
 
-def build(settings: Settings) -> Application:
+def build(settings: Settings, doors: Path | None = None) -> Application:
     """The Serve application; also what `serve deploy` calls. Raises SettingsIncomplete before anything is started.
 
-    Where `gpus_per_replica` is open, a replica takes one GPU if the cluster has any: Ray must be initialised by then.
+    `doors`: the folder in which HAProxy looks for the sockets of ingress replicas. Where `gpus_per_replica` is open, a
+    replica takes one GPU if the cluster has any: Ray must be initialised by then.
     """
     if settings.api_key is None:
         raise SettingsIncomplete("api_key is not set")
@@ -60,7 +62,8 @@ def build(settings: Settings) -> Application:
     ingress = _deployment(
         serve.ingress()(Ingress), "Ingress", settings.ingress_replicas, INGRESS_REQUESTS_MAX, environment=ONE_LOOP
     )
-    application: Application = ingress.bind(settings, validation, dispatch, inference, APPLICATION, INFERENCE)
+    door = None if doors is None else DoorSettings(doors, places=INGRESS_REQUESTS_MAX, drain_s=SHUTDOWN_S / 2)
+    application: Application = ingress.bind(settings, validation, dispatch, inference, APPLICATION, INFERENCE, door)
     return application
 
 

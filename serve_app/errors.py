@@ -247,6 +247,7 @@ class ServiceUnavailable(ServeError):
     """`part` is the name of the internal part: jobs, validation, dispatch, inference."""
 
     code = "service_unavailable"
+    retry_after_s: ClassVar[float] = 1.0
 
     def __init__(self, part: str) -> None:
         super().__init__(part)

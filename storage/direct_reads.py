@@ -8,14 +8,17 @@ they go on while it is away. Everything that writes goes through the actor.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from storage.errors import JobError, RecordsError
 from storage.jobs import RESTORED_FLAG, Jobs
-from storage.records import Records
+from storage.records import Records, RecordsTx
+from storage.records_engine import mapped_errors
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +36,82 @@ READS = frozenset(
 )
 """What may be asked here: nothing of it writes."""
 
+_OF_ONE_ROW = frozenset({Jobs.get.__name__, Jobs.get_by_runpod_id.__name__})
+BATCH_MAX = 64
+
 Find = Callable[[], Awaitable[str | None]]
 
 
 class NotReadableError(Exception):
     """Ask the jobs actor: the database is not open here, or did not answer."""
+
+
+@dataclass(frozen=True)
+class _Read:
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    answer: asyncio.Future[Any]
+
+
+class _OneView:
+    """What a reading method of `Jobs` uses of `Records`, with all reads in one transaction."""
+
+    def __init__(self, tx: RecordsTx) -> None:
+        self._tx = tx
+
+    @contextlib.contextmanager
+    def read(self, operation: str) -> Iterator[RecordsTx]:
+        with mapped_errors(operation):
+            yield self._tx
+
+
+class _Batches:
+    """Reads of one row, those that come while others are read in one transaction.
+
+    A read of its own thread and transaction costs several times what it reads: the thread and the event loop take the
+    interpreter from one another at each of its statements.
+    """
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+        self._waiting: list[_Read] = []
+        self._reading: asyncio.Task[None] | None = None
+
+    async def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        read = _Read(name, args, kwargs, asyncio.get_running_loop().create_future())
+        self._waiting.append(read)
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read())
+        return await read.answer
+
+    async def _read(self) -> None:
+        while self._waiting:
+            # A view that begins now sees all that was written before these were asked for.
+            batch, self._waiting = self._waiting[:BATCH_MAX], self._waiting[BATCH_MAX:]
+            try:
+                outcomes = await asyncio.to_thread(self._all, batch)
+            except Exception as error:  # noqa: BLE001 each of them is told
+                outcomes = [error] * len(batch)
+            for read, outcome in zip(batch, outcomes, strict=True):
+                if read.answer.done():
+                    continue
+                if isinstance(outcome, Exception):
+                    read.answer.set_exception(outcome)
+                else:
+                    read.answer.set_result(outcome)
+
+    def _all(self, batch: Sequence[_Read]) -> list[Any]:
+        with self._records.read("batch") as tx:
+            jobs = Jobs(cast(Records, _OneView(tx)))
+            return [_outcome(jobs, read) for read in batch]
+
+
+def _outcome(jobs: Jobs, read: _Read) -> Any:
+    try:
+        return getattr(Jobs, read.name)(jobs, *read.args, **read.kwargs)
+    except Exception as error:  # noqa: BLE001 for whoever asked
+        return error
 
 
 class DirectReads:
@@ -49,6 +123,7 @@ class DirectReads:
         self._opening: asyncio.Task[None] | None = None
         self._records: Records | None = None
         self._jobs: Jobs | None = None
+        self._batches: _Batches | None = None
         self._file: tuple[Path, int] | None = None
 
     @property
@@ -57,10 +132,12 @@ class DirectReads:
 
     async def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The method of `Jobs` of that name, one of READS. Raises what it raises, and NotReadableError."""
-        if self._jobs is None or self._is_replaced():
+        if self._jobs is None or self._batches is None or self._is_replaced():
             self._open_again()
             raise NotReadableError
         try:
+            if name in _OF_ONE_ROW:
+                return await self._batches.call(name, args, kwargs)
             return await asyncio.to_thread(getattr(Jobs, name), self._jobs, *args, **kwargs)
         except RecordsError as error:
             logger.warning("the records were not readable here (%s)", error.code)
@@ -72,7 +149,7 @@ class DirectReads:
         self._let_go()
 
     def _let_go(self) -> None:
-        self._jobs = None
+        self._jobs = self._batches = None
         if self._records is not None:
             self._records.close()
             self._records = None
@@ -113,5 +190,5 @@ class DirectReads:
                 return False
         file = records.file
         self._file = None if file is None else (file, file.stat().st_ino)
-        self._records, self._jobs = records, Jobs(records)
+        self._records, self._jobs, self._batches = records, Jobs(records), _Batches(records)
         return True

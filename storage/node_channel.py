@@ -17,7 +17,6 @@ import os
 import pickle
 import secrets
 import socket
-import stat
 import struct
 import tempfile
 import weakref
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.byte_budget import ByteBudget
+from storage.own_sockets import is_own, listen_at, remove_abandoned
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +78,9 @@ class ChannelServer:
         folder = _own_folder()
         if folder is None:
             return None
-        await _remove_abandoned(folder)
+        remove_abandoned(folder, SUFFIX)
         path = folder / (secrets.token_hex(8) + SUFFIX)
-        listener = _socket()
-        listener.bind(str(path))
-        listener.listen(BACKLOG)
+        listener = listen_at(path, BACKLOG)
         self._listener, self.path = listener, path
         self._keep(asyncio.create_task(self._accept(listener)))
         return path
@@ -363,23 +361,10 @@ def _own_folder() -> Path | None:
     folder = Path(tempfile.gettempdir(), f"raylora-{os.getuid()}")
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    found = folder.lstat()
-    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+    if is_own(folder):
         return folder
     logger.warning("the folder for sockets is open to other users", extra={"folder": str(folder)})
     return None
-
-
-async def _remove_abandoned(folder: Path) -> None:
-    """Those of servers that were killed."""
-    for path in folder.glob("*" + SUFFIX):  # noqa: ASYNC240 - a handful of names
-        with _socket() as probe:
-            try:
-                await asyncio.get_running_loop().sock_connect(probe, str(path))
-            except ConnectionRefusedError:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                logger.warning("a socket was left as it is", extra={"path": str(path), "errno": error.errno})
 
 
 def _close_all(connections: deque[_Connection]) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import exc as sa_exc
 
-from storage.errors import JobError, RecordConflict, RecordsFailed, RecordsMisconfigured, RecordsUnavailable
+from storage.errors import RecordConflict
 from storage.job_record import JobRecord, Submission
 from storage.job_state import LEASED_STATES, TERMINAL_STATES, JobKind, JobState
 from storage.key_rows import KeyRows
+from storage.records_engine import WRITES, mapped_errors, open_engine
 from storage.records_streams import StreamsTx
 from storage.records_tables import (
     FIXED,
@@ -39,11 +39,12 @@ from storage.records_tables import (
 )
 from storage.reply_rows import ReplyRows
 
-BUSY_TIMEOUT_S = 30.0
-POSTGRES_DRIVER = "postgresql+psycopg"
-# Any number that no other program uses in the same database.
-WRITERS_LOCK = 0x7261796C
-WRITES = "raylora_writes"
+# Made once: to put a query together takes as long as to send it.
+_BY_ID = sa.select(jobs).where(jobs.c.id == sa.bindparam("job_id"))
+_LOCKED_BY_ID = _BY_ID.with_for_update()
+_BY_RUNPOD_ID = sa.select(jobs).where(
+    jobs.c.tenant == sa.bindparam("tenant_name"), jobs.c.runpod_id == sa.bindparam("known_as")
+)
 
 
 @dataclass(frozen=True)
@@ -59,19 +60,6 @@ class OutboxEntry:
     record: JobRecord
 
 
-def map_error(error: sa_exc.SQLAlchemyError, operation: str) -> JobError:
-    """The one seam where SQLAlchemy's errors become ours."""
-    match error:
-        case sa_exc.IntegrityError():
-            return RecordConflict(operation)
-        case sa_exc.ArgumentError() | sa_exc.NoSuchModuleError():
-            return RecordsMisconfigured(type(error).__name__)
-        case sa_exc.OperationalError() | sa_exc.InterfaceError() | sa_exc.TimeoutError() | sa_exc.DisconnectionError():
-            return RecordsUnavailable(operation)
-        case _:
-            return RecordsFailed(operation, type(error).__name__)
-
-
 class Records:
     """The database of job records. Safe to use from many threads.
 
@@ -82,8 +70,8 @@ class Records:
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
         """`read_only`: of a database that another process keeps. Raises RecordsUnavailable where its file is not."""
-        with _mapped("open"):
-            self._engine = _open_engine(url, read_only=read_only)
+        with mapped_errors("open"):
+            self._engine = open_engine(url, read_only=read_only)
             self._writer = self._engine.execution_options(**{WRITES: True})
             if not read_only:
                 metadata.create_all(self._writer)
@@ -102,76 +90,14 @@ class Records:
     @contextlib.contextmanager
     def write(self, operation: str) -> Iterator[RecordsTx]:
         """One transaction that takes the write lock at its beginning; committed at the end, undone by any error."""
-        with self._write_lock, _mapped(operation), self._writer.begin() as connection:
+        with self._write_lock, mapped_errors(operation), self._writer.begin() as connection:
             yield RecordsTx(connection)
 
     @contextlib.contextmanager
     def read(self, operation: str) -> Iterator[RecordsTx]:
         """One consistent view of the database that waits for no writer."""
-        with _mapped(operation), self._engine.begin() as connection:
+        with mapped_errors(operation), self._engine.begin() as connection:
             yield RecordsTx(connection)
-
-
-@contextlib.contextmanager
-def _mapped(operation: str) -> Iterator[None]:
-    try:
-        yield
-    except sa_exc.SQLAlchemyError as error:
-        raise map_error(error, operation) from error
-
-
-def _open_engine(url: str, *, read_only: bool) -> sa.Engine:
-    parsed = sa.make_url(url)
-    if parsed.get_backend_name() == "postgresql":
-        return _open_postgres(parsed)
-    if parsed.get_backend_name() != "sqlite":
-        raise RecordsMisconfigured("the records are kept in SQLite or PostgreSQL")
-    if not parsed.database or parsed.database == ":memory:":
-        raise RecordsMisconfigured("an SQLite database needs a file, or its records end with the process")
-    if not read_only:
-        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    elif not Path(parsed.database).is_file():
-        # SQLite would make an empty one.
-        raise RecordsUnavailable("open")
-    engine = sa.create_engine(parsed, hide_parameters=True, connect_args={"timeout": BUSY_TIMEOUT_S})
-    sa.event.listen(engine, "connect", _prepare_sqlite_reader if read_only else _prepare_sqlite)
-    sa.event.listen(engine, "begin", _begin_sqlite)
-    return engine
-
-
-def _open_postgres(url: sa.URL) -> sa.Engine:
-    if url.drivername == "postgresql":
-        url = url.set(drivername=POSTGRES_DRIVER)
-    try:
-        engine = sa.create_engine(url, hide_parameters=True, pool_pre_ping=True)
-    except ModuleNotFoundError:
-        raise RecordsMisconfigured("the driver of PostgreSQL is not installed: raylora[postgres]") from None
-    sa.event.listen(engine, "begin", _begin_postgres)
-    return engine
-
-
-def _begin_postgres(connection: sa.Connection) -> None:
-    # One writer at a time, as with SQLite: what a transaction looked at first is still so when it writes.
-    if connection.get_execution_options().get(WRITES):
-        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{BUSY_TIMEOUT_S:.0f}s'")
-        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITERS_LOCK}, hashtext(current_schema()))")
-
-
-def _prepare_sqlite(connection: Any, _: object) -> None:
-    # The driver would otherwise begin transactions by itself, deferred, and fail at the upgrade to a write lock.
-    connection.isolation_level = None
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}").close()
-
-
-def _prepare_sqlite_reader(connection: Any, _: object) -> None:
-    connection.isolation_level = None
-    connection.execute("PRAGMA query_only=ON").close()
-
-
-def _begin_sqlite(connection: sa.Connection) -> None:
-    writes = connection.get_execution_options().get(WRITES)
-    connection.exec_driver_sql(f"BEGIN {'IMMEDIATE' if writes else 'DEFERRED'}")
 
 
 class RecordsTx(StreamsTx):
@@ -186,11 +112,13 @@ class RecordsTx(StreamsTx):
 
     def get(self, job_id: str, *, lock: bool = False) -> JobRecord | None:
         """`lock` keeps the row until the end of the transaction, where the database locks rows and not the whole."""
-        query = sa.select(jobs).where(jobs.c.id == job_id)
-        return self._one(query.with_for_update() if lock else query)
+        row = self._connection.execute(_LOCKED_BY_ID if lock else _BY_ID, {"job_id": job_id}).one_or_none()
+        return None if row is None else _record(row)
 
     def by_runpod_id(self, tenant: str, runpod_id: str) -> JobRecord | None:
-        return self._one(sa.select(jobs).where(jobs.c.tenant == tenant, jobs.c.runpod_id == runpod_id))
+        parameters = {"tenant_name": tenant, "known_as": runpod_id}
+        row = self._connection.execute(_BY_RUNPOD_ID, parameters).one_or_none()
+        return None if row is None else _record(row)
 
     def insert(self, record: JobRecord) -> None:
         self._connection.execute(sa.insert(jobs).values(_row(record)))

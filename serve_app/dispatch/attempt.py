@@ -11,20 +11,21 @@ from typing import Any
 from serve_app.collaborators import Inference, JobsApi
 from serve_app.inference.plan import GenerationWork
 from serve_app.ingress.errors import INTERNAL, describe, unwrapped, where_raised
-from storage.errors import JobError, LeaseLost
+from storage.errors import JobError, LeaseLost, StorageUnavailable
 from storage.job_record import Heartbeat, JobRecord
 
 logger = logging.getLogger(__name__)
 
 Sleep = Callable[[float], Awaitable[None]]
 SETTLE_TRIES = 3
+STORAGE_WAIT_MIN_S = 1.0
 
 
 class GenerationAttempt:
     """Holds the lease of `record` under `owner` until the record is settled, or the lease is lost.
 
     The record is RUNNING, and its time limit counts, from the replica's first event on: waiting for a replica that is
-    only being started is not the client's time.
+    only being started is not the client's time. Where the object storage is away, this waits for it within that limit.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class GenerationAttempt:
         self._sleep = sleep
         self._progress: dict[str, Any] | None = None
         self._events: list[dict[str, Any]] = []
+        self._started = False
 
     async def run(self) -> None:
         """Raises LeaseLost when another owner has the job by now, JobError when it could not be settled.
@@ -76,21 +78,41 @@ class GenerationAttempt:
         await self._surely(lambda: end(self._record.id, self._owner))
 
     async def _make(self) -> dict[str, Any]:
+        while True:
+            try:
+                return await self._made()
+            except Exception as error:
+                # Nothing was tried: to count it as an attempt would use up all of them within one outage.
+                away = unwrapped(error)
+                if not isinstance(away, StorageUnavailable):
+                    raise
+                logger.warning("%s waits for the object storage", self._record.id)
+                await self._start()
+                self._note({"step": 0, "total_steps": 0, "stage": "waiting for storage"})
+                await self._sleep(max(STORAGE_WAIT_MIN_S, away.retry_after_s))
+
+    async def _made(self) -> dict[str, Any]:
+        """Raises what the replica raises."""
         work = GenerationWork(process_id=self._record.id, tenant=self._record.tenant, request=self._record.request)
         output: dict[str, Any] | None = None
-        started = False
         async with aclosing(self._inference.generate(work)) as events:
             async for event in events:
-                if not started:
-                    await self._jobs.start(self._record.id, self._owner, lease_s=self._lease_s)
-                    started = True
+                await self._start()
                 if "progress" in event:
-                    self._progress = event["progress"]
-                    self._events.append(event["progress"])
+                    self._note(event["progress"])
                 output = event.get("output", output)
         if output is None:
             raise RuntimeError("the replica ended without a result")
         return output
+
+    async def _start(self) -> None:
+        if not self._started:
+            await self._jobs.start(self._record.id, self._owner, lease_s=self._lease_s)
+            self._started = True
+
+    def _note(self, progress: dict[str, Any]) -> None:
+        self._progress = progress
+        self._events.append(progress)
 
     async def _watch(self, making: asyncio.Task[dict[str, Any]]) -> Heartbeat | None:
         """Until `making` is done (None), or a heartbeat's answer asks to stop."""

@@ -3,7 +3,6 @@
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -16,6 +15,7 @@ from starlette.routing import Match
 
 from serve_app.errors import BodyInvalid, InvalidRequest, MethodNotAllowed, RouteNotFound, ServeError
 from serve_app.ingress.auth import KeyRing
+from serve_app.ingress.door import Door
 from serve_app.ingress.issued_keys import KnownKeys
 from serve_app.ingress.middleware import Authentication, BodyLimit, EdgeHeaders, Guard, request_id_of
 from serve_app.ingress.native.router import native_router
@@ -23,8 +23,8 @@ from serve_app.ingress.openapi import document
 from serve_app.ingress.rate_limits import RateGate, RateLimit
 from serve_app.ingress.readiness import DiskSpace, check_readiness, disk_of
 from serve_app.ingress.reference import reference_router
-from serve_app.ingress.replies import error_response
-from serve_app.ingress.runpod import runpod_router
+from serve_app.ingress.replies import PlainJson, error_response
+from serve_app.ingress.runpod import runpod_router, short_ways
 from serve_app.ingress.runpod_jobs import RunpodJobs
 from serve_app.job_types.context import Services
 from storage.jobs import Jobs
@@ -41,10 +41,12 @@ def create_app(
     *,
     cors_origins: Sequence[str] = (),
     disk: Callable[[], DiskSpace] = disk_of(Path.home()),  # noqa: B008 looks at nothing until it is called
+    door: Door | None = None,
 ) -> FastAPI:
     """Every route needs a key of `keys` or one made by /v1/keys, but GET /livez and the description of the interface.
 
     Browsers of `cors_origins`, and of no other origin, may read replies; they send their key, never a cookie.
+    `door` is open from the application's start until its end.
     """
     jobs = RunpodJobs(services)
     keys.learn(
@@ -56,8 +58,12 @@ def create_app(
     gate = RateGate(services.dispatch, services.rate_limits, replicas=services.ingress_replicas)
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if door is not None:
+            await door.open(app)
         yield
+        if door is not None:
+            await door.close()
         await jobs.close()
 
     app = FastAPI(
@@ -79,10 +85,12 @@ def create_app(
     )
 
     # Routes are tried in this order: what is asked most comes first.
+    app.router.routes.extend(short_ways(jobs, services.limits))
+
     @app.get("/livez", tags=["server"])
-    async def livez() -> dict[str, Any]:
+    async def livez() -> Response:
         """This process answers. Touches nothing else."""
-        return {"alive": True}
+        return PlainJson({"alive": True})
 
     @app.get("/readyz", tags=["server"])
     async def readyz() -> JSONResponse:

@@ -4,27 +4,48 @@ from __future__ import annotations
 
 import platform
 import socket
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from ray import serve
 
 from serve_app.collaborators import Inference
 from serve_app.handles import HandleDispatch, HandleInference, HandleValidation, RestingInference, ServeWorkers
 from serve_app.ingress.api import create_app
 from serve_app.ingress.auth import KeyRing
+from serve_app.ingress.door import Door
 from serve_app.ingress.readiness import disk_of
 from serve_app.job_types.context import JobDefaults, Services
 from serve_app.settings import Settings, SettingsIncomplete
+from serve_app.stack.haproxy import door_of
 from storage.actor import StorageClient
 from storage.jobs_client import JobsClient
+
+
+@dataclass(frozen=True)
+class DoorSettings:
+    """`folder` is where HAProxy looks for sockets; the rest is `Door`'s."""
+
+    folder: Path
+    places: int
+    drain_s: float
 
 
 class Ingress:
     """Hands the FastAPI application to Serve, with collaborators behind handles. Never imports torch."""
 
     def __init__(
-        self, settings: Settings, validation: Any, dispatch: Any, inference: Any, application: str, deployment: str
+        self,
+        settings: Settings,
+        validation: Any,
+        dispatch: Any,
+        inference: Any,
+        application: str,
+        deployment: str,
+        door: DoorSettings | None,
     ) -> None:
         """`application` and `deployment` name the inference deployment, whose replicas /health counts."""
         if settings.api_key is None:
@@ -59,12 +80,24 @@ class Ingress:
             webhooks=settings.webhooks,
             reads_older=settings.default_tenant,
         )
+        self._door = None if door is None else _door(door)
         self._app = create_app(
             services,
             KeyRing(settings.keys_by_tenant(), manager=settings.default_tenant),
             cors_origins=settings.cors_origins,
             disk=disk_of(settings.home),
+            door=self._door,
         )
+
+    async def check_health(self) -> None:
+        """Called by Serve, which replaces a replica whose check raises."""
+        if self._door is not None and self._door.has_failed:
+            raise RuntimeError("the server of the socket for HAProxy has ended")
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
+
+
+def _door(settings: DoorSettings) -> Door:
+    replica_id = serve.get_replica_context().replica_id.unique_id
+    return Door(door_of(settings.folder, replica_id), places=settings.places, drain_s=settings.drain_s)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
@@ -33,6 +33,7 @@ REFUSED_HEADERS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled
 DATASETS_PATH, JOB_PATHS = "/v1/datasets", frozenset({"/v1/trainings", "/v1/generations"})
 OPEN_PATHS = frozenset({"/livez", "/openapi.json", "/docs"})
 
+_ID, _TRACE = REQUEST_ID_HEADER.encode(), TRACE_HEADER.encode()
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _SLASHES = re.compile(r"/{2,}")
@@ -49,16 +50,15 @@ class EdgeHeaders:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        offered = Headers(scope=scope)
-        request_id = _matching(_REQUEST_ID, offered.get(REQUEST_ID_HEADER)) or self._new_id()
-        trace = _matching(_TRACEPARENT, offered.get(TRACE_HEADER))
-        scope = {**scope, "path": _SLASHES.sub("/", scope["path"])}
-        if scope.get("raw_path"):
+        kept, offered_id, offered_trace = _taken(scope["headers"])
+        request_id = _matching(_REQUEST_ID, offered_id) or self._new_id()
+        trace = _matching(_TRACEPARENT, offered_trace)
+        scope = {**scope, "state": {**scope.get("state", {}), "request_id": request_id}}
+        if "//" in scope["path"]:
+            scope["path"] = _SLASHES.sub("/", scope["path"])
+        if b"//" in (scope.get("raw_path") or b""):
             scope["raw_path"] = re.sub(rb"/{2,}", b"/", scope["raw_path"])
-        dropped = (*REFUSED_HEADERS, REQUEST_ID_HEADER.encode())
-        scope["headers"] = [(name, value) for name, value in scope["headers"] if name.lower() not in dropped]
-        scope["headers"].append((REQUEST_ID_HEADER.encode(), request_id.encode()))
-        scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+        scope["headers"] = [*kept, (_ID, request_id.encode())]
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -196,6 +196,23 @@ def request_id_of(scope: Scope) -> str:
 def log_unexpected(error: BaseException, request_id: str) -> None:
     """Log type and place of an error that no table row expects, without its text."""
     logger.error("Unexpected %s in request %s at %s", type(error).__name__, request_id, where_raised(error))
+
+
+def _taken(headers: Iterable[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, bytes]], str | None, str | None]:
+    """The headers that are handed on, the request id and the trace; the first of each where there are several."""
+    kept: list[tuple[bytes, bytes]] = []
+    request_id = trace = None
+    for name, value in headers:
+        lower = name.lower()
+        if lower in REFUSED_HEADERS:
+            continue
+        if lower == _ID:
+            request_id = value.decode("latin-1") if request_id is None else request_id
+            continue
+        if lower == _TRACE and trace is None:
+            trace = value.decode("latin-1")
+        kept.append((name, value))
+    return kept, request_id, trace
 
 
 def _matching(pattern: re.Pattern[str], value: str | None) -> str | None:

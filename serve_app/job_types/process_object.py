@@ -26,9 +26,21 @@ def process_status(record: JobRecord) -> str:
     return OLDER_STATUS[record.state]
 
 
-def process_object(record: JobRecord, keys: Keys, bucket: str, now: datetime) -> dict[str, Any]:
-    """Every field is always there. Times are ISO 8601 in UTC, `elapsed_time` and `eta` seconds, `progress` percent."""
+def live_fields(record: JobRecord, now: datetime) -> dict[str, Any]:
+    """How far the work is. `elapsed_time` and `eta` in seconds, `progress` in percent."""
     step, total = _count(record.progress.get("step")), _count(record.progress.get("total_steps"))
+    return {
+        "progress": progress_percent(record, step, total),
+        "step": step,
+        "total_steps": total,
+        "eta": None if record.state.is_terminal else record.progress.get("eta_s"),
+        "elapsed_time": elapsed_s(record, now),
+        "metrics": {name: record.progress[name] for name in METRICS if name in record.progress},
+    }
+
+
+def process_object(record: JobRecord, keys: Keys, bucket: str, now: datetime) -> dict[str, Any]:
+    """Every field is always there. Times are ISO 8601 in UTC."""
     return {
         "id": record.id,
         "type": record.kind.value,
@@ -40,12 +52,7 @@ def process_object(record: JobRecord, keys: Keys, bucket: str, now: datetime) ->
         "error": error_text(record),
         "worker_id": record.worker_id,
         "job_id": public_runpod_id(record),
-        "metrics": {name: record.progress[name] for name in METRICS if name in record.progress},
-        "progress": progress_percent(record, step, total),
-        "step": step,
-        "total_steps": total,
-        "eta": None if record.state.is_terminal else record.progress.get("eta_s"),
-        "elapsed_time": elapsed_s(record, now),
+        **live_fields(record, now),
         "gpu_id": record.progress.get("gpu_id"),
     }
 

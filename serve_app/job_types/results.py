@@ -8,14 +8,13 @@ from typing import Any, Protocol
 from serve_app.collaborators import Clock
 from serve_app.job_types.context import is_accepted_only
 from serve_app.job_types.files import redirect_item
-from serve_app.job_types.process_object import error_text, process_object, process_status
+from serve_app.job_types.process_object import error_text, live_fields, process_status
 from serve_app.settings import RequestLimits
 from storage.job_record import JobRecord
 from storage.job_state import JobKind, JobState
 from storage.keys import Keys
 from storage.objects import ObjectStore
 
-LIVE_FIELDS = ("progress", "step", "total_steps", "eta", "elapsed_time", "metrics")
 TRAINING_FACTS = ("base_model", "trigger_word", "steps", "final_loss")
 PREVIEWS = "previews"
 
@@ -65,8 +64,7 @@ async def presented_output(services: Presenting, record: JobRecord) -> dict[str,
     if record.state is JobState.COMPLETED:
         return {**about, **await _completed(services, record)}
     if not record.state.is_terminal:
-        live = process_object(record, services.keys_of(record.tenant), services.bucket, services.clock())
-        shown = {name: live[name] for name in LIVE_FIELDS}
+        shown = live_fields(record, services.clock())
         return {**about, **shown, **await presented_previews(services, record.progress)}
     if record.state is JobState.CANCELLED:
         return {**about, "message": "cancelled"}

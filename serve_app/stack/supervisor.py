@@ -24,12 +24,13 @@ from pathlib import Path
 
 import psutil
 
+from serve_app.ingress.replies import SURFACES, lost_body, refused_body
 from serve_app.settings import Settings
 from serve_app.stack.background import Background
 from serve_app.stack.errors import AlreadyRunning, DiskFull, InstanceError, ModelMissing, PortTaken, StartFailed
-from serve_app.stack.haproxy import PORTS_PER_INSTANCE, environment
+from serve_app.stack.haproxy import LOOPBACK, environment
 from serve_app.stack.instance import INSTANCE_VARIABLE, Instance, InstanceState, Phase
-from serve_app.stack.ports import any_free, is_free, remembered
+from serve_app.stack.ports import is_free, remembered
 from serve_app.stack.probing import CapabilityProbe
 from storage.embedded import EmbeddedS3
 from storage.objects import StoreMaintenance
@@ -50,6 +51,7 @@ class Supervisor:
         self._owner = psutil.Process(while_pid) if while_pid else None
         self._asked = threading.Event()
         self._ray_address: str | None = None
+        self._doors: Path | None = None
         self._capabilities: dict[str, bool] | None = None
         self._capabilities_found = threading.Event()
         self._cleanup = ExitStack()
@@ -183,8 +185,9 @@ class Supervisor:
         settings = self._settings
         folder = ray_folder(self._instance.home)
         if settings.http_proxy == "haproxy" and settings.ray_address is None:
-            ports = {"stats_port": any_free(), "replica_port": any_free(room=PORTS_PER_INSTANCE)}
-            os.environ.update(environment(folder / "haproxy", host=settings.host, **ports))
+            self._doors = folder / "haproxy"
+            lost = {beginning: lost_body(beginning) for beginning in SURFACES}
+            os.environ.update(environment(self._doors, host=settings.host, lost=lost, refused=refused_body()))
         import ray
 
         from serve_app.stack.ray_node import start_head
@@ -218,8 +221,10 @@ class Supervisor:
         storage = StorageClient(settings.s3(), settings.breaker())
         asyncio.run(storage.ensure_bucket())
         ensure_jobs_actor(settings.jobs_config(), RayJobLauncher(f"http://127.0.0.1:{settings.dashboard_port}"))
-        serve.start(http_options={"host": settings.host, "port": settings.port})
-        serve.run(build(settings), name="raylora", route_prefix="/", blocking=False)
+        # HAProxy alone listens on the host; what Serve opens for it need not be reached from elsewhere.
+        host = settings.host if self._doors is None else LOOPBACK
+        serve.start(http_options={"host": host, "port": settings.port})
+        serve.run(build(settings, doors=self._doors), name="raylora", route_prefix="/", blocking=False)
         self._cleanup.callback(serve.shutdown)
         self._start_probe(storage)
         self._start_sweeps()
@@ -257,7 +262,10 @@ class Supervisor:
 
 
 def ray_folder(home: Path) -> Path:
-    """Where Ray keeps its session: inside the instance, or a short link to it where the path would be too long."""
+    """Where Ray keeps its session: inside the instance, or a short link to it where the path would be too long.
+
+    Raises PermissionError where another user has put something in the link's place.
+    """
     inside = home / "ray"
     inside.mkdir(exist_ok=True, mode=0o700)
     if len(str(inside)) <= RAY_FOLDER_MAX_CHARS:
@@ -268,6 +276,8 @@ def ray_folder(home: Path) -> Path:
         short.unlink()
     if not short.exists():
         short.symlink_to(inside)
+    if short.lstat().st_uid != os.getuid() or not short.is_symlink():
+        raise PermissionError(f"{short} is not this user's link")
     return short
 
 

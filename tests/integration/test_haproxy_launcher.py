@@ -1,4 +1,4 @@
-"""The real HAProxy, started as Ray starts it, with a configuration like Ray's: what it listens on, and for whom."""
+"""The real HAProxy, started as Ray starts it, with a configuration like Ray's: who may open what, what it answers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
+from serve_app.errors import ServiceUnavailable
+from serve_app.ingress.replies import SURFACES, error_response, lost_body, refused_body
 from serve_app.stack.haproxy import environment
 from serve_app.stack.ports import any_free
 from tests.integration.instance import REPOSITORY
@@ -23,7 +26,7 @@ CONFIGURATION = """global
 defaults
     mode http
     timeout connect 5s
-    timeout client 5s
+    timeout client 500
     timeout server 5s
 frontend prometheus
     bind :{metrics}
@@ -31,7 +34,7 @@ frontend http_frontend
     bind 127.0.0.1:{front}
     default_backend replicas
 backend replicas
-    server one 192.0.2.1:{replica} check
+    server SERVE_REPLICA-abc123 192.0.2.1:{replica} check
 listen stats
   bind *:{stats}
   stats enable
@@ -55,18 +58,43 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def test_haproxy_listens_on_loopback_only_and_its_admin_socket_is_the_owners(folder: Path) -> None:
-    found = environment(folder / "h", host="127.0.0.1", stats_port=any_free(), replica_port=any_free(room=50))
+@pytest.fixture
+def proxy(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Its URL and its admin socket, once it listens. No replica is up, and no door is there."""
+    lost = {beginning: lost_body(beginning) for beginning in SURFACES}
+    found = environment(folder / "h", host="127.0.0.1", lost=lost, refused=refused_body())
     socket = Path(found["RAY_SERVE_HAPROXY_SOCKET_PATH"])
     file = Path(found["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"])
-    places = {"socket": socket, "metrics": any_free(), "front": any_free(), "stats": any_free(), "replica": any_free()}
+    front = any_free()
+    places = {"socket": socket, "metrics": any_free(), "front": front, "stats": any_free(), "replica": any_free()}
     file.write_text(CONFIGURATION.format(**places))
     environ = {**os.environ, **found, "PYTHONPATH": str(REPOSITORY)}
     command = [found["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(file)]
     running = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         assert listening_on(psutil.Process(running.pid), 3) == {"127.0.0.1"}
-        assert socket.stat().st_mode & 0o077 == 0
+        yield f"http://127.0.0.1:{front}", socket
     finally:
         running.terminate()
         running.wait(10)
+
+
+def test_haproxy_listens_on_loopback_only_and_its_admin_socket_is_the_owners(proxy: tuple[str, Path]) -> None:
+    assert proxy[1].stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("path", ["/v2/ep/run", "/v1/images/generations", "/v1/hf/m", "/v1/trainings"])
+def test_without_a_replica_it_answers_in_the_shape_of_what_was_called(proxy: tuple[str, Path], path: str) -> None:
+    reply = httpx.post(proxy[0] + path, headers={"X-Request-ID": "abc"})
+    ours = error_response(ServiceUnavailable("ingress"), path=path, request_id="abc")
+    assert reply.status_code == ours.status_code
+    assert reply.content == ours.body
+    assert reply.headers["content-type"] == ours.headers["content-type"]
+    assert reply.headers["retry-after"] == ours.headers["retry-after"]
+    assert reply.headers["x-request-id"] == "abc"
+    assert not [name for name in reply.headers if "own" in name]
+
+
+def test_a_request_without_a_fit_id_gets_one(proxy: tuple[str, Path]) -> None:
+    given = httpx.get(proxy[0] + "/v2/ep/health", headers={"X-Request-ID": "a b"}).headers["x-request-id"]
+    assert len(given) == 36

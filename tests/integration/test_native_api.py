@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.integration.conftest import PICTURES
-from tests.integration.instance import Running, temporary_home
+from tests.integration.instance import Running
 
 PROMPT = "a large red star on a blue background"
 DRAWN = {"width": 64, "height": 64, "num_inference_steps": 4, "seed": 5}
@@ -123,20 +123,3 @@ def test_a_training_is_followed_by_its_events_and_its_adapter_is_used_and_brough
     assert not np.array_equal(trained, drawn(http))
     assert http.delete(f"/loras/{training}").status_code == 204
     assert training not in {lora["id"] for lora in http.get("/loras").json()["items"]}
-
-
-def test_behind_haproxy_the_same_is_served_and_nothing_listens_beyond_loopback() -> None:
-    import psutil
-
-    with temporary_home() as home:
-        running = home.start({"RAYLORA_HTTP_PROXY": "haproxy"})
-        headers = {"Authorization": f"Bearer {running.api_key}"}
-        with httpx.Client(base_url=f"{running.url}/v1", headers=headers, timeout=120) as http:
-            assert http.get("/trainings").headers["x-request-id"]
-            assert drawn(http).shape == (64, 64, 3)
-            generation = http.get("/generations").json()["items"][0]["id"]
-            assert [state["state"] for _, state in events(http, f"/generations/{generation}/events")] == ["COMPLETED"]
-        proxies = [process for process in running.instance.processes() if process.name().startswith("haproxy")]
-        assert proxies
-        listening = [c for process in proxies for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
-        assert {connection.laddr.ip for connection in listening} == {"127.0.0.1"}

@@ -65,6 +65,42 @@ async def test_a_foreign_record_is_not_found_here_either(world: JobsWorld) -> No
             await reads.call("get", (record.id,), {"tenant": "b"})
 
 
+async def test_reads_at_once_each_get_their_own_answer(world: JobsWorld) -> None:
+    records = [world.create(tenant="a") for _ in range(5)]
+    async with reading(world) as reads:
+        asked = [(record.id, tenant) for record in records for tenant in ("a", "b")] * 20
+        calls = (reads.call("get", (job_id,), {"tenant": tenant}) for job_id, tenant in asked)
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        for (job_id, tenant), answer in zip(asked, found, strict=True):
+            if tenant == "a":
+                assert answer.id == job_id  # type: ignore[union-attr]
+            else:
+                assert isinstance(answer, JobNotFound)
+
+
+async def test_a_read_whose_caller_has_gone_takes_no_other_with_it(world: JobsWorld) -> None:
+    record = world.create(tenant="a")
+    async with reading(world) as reads:
+        calls = [asyncio.create_task(reads.call("get", (record.id,), {"tenant": "a"})) for _ in range(10)]
+        await asyncio.sleep(0)
+        calls[0].cancel()
+        calls[5].cancel()
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        assert [isinstance(answer, asyncio.CancelledError) for answer in found] == [n in (0, 5) for n in range(10)]
+
+
+async def test_where_the_database_fails_all_that_read_together_ask_the_actor(
+    world: JobsWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RecordsUnavailable("read")
+
+    async with reading(world) as reads:
+        monkeypatch.setattr(reads._records, "read", fail)
+        found = await asyncio.gather(*(reads.call("get", ("x",), {}) for _ in range(3)), return_exceptions=True)
+        assert [type(answer) for answer in found] == [NotReadableError] * 3
+
+
 async def test_nothing_is_read_before_the_records_were_restored(tmp_path: Path) -> None:
     world = JobsWorld(tmp_path)
 

@@ -13,7 +13,7 @@ from storage.errors import (
     RecordsMisconfigured,
     RecordsUnavailable,
 )
-from storage.records import map_error
+from storage.records_engine import map_error
 
 
 def _tree(root: type[JobError]) -> Iterator[type[JobError]]:
