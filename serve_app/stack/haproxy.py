@@ -131,8 +131,9 @@ def _for_frontend(lost: Mapping[str, str]) -> str:
     own = f"{{ res.hdr({_OWN}) -m found }}"
     beginnings = [beginning for beginning in lost if beginning]
     lines = [
-        # Whatever else may have had an effect, in the replica that was lost, which must not be had twice.
-        f"http-request disable-l7-retry unless {{ method GET HEAD }} or {{ {_KEYED} }}",
+        # Whatever else may have had an effect, in the replica that was lost, which must not be had twice. /stream hands
+        # out each of its pieces once.
+        f"http-request disable-l7-retry unless {{ method GET HEAD }} !{{ path_sub /stream/ }} or {{ {_KEYED} }}",
         "unique-id-format %[uuid]",
         f"http-request set-header x-request-id %[unique-id] if !{{ req.hdr(x-request-id) -m reg {_REQUEST_ID} }}",
         "http-request set-var(txn.request_id) req.hdr(x-request-id)",
