@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -170,6 +170,10 @@ class Settings(BaseSettings):
     gpus_per_training_worker: float | None = Field(default=None, ge=0)
     training_workers: int = Field(default=1, ge=1)
     training_slots: int = Field(default=1, ge=1)
+    # For trainings that ask for Weights & Biases; also by the name that wandb itself reads.
+    wandb_api_key: SecretStr | None = Field(
+        default=None, validation_alias=AliasChoices("wandb_api_key", "raylora_wandb_api_key")
+    )
     ingress_replicas: int = Field(default=1, ge=1)
     validation_replicas: int = Field(default=1, ge=1)
     inference_replicas: int = Field(default=1, ge=1)
@@ -328,6 +332,7 @@ class Settings(BaseSettings):
             training_slots=self.training_slots,
             training_workers=self.training_workers,
             gpus_per_training_worker=self.gpus_per_training_worker,
+            wandb_api_key=self.wandb_api_key,
         )
 
 

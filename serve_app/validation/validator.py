@@ -14,10 +14,11 @@ from serve_app.collaborators import GenerationPlan, TrainingPlan
 from serve_app.errors import InvalidRequest, ModelNotServed
 from serve_app.validation.payloads import GeneratePayload
 from train_jobs.aitoolkit import parse_generate_yaml, parse_train_yaml
-from train_jobs.config_check import check_train_yaml
+from train_jobs.config_check import check_train_yaml, tracking_problem
 from train_jobs.errors import ConfigInvalid, Problem
 from train_jobs.spec import GenerateSpec, TrainSpec, problems_of, spec_from_json
 
+USE_WANDB = "config.process[0].logging.use_wandb"
 MIB = 1024 * 1024
 CONFIG_BYTES_MAX = 10 * MIB
 SEED_LIMIT = 2**32
@@ -41,14 +42,17 @@ P = TypeVar("P", bound=BaseModel)
 
 
 class Validator:
-    """`models`: the aliases that this installation serves."""
+    """`models`: the aliases that this installation serves. `has_wandb_key`: whether it can log in at W&B."""
 
     def __init__(
         self,
         models: Collection[str],
         default_model: str,
         random_seed: Callable[[], int] = lambda: secrets.randbelow(SEED_LIMIT),
+        *,
+        has_wandb_key: bool = False,
     ) -> None:
+        self._has_wandb_key = has_wandb_key
         self._models = frozenset(models)
         self._default_model = default_model
         self._random_seed = random_seed
@@ -58,6 +62,7 @@ class Validator:
         _check_config_size(config)
         parsed = parse_train_yaml(config)
         self._check_model(parsed.spec.model)
+        self._check_tracking(parsed.spec, USE_WANDB)
         return TrainingPlan(
             spec=parsed.spec.model_dump(mode="json"),
             ignored=tuple(item.path for item in parsed.ignored),
@@ -79,6 +84,7 @@ class Validator:
         """A TrainSpec as JSON, without anything of the server's own disk. Raises ConfigInvalid, ModelNotServed."""
         checked = spec_from_json(TrainSpec, spec)
         self._check_model(checked.model)
+        self._check_tracking(checked, "wandb")
         return TrainingPlan(spec=checked.model_dump(mode="json"), ignored=(), warnings=())
 
     def generation(self, payload: dict[str, Any]) -> GenerationPlan:
@@ -120,6 +126,11 @@ class Validator:
             from_config=False,
             strength=request.strength,
         )
+
+    def _check_tracking(self, spec: TrainSpec, path: str) -> None:
+        problem = tracking_problem(spec, has_key=self._has_wandb_key, path=path)
+        if problem is not None:
+            raise ConfigInvalid([problem])
 
     def _check_model(self, model: str) -> None:
         if model not in self._models:
