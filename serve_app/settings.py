@@ -29,6 +29,7 @@ TENANT_PATTERN = r"^[a-zA-Z0-9_-]{1,64}$"
 TENANT_KEY_LENGTH_MIN = 16
 TINY_MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny" / "model"
 MIB = 1024 * 1024
+TRAINING_WORKERS_MAX = 16
 WEBHOOK_KEY_MARK = "whsec_"
 Rounded = Literal["float8", "int8", "nf4"]
 
@@ -169,6 +170,8 @@ class Settings(BaseSettings):
     gpus_per_replica: float | None = Field(default=None, ge=0)
     gpus_per_training_worker: float | None = Field(default=None, ge=0)
     training_workers: int = Field(default=1, ge=1)
+    # What one request may ask for; a training with fewer workers than it asked for takes as much longer.
+    training_workers_max: int = Field(default=TRAINING_WORKERS_MAX, ge=1)
     training_slots: int = Field(default=1, ge=1)
     # For trainings that ask for Weights & Biases; also by the name that wandb itself reads.
     wandb_api_key: SecretStr | None = Field(

@@ -126,23 +126,19 @@ def _has_preview(spec: TrainSpec, step: int) -> bool:
     return step == spec.train.steps or (step >= spec.sample.start_step and step % spec.sample.every_steps == 0)
 
 
-def tracking_problem(spec: TrainSpec, *, has_key: bool, path: str = "wandb") -> Problem | None:
-    """Why the tracking that `spec` asks for cannot be had; `path` is where its request asks."""
-    if spec.wandb is None:
-        return None
+def tracking_problem(*, has_key: bool, path: str = "wandb") -> Problem | None:
+    """Why W&B cannot be had here; `path` is where a request asks for it."""
     if not has_key:
         message = "there is no key for W&B here: set WANDB_API_KEY where the instance is started, or leave W&B out"
         return Problem(path, message, "wandb_key_missing")
     if find_spec("wandb") is None:
-        return Problem(
-            path, "the package wandb is missing: install raylora[wandb] on every node, or leave W&B out",
-            "wandb_not_installed",
-        )  # fmt: skip
+        message = "the package wandb is missing: install raylora[wandb] on every node, or leave W&B out"
+        return Problem(path, message, "wandb_not_installed")
     return None
 
 
 def check_tracking(spec: TrainSpec, *, has_key: bool) -> None:
-    """Raises ConfigInvalid where `tracking_problem` finds one."""
-    problem = tracking_problem(spec, has_key=has_key)
+    """Raises ConfigInvalid where `spec` asks for what cannot be had here."""
+    problem = tracking_problem(has_key=has_key) if spec.wandb is not None else None
     if problem is not None:
         raise ConfigInvalid([problem])
