@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -29,6 +29,7 @@ TENANT_PATTERN = r"^[a-zA-Z0-9_-]{1,64}$"
 TENANT_KEY_LENGTH_MIN = 16
 TINY_MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny" / "model"
 MIB = 1024 * 1024
+TRAINING_WORKERS_MAX = 16
 WEBHOOK_KEY_MARK = "whsec_"
 Rounded = Literal["float8", "int8", "nf4"]
 
@@ -169,7 +170,13 @@ class Settings(BaseSettings):
     gpus_per_replica: float | None = Field(default=None, ge=0)
     gpus_per_training_worker: float | None = Field(default=None, ge=0)
     training_workers: int = Field(default=1, ge=1)
+    # What one request may ask for; a training with fewer workers than it asked for takes as much longer.
+    training_workers_max: int = Field(default=TRAINING_WORKERS_MAX, ge=1)
     training_slots: int = Field(default=1, ge=1)
+    # For trainings that ask for Weights & Biases; also by the name that wandb itself reads.
+    wandb_api_key: SecretStr | None = Field(
+        default=None, validation_alias=AliasChoices("wandb_api_key", "raylora_wandb_api_key")
+    )
     ingress_replicas: int = Field(default=1, ge=1)
     validation_replicas: int = Field(default=1, ge=1)
     inference_replicas: int = Field(default=1, ge=1)
@@ -328,6 +335,7 @@ class Settings(BaseSettings):
             training_slots=self.training_slots,
             training_workers=self.training_workers,
             gpus_per_training_worker=self.gpus_per_training_worker,
+            wandb_api_key=self.wandb_api_key,
         )
 
 

@@ -62,6 +62,7 @@ def _train_process(reader: ConfigReader, name: str, process: dict[str, Any], pat
     _validation(reader, process.get("validation"), f"{path}.validation", updates_per, local=local)
     _captioning(reader, process.get("captioning"), f"{path}.captioning", local=local)
     _workers(reader, process.get("workers"), f"{path}.workers")
+    _logging(reader, process.get("logging"), f"{path}.logging")
     read_datasets(reader, process.get("datasets"), f"{path}.datasets", trigger, local=local)
     train = process.get("train")
     disabled = isinstance(train, dict) and train.get("disable_sampling") is True
@@ -235,6 +236,14 @@ def _workers(reader: ConfigReader, value: Any, path: str) -> None:
     elif value is not None:
         count = reader.count(value, path)
         reader.put("workers", {"min": count, "max": count}, path)
+
+
+def _logging(reader: ConfigReader, value: Any, path: str) -> None:
+    """Names without the switch ask for nothing."""
+    logging = reader.section(value, path, keys.LOGGING)
+    if reader.flag(logging.get("use_wandb", False), f"{path}.use_wandb"):
+        reader.put("wandb.project", logging.get("project_name", "ai-toolkit"), f"{path}.project_name")
+        copy_keys(reader, logging, path, {"run_name": "wandb.run"})
 
 
 def _named_folder(folder: Any, local: bool) -> Any:

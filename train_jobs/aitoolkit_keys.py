@@ -51,10 +51,10 @@ CONFIG = Section(
 PROCESS = Section(
     honoured=_keys(
         "type trigger_word network save datasets train model sample subject_id training_seed validation captioning"
-        " workers"
+        " workers logging"
     ),
     ignored=_because(ELSEWHERE, "training_folder output_folder sqlite_db_path")
-    | _because(LOGS, "performance_log_every logging log_dir torch_profiler name")
+    | _because(LOGS, "performance_log_every log_dir torch_profiler name")
     | _because(MEMORY, "device dtype"),
     refused={
         "adapter": None,
@@ -67,6 +67,11 @@ PROCESS = Section(
         "lorm_extract_mode": "ratio",
         "lorm_extract_mode_param": 0.25,
     },
+)
+
+LOGGING = Section(
+    honoured=_keys("use_wandb project_name run_name"),
+    ignored=_because(LOGS, "log_every verbose use_ui_logger"),
 )
 
 SAVE = Section(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from train_jobs.aitoolkit import read_train
@@ -102,6 +103,7 @@ def describe_run(spec: TrainSpec) -> dict[str, Any]:
         **({"captioning": _captioning(spec)} if spec.captioning is not None else {}),
         "steps": train.steps,
         **({"workers": spec.workers.model_dump(), "strategy": train.strategy} if spec.workers is not None else {}),
+        **({"wandb": spec.wandb.model_dump(exclude_none=True)} if spec.wandb is not None else {}),
         "pictures_per_step": per_step,
         "pictures_total": train.steps * per_step,
         "learning_rate": train.learning_rate,
@@ -122,3 +124,21 @@ def _has_preview(spec: TrainSpec, step: int) -> bool:
     if step == 0:
         return spec.sample.at_start
     return step == spec.train.steps or (step >= spec.sample.start_step and step % spec.sample.every_steps == 0)
+
+
+def tracking_problem(*, has_key: bool, path: str = "wandb") -> Problem | None:
+    """Why W&B cannot be had here; `path` is where a request asks for it."""
+    if not has_key:
+        message = "there is no key for W&B here: set WANDB_API_KEY where the instance is started, or leave W&B out"
+        return Problem(path, message, "wandb_key_missing")
+    if find_spec("wandb") is None:
+        message = "the package wandb is missing: install raylora[wandb] on every node, or leave W&B out"
+        return Problem(path, message, "wandb_not_installed")
+    return None
+
+
+def check_tracking(spec: TrainSpec, *, has_key: bool) -> None:
+    """Raises ConfigInvalid where `spec` asks for what cannot be had here."""
+    problem = tracking_problem(has_key=has_key) if spec.wandb is not None else None
+    if problem is not None:
+        raise ConfigInvalid([problem])

@@ -21,7 +21,9 @@ RESUMED_FROM = "resumed_from_step"
 # In a report: the newest previews, each with the key of its picture.
 PREVIEWS = "previews"
 PREVIEWS_REPORTED_MAX = 16
-KEPT_IN_REPORTS = frozenset({RESUMED_FROM, PREVIEWS})
+# In a report: how many workers train now.
+WORKERS_NOW = "workers"
+KEPT_IN_REPORTS = frozenset({RESUMED_FROM, PREVIEWS, WORKERS_NOW})
 
 
 class Reporter(Protocol):

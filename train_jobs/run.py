@@ -44,6 +44,7 @@ from storage.objects import ObjectStore
 from storage.ray_counters import RayCounters
 from train_jobs.aitoolkit import parse_train_yaml
 from train_jobs.board import RunBoard, StopReason
+from train_jobs.config_check import check_tracking
 from train_jobs.driver import Driver, ExitCode
 from train_jobs.errors import ConfigInvalid, TrainingError, TrainingInterrupted
 from train_jobs.failures import find_training_error
@@ -146,6 +147,7 @@ def _record_of_config(jobs: BlockingJobs, config: JobsConfig, args: argparse.Nam
     if captioning is not None and captioning.model not in config.models and Path(captioning.model).is_dir():
         named = captioning.model_copy(update={"model": str(Path(captioning.model).resolve())})
         spec = spec.model_copy(update={"captioning": named})
+    check_tracking(spec, has_key=config.wandb_api_key is not None)
     keys = Keys(config.s3.prefix, args.tenant)
     store = StorageClient(config.s3, config.breaker)
     spec = asyncio.run(upload_local_datasets(store, keys, spec, now=datetime.now(UTC)))
@@ -199,6 +201,7 @@ def _run(jobs: BlockingJobs, config: JobsConfig, record: JobRecord, owner: str) 
         breaker=config.breaker,
         use_gpu=bool(scaling.use_gpu),
         workers=scaling.max_workers,
+        wandb_api_key=config.wandb_api_key,
         kept_folder=str(Path.home() / KEPT_FOLDER),
     )
 

@@ -19,6 +19,8 @@ MODEL_ALIAS_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 MODEL_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
 LORA_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
 SCHEDULER_PATTERN = r"^[A-Za-z0-9_+-]{1,50}$"
+# What W&B takes as the name of a project.
+WANDB_NAME_PATTERN = r"^[^/\\#?%:\x00-\x1f]{1,128}$"
 PROMPT_MAX = 2000
 SEED_MAX = 2**63 - 1
 
@@ -328,6 +330,14 @@ class WorkersSpec(_Spec):
         return self
 
 
+class WandbSpec(_Spec):
+    """The run at Weights & Biases that gets the training's numbers. `run` defaults to the training's name. The key is
+    the installation's, never the request's."""
+
+    project: str = Field(default="ai-toolkit", pattern=WANDB_NAME_PATTERN)
+    run: str | None = Field(default=None, pattern=WANDB_NAME_PATTERN)
+
+
 class TrainSpec(_Spec):
     """A whole LoRA training. `model` is an alias the server knows or a Hugging Face id `org/name`.
 
@@ -346,6 +356,7 @@ class TrainSpec(_Spec):
     validation: ValidationSpec | None = None
     captioning: CaptioningSpec | None = None
     workers: WorkersSpec | None = None
+    wandb: WandbSpec | None = None
     family: str | None = Field(default=None, pattern=r"^[a-z0-9_]{1,40}$")
     trigger_word: str | None = Field(default=None, max_length=100)
     subject_id: str | None = Field(default=None, pattern=DATASET_PATTERN)

@@ -21,23 +21,34 @@ import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
+from pydantic import SecretStr
 
 from diffusion.errors import Cancelled, OutOfGpuMemory
 from storage.actor import StorageClient
 from storage.keys import Keys
 from storage.loop_thread import LoopThread
-from storage.ray_counters import note_cleanup_failure
+from storage.ray_counters import note_cleanup_failure, of_this_process
 from storage.settings import BreakerSettings, S3Settings
 from train_jobs.artifacts import Artifacts
 from train_jobs.checkpoint import read_checkpoint, write_checkpoint
+from train_jobs.config_check import check_tracking, describe_run
 from train_jobs.errors import OutOfMemory, TrainingError
 from train_jobs.failures import as_training_error
-from train_jobs.loop import Callbacks, Outcome, TrainingLoop
+from train_jobs.loop import Callbacks, Outcome, Progress, TrainingLoop
 from train_jobs.peers import Alone, Peers, TorchPeers
 from train_jobs.preparing import Preparation, Prepared
-from train_jobs.reporting import PREVIEWS, PREVIEWS_REPORTED_MAX, RESUMED_FROM, BoardReporter, Quiet, Reporter
+from train_jobs.reporting import (
+    PREVIEWS,
+    PREVIEWS_REPORTED_MAX,
+    RESUMED_FROM,
+    WORKERS_NOW,
+    BoardReporter,
+    Quiet,
+    Reporter,
+)
 from train_jobs.results import Results
 from train_jobs.spec import TrainSpec
+from train_jobs.tracking import NoTracker, Tracker, WandbTracker
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +73,7 @@ class WorkerConfig:
     breaker: BreakerSettings
     use_gpu: bool
     workers: int = 1
+    wandb_api_key: SecretStr | None = None
     kept_folder: str | None = None
 
 
@@ -167,6 +179,7 @@ class Training:
         return self._train(prepared)
 
     def _prepare(self) -> Prepared | None:
+        check_tracking(self._spec, has_key=self._config.wandb_api_key is not None)
         return Preparation(
             self._spec,
             self._artifacts,
@@ -181,6 +194,27 @@ class Training:
         ).run()
 
     def _train(self, prepared: Prepared) -> dict[str, Any]:
+        tracker = self._tracker()
+        try:
+            return self._train_tracked(prepared, tracker)
+        finally:
+            tracker.close()
+
+    def _tracker(self) -> Tracker:
+        wanted, key = self._spec.wandb, self._config.wandb_api_key
+        if wanted is None or key is None or self._peers.rank != 0:
+            return NoTracker()
+        facts = {k: v for k, v in describe_run(self._spec).items() if k != "captioning"} | {"model": self._base_model()}
+        return WandbTracker(
+            wanted, key, process_id=self._config.process_id, name=self._spec.name, facts=facts, folder=self._scratch,
+            counters=of_this_process(),
+        )  # fmt: skip
+
+    def _train_tracked(self, prepared: Prepared, tracker: Tracker) -> dict[str, Any]:
+        def tell(progress: Progress) -> None:
+            self._reporter.progress(progress)
+            tracker.progress(progress)
+
         loop = TrainingLoop(
             prepared.family,
             dict(prepared.lora.named_parameters()),
@@ -188,7 +222,7 @@ class Training:
             self._spec.train,
             peers=self._peers,
             callbacks=Callbacks(
-                on_progress=self._reporter.progress,
+                on_progress=tell,
                 after_step=lambda loop, is_last: self._after_step(loop, prepared, is_last=is_last),
                 should_stop=self._should_stop,
                 clock_s=self._clock_s,
@@ -197,14 +231,14 @@ class Training:
             validation=prepared.validation,
             share_of=self._share_of(prepared),
         )
-        resumed: dict[str, Any] = {}
+        told: dict[str, Any] = {WORKERS_NOW: self._peers.world_size}
         if prepared.checkpoint is not None:
             loop.load(prepared.checkpoint.state)
             logger.info("continuing %s at step %d", self._config.process_id, loop.step)
-            resumed = {RESUMED_FROM: loop.step}
+            told[RESUMED_FROM] = loop.step
         elif prepared.previews.due_at(0, total_steps=self._spec.train.steps):
             self._make_previews(loop, prepared, 0)
-        self._reporter.stage("training", step=loop.step, total_steps=self._spec.train.steps, **resumed)
+        self._reporter.stage("training", step=loop.step, total_steps=self._spec.train.steps, **told)
         try:
             outcome = loop.run()
         except Exception as error:

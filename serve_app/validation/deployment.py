@@ -18,7 +18,12 @@ class Validation(ValidationService):
     def __init__(self, settings: Settings) -> None:
         s3 = settings.s3()
         super().__init__(
-            Validator(settings.models, settings.default_model),
+            Validator(
+                settings.models,
+                settings.default_model,
+                has_wandb_key=settings.wandb_api_key is not None,
+                workers_max=settings.training_workers_max,
+            ),
             StorageClient(s3, settings.breaker()),
             _keys_of(s3.prefix),
             bucket=s3.bucket,

@@ -12,12 +12,15 @@ from pydantic import BaseModel, ValidationError
 
 from serve_app.collaborators import GenerationPlan, TrainingPlan
 from serve_app.errors import InvalidRequest, ModelNotServed
+from serve_app.settings import TRAINING_WORKERS_MAX
 from serve_app.validation.payloads import GeneratePayload
 from train_jobs.aitoolkit import parse_generate_yaml, parse_train_yaml
-from train_jobs.config_check import check_train_yaml
+from train_jobs.config_check import check_train_yaml, describe_run, tracking_problem
 from train_jobs.errors import ConfigInvalid, Problem
 from train_jobs.spec import GenerateSpec, TrainSpec, problems_of, spec_from_json
 
+IN_YAML = {"wandb": "config.process[0].logging.use_wandb", "workers": "config.process[0].workers"}
+IN_JSON = {"wandb": "wandb", "workers": "workers.max"}
 MIB = 1024 * 1024
 CONFIG_BYTES_MAX = 10 * MIB
 SEED_LIMIT = 2**32
@@ -41,14 +44,20 @@ P = TypeVar("P", bound=BaseModel)
 
 
 class Validator:
-    """`models`: the aliases that this installation serves."""
+    """`models`: the aliases that this installation serves. `has_wandb_key`: whether it can log in at W&B.
+    `workers_max`: how many workers a training may ask for."""
 
     def __init__(
         self,
         models: Collection[str],
         default_model: str,
         random_seed: Callable[[], int] = lambda: secrets.randbelow(SEED_LIMIT),
+        *,
+        has_wandb_key: bool = False,
+        workers_max: int = TRAINING_WORKERS_MAX,
     ) -> None:
+        self._workers_max = workers_max
+        self._has_wandb_key = has_wandb_key
         self._models = frozenset(models)
         self._default_model = default_model
         self._random_seed = random_seed
@@ -58,6 +67,7 @@ class Validator:
         _check_config_size(config)
         parsed = parse_train_yaml(config)
         self._check_model(parsed.spec.model)
+        self._check_bounds(parsed.spec, IN_YAML)
         return TrainingPlan(
             spec=parsed.spec.model_dump(mode="json"),
             ignored=tuple(item.path for item in parsed.ignored),
@@ -73,12 +83,17 @@ class Validator:
             served = ", ".join(sorted(self._models))
             note = {"path": "model", "verdict": "refused", "note": f"'{model}' is not served here; served: {served}"}
             report |= {"accepted": False, "keys": [*report["keys"], note]}
+        for problem in self._beyond_bounds(report["run"] or {}, IN_YAML):
+            others = [key for key in report["keys"] if key["path"] != problem.path]
+            note = {"path": problem.path, "verdict": "refused", "note": problem.message}
+            report |= {"accepted": False, "keys": [*others, note]}
         return report
 
     def training_spec(self, spec: dict[str, Any]) -> TrainingPlan:
         """A TrainSpec as JSON, without anything of the server's own disk. Raises ConfigInvalid, ModelNotServed."""
         checked = spec_from_json(TrainSpec, spec)
         self._check_model(checked.model)
+        self._check_bounds(checked, IN_JSON)
         return TrainingPlan(spec=checked.model_dump(mode="json"), ignored=(), warnings=())
 
     def generation(self, payload: dict[str, Any]) -> GenerationPlan:
@@ -120,6 +135,23 @@ class Validator:
             from_config=False,
             strength=request.strength,
         )
+
+    def _check_bounds(self, spec: TrainSpec, places: Mapping[str, str]) -> None:
+        problems = self._beyond_bounds(describe_run(spec), places)
+        if problems:
+            raise ConfigInvalid(problems)
+
+    def _beyond_bounds(self, run: Mapping[str, Any], places: Mapping[str, str]) -> list[Problem]:
+        """What a training asks for and cannot have on this installation. `run` is as `describe_run` tells it, `places`
+        where a request asks for W&B and for workers."""
+        problems: list[Problem] = []
+        if "workers" in run and run["workers"]["max"] > self._workers_max:
+            message = f"must be at most {self._workers_max} here"
+            problems.append(Problem(places["workers"], message, "too_many_workers"))
+        if "wandb" in run:
+            missing = tracking_problem(has_key=self._has_wandb_key, path=places["wandb"])
+            problems += [missing] if missing is not None else []
+        return problems
 
     def _check_model(self, model: str) -> None:
         if model not in self._models:

@@ -153,3 +153,14 @@ def test_rounded_weights_need_their_package(monkeypatch: pytest.MonkeyPatch) -> 
             Settings()
     monkeypatch.setattr("serve_app.settings.find_spec", lambda name: name)
     assert Settings().quantize == "nf4"
+
+
+def test_the_key_for_wandb_comes_by_either_name_and_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "RAYLORA_WANDB_API_KEY"):
+        monkeypatch.delenv("WANDB_API_KEY", raising=False)
+        monkeypatch.setenv(name, "a-key-for-wandb")
+        settings = complete()
+        assert settings.wandb_api_key == SecretStr("a-key-for-wandb")
+        config = settings.jobs_config()
+        assert config.wandb_api_key == settings.wandb_api_key
+        assert "a-key" not in repr(settings) + repr(config) + settings.model_dump_json() + config.model_dump_json()

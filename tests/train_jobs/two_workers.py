@@ -53,7 +53,13 @@ def held(module: torch.nn.Module) -> int:
 
 
 def train(
-    folder: Path, spec: dict[str, Any], peers: Peers, name: str, store: InMemoryStore, runner: LoopThread
+    folder: Path,
+    spec: dict[str, Any],
+    peers: Peers,
+    name: str,
+    store: InMemoryStore,
+    runner: LoopThread,
+    **config_fields: Any,
 ) -> dict[str, Any]:
     """One run of one worker; the texts and pictures it encoded, the weights it held, and its result."""
     scratch = folder / name
@@ -61,7 +67,7 @@ def train(
     Counted.pictures = Counted.prompts = 0
     config = WorkerConfig(
         process_id=JOB, tenant="default", spec=spec, models={"tiny": str(folder / "model")}, paths_allowed=False,
-        s3=S3Settings(), breaker=BreakerSettings(), use_gpu=False, workers=2,
+        s3=S3Settings(), breaker=BreakerSettings(), use_gpu=False, workers=2, **config_fields,
     )  # fmt: skip
     weights: list[int] = []
     training = Training(
