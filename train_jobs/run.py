@@ -48,6 +48,7 @@ from train_jobs.config_check import check_tracking
 from train_jobs.driver import Driver, ExitCode
 from train_jobs.errors import ConfigInvalid, TrainingError, TrainingInterrupted
 from train_jobs.failures import find_training_error
+from train_jobs.interfaces import NamedInterfaceConfig
 from train_jobs.launcher import SUBMISSION_ID_ENV
 from train_jobs.local_datasets import upload_local_datasets
 from train_jobs.spec import TrainSpec, WorkersSpec, spec_from_json
@@ -212,6 +213,7 @@ def _run(jobs: BlockingJobs, config: JobsConfig, record: JobRecord, owner: str) 
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"config": work, "board": board},
+            torch_config=NamedInterfaceConfig(),
             scaling_config=scaling,
             run_config=RunConfig(
                 name=f"{record.id}-{record.attempt}",
