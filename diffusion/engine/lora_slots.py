@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
+from diffusion.engine.merged import own_weight
 from diffusion.engine.packed import Layout, base_layer, layer_order
 from diffusion.engine.slot_layers import LayerSlot, give_slot, take_slot
 from diffusion.engine.slot_table import Combo, SlotTable
@@ -87,7 +88,7 @@ class _ComponentSlots:
     def release(self) -> None:
         if self._bound is not None:
             for slot in self._slots.values():
-                slot.A = slot.B = slot.output_scale = None
+                slot.clear()
             self._bound = None
 
     def remove(self) -> None:
@@ -119,7 +120,7 @@ class _ComponentSlots:
             self.release()
             table = SlotTable(
                 self._name, self._layout, slots=1 << (slots - 1).bit_length(), rank=self._rank_ceiling,
-                dora=self._dora_seen, device=self._family.device, dtype=self._family.dtype,
+                dora=self._dora_seen, device=self._family.device, dtype=self._family.dtype, merged=self._own_weights(),
             )  # fmt: skip
             self._tables[key] = table
         self._tables.move_to_end(key)
@@ -132,9 +133,13 @@ class _ComponentSlots:
         if self._bound == wanted:
             return
         self._bound = wanted
-        views = table.views(slots, rank, dora=dora)
         for path, slot in self._slots.items():
             if used is None or path in used:
-                slot.A, slot.B, slot.output_scale = views[path]
+                table.bind(path, slot, slots, rank, dora=dora)
             else:
-                slot.A = slot.B = slot.output_scale = None
+                slot.clear()
+
+    def _own_weights(self) -> dict[str, Tensor]:
+        """Of the layers that are merged."""
+        weights = {path: own_weight(base_layer(self._module, path), self._family.device) for path in self._slots}
+        return {path: weight for path, weight in weights.items() if weight is not None}

@@ -1,6 +1,6 @@
 """A LoRA as two matrices per component, ready to be copied into a slot at once.
 
-Row ``k`` holds rank ``k`` of every adapted layer, layer after layer in the module's own order: ``A [rank, sum of in]``
+Row ``k`` holds rank ``k`` of every adapted layer, those of equal size side by side: ``A [rank, sum of in]``
 and ``B [rank, sum of out]``, with ``alpha / rank`` folded into B. Layers of a smaller rank are padded with zero rows.
 Several LoRAs for one picture then lie one below the other, and a slot is filled with two copies whatever the number of
 layers: the cost of an activation is not Python per module.
@@ -37,12 +37,12 @@ class Columns:
 
 
 class Layout:
-    """The columns of a set of layers, in the order in which their module names them. Immutable."""
+    """The columns of a set of layers, by size, and then in the order in which their module names them. Immutable."""
 
     def __init__(self, widths: Mapping[str, tuple[int, int]], order: Mapping[str, int]) -> None:
         """``widths``: a layer's inputs (times its kernel) and outputs, by path."""
         self.columns: dict[str, Columns] = {}
-        self.widths = dict(sorted(widths.items(), key=lambda item: order[item[0]]))
+        self.widths = dict(sorted(widths.items(), key=lambda item: (item[1], order[item[0]])))
         a_start = b_start = 0
         for path, (a_width, b_width) in self.widths.items():
             self.columns[path] = Columns(a_start, a_width, b_start, b_width)

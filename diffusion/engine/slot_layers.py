@@ -13,15 +13,20 @@ from torch import Tensor, nn
 class LayerSlot:
     """What a layer adds: ``A [n, in, r]``, ``B [n, r, out]``, for ``n`` slots of equally many neighbouring rows.
 
-    ``output_scale [n, out]`` is DoRA's; with ``A`` None the layer is its plain self.
+    ``output_scale [n, out]`` is DoRA's. ``weight [n, out, in]`` stands for all three and for the layer's own weight.
+    With nothing set the layer is its plain self.
     """
 
-    __slots__ = ("A", "B", "output_scale")
+    __slots__ = ("A", "B", "output_scale", "weight")
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
         self.A: Tensor | None = None
         self.B: Tensor | None = None
         self.output_scale: Tensor | None = None
+        self.weight: Tensor | None = None
 
 
 class SlotLinear(nn.Linear):
@@ -30,6 +35,8 @@ class SlotLinear(nn.Linear):
     lora_slot: LayerSlot
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.lora_slot.weight is not None:
+            return _linear(x, self.lora_slot.weight, self.bias)
         out = super().forward(x)
         A, B, scale = self.lora_slot.A, self.lora_slot.B, self.lora_slot.output_scale
         if A is None or B is None:
@@ -76,6 +83,13 @@ class SlotConv2d(nn.Conv2d):
         weight = A.transpose(1, 2).reshape(slots * rank, channels, *self.kernel_size)
         down = nn.functional.conv2d(grouped, weight, None, self.stride, self.padding, self.dilation, groups=slots)
         return down.reshape(rows, slots, rank, -1)
+
+
+def _linear(x: Tensor, weight_noi: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer whose weight is another for each slot of rows."""
+    x_nti, weight_nio = x.reshape(weight_noi.shape[0], -1, x.shape[-1]), weight_noi.transpose(1, 2)
+    out_nto = torch.bmm(x_nti, weight_nio) if bias is None else torch.baddbmm(bias, x_nti, weight_nio)
+    return out_nto.view(*x.shape[:-1], -1)
 
 
 def _rescale(out: Tensor, scale: Tensor, bias: Tensor | None) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from diffusion.engine.packed import Adapter, Columns, FileStamp, Layout, Packed
+from diffusion.engine.merged import MergedWeights
+from diffusion.engine.packed import Adapter, FileStamp, Layout, Packed
+from diffusion.engine.slot_layers import LayerSlot
 
 Combo = tuple[tuple[Adapter, float], ...]
 """The adapters of one picture with their scales, in order; each adapter once."""
@@ -21,13 +23,15 @@ class SlotTable:
 
     def __init__(
         self, component: str, layout: Layout, *, slots: int, rank: int, dora: bool, device: torch.device,
-        dtype: torch.dtype,
+        dtype: torch.dtype, merged: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
+        """``merged``: the weights of the layers that get theirs per slot, as ``MergedWeights`` says."""
         self.layout, self.slots, self.rank = layout, slots, rank
         self._component = component
         self._A = torch.zeros(slots, rank, layout.a_width, device=device, dtype=dtype)
         self._B = torch.zeros(slots, rank, layout.b_width, device=device, dtype=dtype)
         self._scale = torch.ones(slots, layout.b_width, device=device, dtype=dtype) if dora else None
+        self._merged = MergedWeights(layout, merged, slots)
         # By name: the adapters themselves may leave memory while a slot still has their values.
         self._contents: list[tuple[tuple[FileStamp, float], ...]] = [()] * slots
         self._ranks = [0] * slots
@@ -38,7 +42,8 @@ class SlotTable:
 
     @property
     def size_bytes(self) -> int:
-        return self._A.nbytes + self._B.nbytes + (0 if self._scale is None else self._scale.nbytes)
+        scale_bytes = 0 if self._scale is None else self._scale.nbytes
+        return self._A.nbytes + self._B.nbytes + scale_bytes + self._merged.size_bytes
 
     def fill(self, combos: Sequence[Combo]) -> int:
         """Slot ``i`` gets ``combos[i]``. Returns how many slots had to be written: those whose content differs."""
@@ -51,19 +56,17 @@ class SlotTable:
                 written += 1
         return written
 
-    def views(self, slots: int, rank: int, *, dora: bool) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
-        """By layer: ``A [slots, in, rank]``, ``B [slots, rank, out]`` and, with ``dora``, scales ``[slots, out]``."""
-        return {path: self._view(at, slots, rank, dora=dora) for path, at in self.layout.columns.items()}
-
-    def _view(self, at: Columns, slots: int, rank: int, *, dora: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        scale = None
+    def bind(self, path: str, slot: LayerSlot, slots: int, rank: int, *, dora: bool) -> None:
+        """Give a layer its part of the first ``slots`` slots: up to ``rank``, and output scales with ``dora``."""
+        slot.clear()
+        slot.weight = self._merged.view(path, slots)
+        if slot.weight is not None:
+            return
+        at = self.layout.columns[path]
+        slot.A = self._A[:slots, :rank, at.a_start : at.a_start + at.a_width].transpose(1, 2)
+        slot.B = self._B[:slots, :rank, at.b_start : at.b_start + at.b_width]
         if dora and self._scale is not None:
-            scale = self._scale[:slots, at.b_start : at.b_start + at.b_width]
-        return (
-            self._A[:slots, :rank, at.a_start : at.a_start + at.a_width].transpose(1, 2),
-            self._B[:slots, :rank, at.b_start : at.b_start + at.b_width],
-            scale,
-        )
+            slot.output_scale = self._scale[:slots, at.b_start : at.b_start + at.b_width]
 
     def _write(self, slot: int, combo: Combo) -> None:
         if self._scale is not None:
@@ -79,6 +82,8 @@ class SlotTable:
             self._A[slot, first : self._ranks[slot]] = 0
             self._B[slot, first : self._ranks[slot]] = 0
         self._ranks[slot] = first
+        output_scale = None if self._scale is None else self._scale[slot]
+        self._merged.write(slot, self._A[slot, :first], self._B[slot, :first], output_scale)
 
     def _copy(self, slot: int, first: int, part: Packed, scale: float) -> None:
         A, B = self._A[slot, first : first + part.rank], self._B[slot, first : first + part.rank]

@@ -53,6 +53,7 @@ def difference(a: Tensor, b: Tensor) -> float:
         ({"rank": 2, "alpha": 4, "components": ("text_encoder",), "targets": "all"}, 1.0),
     ],
 )
+@pytest.mark.usefixtures("each_kind_of_slot")
 def test_a_lora_picture_equals_the_stock_pipelines(
     options: dict[str, Any], scale: float, family: StableDiffusion1, stock: Any, write_lora: WriteLora
 ) -> None:
@@ -65,6 +66,7 @@ def test_a_lora_picture_equals_the_stock_pipelines(
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+@pytest.mark.usefixtures("each_kind_of_slot")
 def test_two_loras_of_different_ranks_at_once_equal_the_stock_pipelines(
     family: StableDiffusion1, stock: Any, write_lora: WriteLora
 ) -> None:
@@ -77,6 +79,7 @@ def test_two_loras_of_different_ranks_at_once_equal_the_stock_pipelines(
     assert difference(made, stock_pixels(stock)) < TOLERANCE
 
 
+@pytest.mark.usefixtures("each_kind_of_slot")
 def test_the_base_picture_is_bit_equal_before_beside_and_after_loras(
     family: StableDiffusion1, write_lora: WriteLora
 ) -> None:
@@ -99,6 +102,7 @@ def test_requests_with_different_loras_each_get_their_own(family: StableDiffusio
     assert min(difference(together[0], other) for other in together[1:]) > 10 * TOLERANCE
 
 
+@pytest.mark.usefixtures("each_kind_of_slot")
 def test_the_same_lora_twice_counts_with_the_sum_of_its_scales(family: StableDiffusion1, write_lora: WriteLora) -> None:
     path = write_lora("one")
     twice, once = pixels(
@@ -118,6 +122,7 @@ def test_a_file_replaced_under_the_same_name_is_read_again(family: StableDiffusi
     assert difference(old, new) > 10 * TOLERANCE
 
 
+@pytest.mark.usefixtures("each_kind_of_slot")
 def test_clearing_gives_every_layer_its_own_class_back(family: StableDiffusion1, write_lora: WriteLora) -> None:
     plain = [(name, type(module)) for name, module in family.unet.named_modules()]
     engine = Engine(family)

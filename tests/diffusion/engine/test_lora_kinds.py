@@ -25,6 +25,7 @@ CONVOLUTIONS = (
     "mid_block.attentions.0.transformer_blocks.0.ff.net.2",
 )  # fmt: skip
 WriteLora = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("each_kind_of_slot")
 
 
 def pixels(engine: Engine, *requests: GenerateRequest) -> list[Tensor]:
@@ -236,15 +237,15 @@ def test_all_kinds_share_a_batch_and_each_picture_is_its_solo_picture(
     assert difference(pixels(engine, PLAIN)[0], pixels(Engine(family), PLAIN)[0]) == 0.0
 
 
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 def test_no_graph_is_compiled_for_adapters_once_the_ranks_and_layers_have_been_seen(
-    family: StableDiffusion1, write_lora: WriteLora, monkeypatch: pytest.MonkeyPatch
+    family: StableDiffusion1, write_lora: WriteLora
 ) -> None:
     from torch._dynamo.utils import counters
 
     ranks = (1, 8, 3, 5, 8, 2)
     paths = [write_lora(f"{i}", seed=i, rank=rank, alpha=rank) for i, rank in enumerate(ranks)]
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     engine = Engine(family, compiled="eager", batch_max=4)
 
     def batch(size: int, first: int) -> list[GenerateRequest]:

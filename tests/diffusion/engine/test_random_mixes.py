@@ -94,6 +94,7 @@ def stock_pixels(pipeline: Any, request: GenerateRequest) -> Tensor:
     return torch.from_numpy(np.asarray(made)).permute(2, 0, 1)
 
 
+@pytest.mark.usefixtures("kind_of_slot_by_mix")
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 def test_every_picture_of_a_random_mix_is_its_solo_picture(
     mix: int, family: StableDiffusion1, stock: Any, lora_paths: list[Path]
