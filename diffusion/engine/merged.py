@@ -18,8 +18,8 @@ from diffusion.engine.packed import Layout
 from diffusion.engine.slot_layers import SlotLinear
 
 ELEMENTS_MAX = 2**14
-"""Of a layer's weight: 128 x 128. On a CPU the product over a merged weight is faster up to 256 x 256, but a whole step of
-a model of such layers was not, while a slot took five times as long to fill and four times the memory."""
+"""Of a layer's weight: 128 x 128. On a CPU the product over a merged weight is faster up to 256 x 256, but a whole
+step of a model of such layers was not, while a slot took five times as long to fill and four times the memory."""
 
 
 def own_weight(layer: nn.Module, device: torch.device) -> Tensor | None:
