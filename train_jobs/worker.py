@@ -100,8 +100,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
         artifacts = Artifacts(store, runner, keys, config.process_id, scratch)
         device = ray.train.torch.get_device() if config.use_gpu else torch.device("cpu")
         if device.type == "cpu":
-            # Ray allows each worker as many threads as it holds CPUs, which on a laptop is one.
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
+            torch.set_num_threads(threads_of_worker(context.get_local_world_size()))
         peers: Peers = Alone() if world_size == 1 else TorchPeers(rank, world_size)
         training = Training(config, artifacts, scratch, device, peers, reporter or Quiet(), agree=_agree)
         return training.run()
@@ -110,6 +109,15 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             reporter.close()
         runner.stop()
         _remove(scratch)
+
+
+def threads_of_worker(workers_on_node: int) -> int:
+    """An equal share of the CPUs that this process may use, at least one.
+
+    Ray allows each worker as many threads as it holds CPUs, which on a laptop is one. Workers on other nodes have no
+    say: they use other CPUs, and with the number of threads the rounding of every sum would change when one is lost.
+    """
+    return max(1, len(os.sched_getaffinity(0)) // workers_on_node)
 
 
 def _remove(scratch: Path) -> None:

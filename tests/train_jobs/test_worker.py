@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -33,7 +34,7 @@ from train_jobs.errors import ConfigInvalid, DatasetEmpty
 from train_jobs.local_datasets import upload_local_datasets, upload_names
 from train_jobs.loop import Alone, Progress
 from train_jobs.spec import TrainSpec, spec_from_json
-from train_jobs.worker import BoardReporter, Training, WorkerConfig, _remove
+from train_jobs.worker import BoardReporter, Training, WorkerConfig, _remove, threads_of_worker
 
 JOB = "train_0123456789ab"
 KEYS = Keys("raylora", "default")
@@ -650,3 +651,8 @@ def test_scratch_that_cannot_be_removed_is_counted(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     _remove(tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
+
+
+def test_the_workers_of_a_node_share_out_its_cpus_and_each_has_a_thread() -> None:
+    cpus = len(os.sched_getaffinity(0))
+    assert [threads_of_worker(workers) for workers in (1, cpus, 10 * cpus)] == [cpus, 1, 1]
