@@ -62,7 +62,7 @@ PERFORMED = frozenset(
     for name in vars(protocol)
     if not name.startswith("_") and name not in {"health", "set_breaker", "counts"}
 )
-REPEATED = (ActorDiedError, ActorUnavailableError, ChannelClosedError)
+REPEATED = (ActorDiedError, ActorUnavailableError, ChannelClosedError, ChannelMissingError)
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,7 @@ class StorageClient:
         self._breaker = breaker or BreakerSettings()
         self._namespace = namespace
         self._found: _Actor | None = None
+        self._unreachable: Path | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _client, (self._settings, self._breaker, self._namespace)
@@ -236,7 +237,10 @@ class StorageClient:
                 try:
                     return await actor.channel.call(operation, arguments, keywords)
                 except ChannelMissingError as error:
-                    logger.warning("storage is called through Ray", extra={"errno": error.errno})
+                    # Its actor may have a successor with another one.
+                    self._unreachable = actor.channel.path
+                    logger.warning("the socket of the storage actor is missing", extra={"errno": error.errno})
+                    raise
             packed = [_packed(argument) for argument in arguments]
             return _unpacked(await _answer(actor.handle.perform.remote(operation, packed, keywords)))
 
@@ -250,11 +254,11 @@ class StorageClient:
         return await self._until_answered(method, once)
 
     async def _until_answered(self, operation: str, once: Callable[[], Awaitable[Any]]) -> Any:
-        """Repeats what its actor's death cut short. Raises StorageUnavailable."""
+        """Repeats what its actor's death cut short, or did not reach it. Raises StorageUnavailable."""
         for left in reversed(range(RESOLVE_ATTEMPTS_MAX)):
             try:
                 return await once()
-            except (RayActorError, ChannelClosedError) as error:
+            except (RayActorError, ChannelClosedError, ChannelMissingError) as error:
                 self._found = None
                 if left == 0 or not isinstance(error, REPEATED):
                     raise StorageUnavailable(operation, 1.0) from error
@@ -269,7 +273,8 @@ class StorageClient:
             identity: ActorIdentity = await _answer(handle.identify.remote())
             if identity.fingerprint != fingerprint(self._settings, self._breaker):
                 raise StorageMisconfigured("this node's storage actor was created with other settings")
-            channel = None if identity.socket is None else ChannelClient(identity.socket)
+            path = None if identity.socket == self._unreachable else identity.socket
+            channel = None if path is None else ChannelClient(path)
             found = self._found = _Actor(handle, channel)
         return found
 

@@ -40,6 +40,7 @@ SHARED_BYTES = 2 * 1024 * 1024
 KEPT_BYTES_MAX = 2 * 1024 * 1024
 IDLE_MAX = 64
 BACKLOG = 128
+ACCEPT_PAUSE_S = 0.1
 SUFFIX = ".socket"
 
 
@@ -63,7 +64,8 @@ class _Body:
 class ChannelServer:
     """Answers calls with what `serve` returns or raises. Belongs to one event loop.
 
-    The requests that are held at one time have `bytes_max` bytes together, larger ones come alone.
+    The large requests that are held at one time have `bytes_max` bytes together, and one that is larger comes alone;
+    small ones wait for none of them.
     """
 
     def __init__(self, serve: Serve, *, bytes_max: int) -> None:
@@ -97,12 +99,23 @@ class ChannelServer:
 
     def _keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a connection of the channel has failed", exc_info=error, extra={"path": str(self.path)})
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            accepted, _ = await loop.sock_accept(listener)
+            try:
+                accepted, _ = await loop.sock_accept(listener)
+            except OSError as error:
+                # As where no more files may be opened: what waits is taken when others are closed.
+                logger.warning("no connection can be taken", extra={"path": str(self.path), "errno": error.errno})
+                await asyncio.sleep(ACCEPT_PAUSE_S)
+                continue
             accepted.setblocking(False)
             self._keep(asyncio.create_task(self._converse(_Connection(accepted))))
 
@@ -113,7 +126,8 @@ class ChannelServer:
                 await self._answer_one(connection)
 
     async def _answer_one(self, connection: _Connection) -> None:
-        async with self._held.hold(await connection.head()):
+        size_bytes = await connection.head()
+        async with self._held.hold(size_bytes) if size_bytes > BODY_BYTES_MIN else contextlib.nullcontext():
             method, arguments, keywords = await connection.message()
             serving = asyncio.ensure_future(self._outcome(method, arguments, keywords))
             with _watched(connection.socket, serving):
@@ -137,7 +151,7 @@ class ChannelClient:
     """Calls the server at `path`. From any event loop and thread; the connections that nobody uses are kept."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._idle: deque[_Connection] = deque()
         self._process = os.getpid()
         weakref.finalize(self, _close_all, self._idle)
@@ -175,7 +189,7 @@ class ChannelClient:
             connection.close()
         end = _socket()
         try:
-            await asyncio.get_running_loop().sock_connect(end, str(self._path))
+            await asyncio.get_running_loop().sock_connect(end, str(self.path))
             connection = _Connection(end)
             connection.offer_memory()
         except OSError as error:

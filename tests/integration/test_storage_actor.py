@@ -113,6 +113,23 @@ async def test_errors_arrive_as_they_were_raised(client: StorageClient, key: str
         await client.upload_file(Path("/missing/file"), key)
 
 
+async def test_without_its_socket_the_actor_is_called_through_ray(
+    client: StorageClient, key: str, tmp_path: Path
+) -> None:
+    data = secrets.token_bytes(2 * MIB)
+    identity = await (await client._actor()).handle.identify.remote()
+    identity.socket.unlink()
+
+    await client.put(key, data)
+    assert await client.get(key) == data
+    assert [info.key for info in await client.list(key.rpartition("/")[0] + "/")] == [key]
+    with pytest.raises(ObjectNotFound):
+        await client.get(key + "2")
+    (tmp_path / "file").write_bytes(b"1")
+    assert (await client.upload_file(tmp_path / "file", key + "3")).size_bytes == 1
+    assert (await client.put_many([PutItem(key + "4", data)]))[0].error is None
+
+
 async def test_a_client_finds_the_successor_of_a_killed_actor(client: StorageClient, namespace: str, key: str) -> None:
     await client.put(key, b"1")
     ray.kill(this_nodes_actor(namespace), no_restart=True)

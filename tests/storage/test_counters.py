@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from storage import counters
@@ -44,5 +46,28 @@ def test_every_metric_is_one_that_ray_accepts() -> None:
             tally.add(name, 3, **labels)
         else:
             tally.show(name, 3, **labels)
+    tally.flush()
 
     assert {name: sum(values.values()) for name, values in tally.counts().items()} == dict.fromkeys(METRICS, 3)
+
+
+def test_ray_hears_of_each_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[float, dict[str, str]]] = []
+    tally = RayCounters()
+    monkeypatch.setattr(tally._metrics[counters.RETRIES], "inc", lambda value, tags: heard.append((value, tags)))
+
+    for reason in ("timeout", "timeout", "throttled"):
+        tally.add(counters.RETRIES, operation="get", reason=reason)
+    tally.flush()
+    tally.flush()
+    tally.add(counters.RETRIES, operation="get", reason="timeout")
+    until = time.monotonic() + 30
+    while len(heard) < 3 and time.monotonic() < until:
+        time.sleep(0.05)
+
+    get = {"operation": "get"}
+    assert heard == [
+        (2, {**get, "reason": "timeout"}),
+        (1, {**get, "reason": "throttled"}),
+        (1, {**get, "reason": "timeout"}),
+    ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +24,7 @@ from storage import node_channel
 from storage.errors import ObjectNotFound
 from storage.node_channel import (
     BODY_BYTES_MIN,
+    HEAD,
     SHARED_BYTES,
     ChannelClient,
     ChannelClosedError,
@@ -184,6 +187,58 @@ async def test_requests_wait_for_room_and_one_that_is_larger_than_all_of_it_come
         assert most == 200_000
         await client.call("put", (bytes(400_000),), {})
     assert sizes[-1] == 400_000
+
+
+async def test_a_small_request_waits_for_no_large_one() -> None:
+    started, released = asyncio.Event(), asyncio.Event()
+
+    async def serve(_: str, arguments: Sequence[Any], __: Mapping[str, Any]) -> Any:
+        if arguments:
+            started.set()
+            await released.wait()
+
+    async with serving(serve, bytes_max=100_000) as client, asyncio.timeout(WAIT_S):
+        large = [asyncio.create_task(client.call("put", (bytes(90_000),), {})) for _ in range(2)]
+        await started.wait()
+        await client.call("head", (), {})
+        assert not any(call.done() for call in large)
+        released.set()
+        await asyncio.gather(*large)
+
+
+async def test_a_server_that_can_open_no_more_files_goes_on_when_it_can(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = asyncio.get_running_loop()
+    accept, failures = loop.sock_accept, iter([OSError(errno.EMFILE, "too many"), None])
+
+    async def full_once(listener: socket.socket) -> Any:
+        accepted = await accept(listener)
+        error = next(failures, None)
+        if error is not None:
+            accepted[0].close()
+            raise error
+        return accepted
+
+    monkeypatch.setattr(loop, "sock_accept", full_once)
+    async with serving(echo) as client, asyncio.timeout(WAIT_S):
+        with pytest.raises(ChannelClosedError):
+            await client.call("first", (1,), {})
+        assert await client.call("first", (2,), {}) == 2
+    assert "no connection can be taken" in caplog.messages
+
+
+async def test_a_connection_that_talks_nonsense_is_cut_and_logged_and_others_are_served(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with serving(echo) as client, asyncio.timeout(WAIT_S):
+        reader, writer = await asyncio.open_unix_connection(client.path)
+        writer.write(b"-" + HEAD.pack(4, 0, False) + b"junk")
+        assert await reader.read() == b""
+        writer.close()
+        await writer.wait_closed()
+        assert await client.call("first", (1,), {}) == 1
+    assert "a connection of the channel has failed" in caplog.messages
 
 
 async def test_a_client_works_from_several_loops_and_threads() -> None:

@@ -13,6 +13,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusion.families import Family, load_family
 from diffusion.testing import write_clip_tokenizer
+from storage.loop_thread import LoopThread
+from storage.testing import InMemoryStore
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,6 +23,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def store() -> InMemoryStore:
+    return InMemoryStore()
+
+
+@pytest.fixture
+def runner() -> Iterator[LoopThread]:
+    thread = LoopThread("test")
+    yield thread
+    thread.stop()
 
 
 @pytest.fixture(scope="session")

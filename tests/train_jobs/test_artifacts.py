@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,18 +18,6 @@ from train_jobs.loop import LoopState
 
 KEYS, JOB = Keys("raylora", "default"), "t_" + 32 * "0"
 STATE = LoopState(5, {"a.lora_A.weight": torch.ones(2, 3)}, {"exp_avg.a.lora_A.weight": torch.ones(2, 3)}, [], [])
-
-
-@pytest.fixture
-def store() -> InMemoryStore:
-    return InMemoryStore()
-
-
-@pytest.fixture
-def runner() -> Iterator[LoopThread]:
-    thread = LoopThread("test")
-    yield thread
-    thread.stop()
 
 
 @pytest.fixture

@@ -62,18 +62,6 @@ class Told:
 
 
 @pytest.fixture
-def store() -> InMemoryStore:
-    return InMemoryStore()
-
-
-@pytest.fixture
-def runner() -> Iterator[LoopThread]:
-    thread = LoopThread("test")
-    yield thread
-    thread.stop()
-
-
-@pytest.fixture
 def spec(store: InMemoryStore, runner: LoopThread, write_pictures: Callable[..., Path]) -> TrainSpec:
     folder = write_pictures((32, 32), (32, 32), (32, 16))
     files = [(path.name, path, None) for path in sorted(folder.iterdir())]
