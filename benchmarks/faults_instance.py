@@ -195,8 +195,9 @@ class Evidence:
     def files_of(self, job_id: str, folder: str) -> list[Path]:
         return [p for p in (self.objects / "raylora").glob(f"*/processes/{job_id}/{folder}/*") if p.is_file()]
 
-    def begun_files_of(self, dataset: str) -> bool:
-        return any((self.objects / "raylora").glob(f"*/datasets/{dataset}/*/*"))
+    def uploaded(self) -> list[Path]:
+        """Files of every data set that the work here uploads."""
+        return list((self.objects / "raylora").glob("*/datasets/d*/*/*"))
 
 
 def sha256_of(data: bytes) -> str:
