@@ -21,7 +21,7 @@ from storage.embedded import EmbeddedS3
 from storage.keys import Keys
 from storage.s3 import S3Store
 from storage.settings import S3Settings
-from train_jobs.spec import GenerateSpec
+from train_jobs.generate_spec import GenerateSpec
 
 LATENCY_MS, MB_PER_S = 30.0, 200.0
 OTHERS = 12

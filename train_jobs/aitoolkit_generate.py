@@ -9,7 +9,7 @@ from typing import Any
 from train_jobs import aitoolkit_keys as keys
 from train_jobs.aitoolkit_samples import IMAGE_FORMATS, prompt_flags, read_sampler
 from train_jobs.config_reader import ConfigReader, ParsedConfig, copy_keys, read_architecture
-from train_jobs.spec import GenerateSpec
+from train_jobs.generate_spec import GenerateSpec
 from train_jobs.strict_yaml import read_mapping
 
 

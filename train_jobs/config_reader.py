@@ -15,7 +15,9 @@ from pydantic import ValidationError
 
 from train_jobs import aitoolkit_keys as keys
 from train_jobs.errors import ConfigInvalid, Problem
-from train_jobs.spec import GenerateSpec, TrainSpec, problems_of
+from train_jobs.generate_spec import GenerateSpec
+from train_jobs.spec import TrainSpec
+from train_jobs.spec_json import problems_of
 
 PROBLEMS_MAX = 200
 S = TypeVar("S", TrainSpec, GenerateSpec)

@@ -51,7 +51,8 @@ from train_jobs.failures import find_training_error
 from train_jobs.interfaces import NamedInterfaceConfig
 from train_jobs.launcher import SUBMISSION_ID_ENV
 from train_jobs.local_datasets import upload_local_datasets
-from train_jobs.spec import TrainSpec, WorkersSpec, spec_from_json
+from train_jobs.spec import TrainSpec, WorkersSpec
+from train_jobs.spec_json import spec_from_json
 from train_jobs.worker import WorkerConfig, train_worker
 
 logger = logging.getLogger(__name__)

@@ -1,17 +1,14 @@
-"""What a training or a generation is asked to do: frozen, validated, plain JSON.
+"""What a training is asked to do: frozen, validated, plain JSON.
 
 Units are in the names: sizes are `_px`, counts have none, rates are per sample unless said otherwise.
 No torch here: the HTTP ingress imports this module.
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from train_jobs.errors import ConfigInvalid, Problem
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 DATASET_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,149}$"
@@ -29,11 +26,11 @@ Seed = Annotated[int, Field(ge=0, le=SEED_MAX)]
 SidePx = Annotated[int, Field(ge=16, le=4096)]
 
 
-class _Spec(BaseModel):
+class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
-class DatasetSpec(_Spec):
+class DatasetSpec(Spec):
     """One folder of pictures with captions.
 
     `dataset` names an uploaded dataset; `local_path` is a folder on this machine and is only accepted from the
@@ -81,7 +78,7 @@ class DatasetSpec(_Spec):
         return self.dataset if self.dataset is not None else PurePosixPath(self.local_path or "").name
 
 
-class NetworkSpec(_Spec):
+class NetworkSpec(Spec):
     """The adapter: `alpha / rank` scales its output, as in kohya and peft. `alpha` defaults to `rank`. `dora` learns
     the length of each output's weights too (Liu et al. 2024).
 
@@ -127,7 +124,7 @@ class NetworkSpec(_Spec):
         return float(self.rank) if self.alpha is None else self.alpha
 
 
-class ScheduleSpec(_Spec):
+class ScheduleSpec(Spec):
     """Learning rate over the steps.
 
     constant: `factor` times the rate for the first `total_steps`, then the rate. cosine: half a cosine down to
@@ -147,7 +144,7 @@ class ScheduleSpec(_Spec):
     factor: float = Field(default=1.0, gt=0.0, le=1.0)
 
 
-class OptimizerSpec(_Spec):
+class OptimizerSpec(Spec):
     """AdamW: decoupled weight decay (Loshchilov & Hutter 2019). Prodigy finds the rate: `d_coef` scales its guess.
 
     `adamw8bit` is AdamW in full precision where there is no GPU or no bitsandbytes.
@@ -161,7 +158,7 @@ class OptimizerSpec(_Spec):
     weight_decay: float = Field(default=0.01, ge=0.0, le=10.0)
 
 
-class TimestepSpec(_Spec):
+class TimestepSpec(Spec):
     """Which noise levels are trained; see `diffusion.families.base.NoiseLevels`."""
 
     kind: Literal["sigmoid", "linear", "shift"] = "sigmoid"
@@ -176,7 +173,7 @@ class TimestepSpec(_Spec):
         return self
 
 
-class OptimizeSpec(_Spec):
+class OptimizeSpec(Spec):
     """The training itself. One step is one optimizer update: `batch_size * gradient_accumulation` samples a worker.
 
     `min_snr_gamma`: loss weights of Hang et al. 2023. `noise_offset`: std of a per-channel constant added to the noise.
@@ -220,7 +217,7 @@ class OptimizeSpec(_Spec):
         return self
 
 
-class ValidationSpec(_Spec):
+class ValidationSpec(Spec):
     """The loss on pictures that are not trained on, at fixed noise: every so many updates, and at the end.
 
     They are an uploaded dataset of their own, or a `share` of the training pictures. The checkpoint with the lowest
@@ -237,7 +234,7 @@ class ValidationSpec(_Spec):
     )
 
 
-class SaveSpec(_Spec):
+class SaveSpec(Spec):
     """Checkpoints: every so many steps, the newest `keep` of them kept. `dtype` is the exported adapter's."""
 
     every_steps: int = Field(default=250, ge=1, le=1_000_000)
@@ -245,7 +242,7 @@ class SaveSpec(_Spec):
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
 
 
-class PreviewSpec(_Spec):
+class PreviewSpec(Spec):
     """One preview picture. Empty fields take the values of the `SampleSpec` it stands in."""
 
     prompt: Prompt
@@ -258,7 +255,7 @@ class PreviewSpec(_Spec):
     lora_scale: float | None = Field(default=None, ge=-8.0, le=8.0)
 
 
-class SampleSpec(_Spec):
+class SampleSpec(Spec):
     """Preview pictures during the training; made by the serving engine, so a preview is what will be served."""
 
     previews: tuple[PreviewSpec, ...] = Field(default=(), max_length=64)
@@ -286,7 +283,7 @@ def check_model_name(model: str, *, paths_allowed: bool) -> str | None:
     return "must be a model's name here or a Hugging Face id such as org/name; paths and URLs are not accepted"
 
 
-class CaptioningSpec(_Spec):
+class CaptioningSpec(Spec):
     """Captions for pictures without a text of their own, with `overwrite` for all, by an image-to-text model, which is
     named as a base model is. `prompt` is what it is asked (models of the BLIP kind go on from it). `prefix` and
     `suffix` are put around what it says as they are written.
@@ -300,7 +297,7 @@ class CaptioningSpec(_Spec):
     overwrite: bool = False
 
 
-class QuantizeSpec(_Spec):
+class QuantizeSpec(Spec):
     """Frozen weights in one byte each, see `diffusion.quantized`; None leaves them. `exclude` are patterns of layer
     names (`*` and `?`) that stay as they are. The adapter is always trained in full precision."""
 
@@ -313,7 +310,7 @@ class QuantizeSpec(_Spec):
         return self.denoiser is not None or self.text_encoders is not None
 
 
-class WorkersSpec(_Spec):
+class WorkersSpec(Spec):
     """How many workers train together: `max` where the cluster has room for them, and never less than `min`.
 
     A step is `max` workers' samples also where fewer train, so that the result does not depend on how many do. When
@@ -330,7 +327,7 @@ class WorkersSpec(_Spec):
         return self
 
 
-class WandbSpec(_Spec):
+class WandbSpec(Spec):
     """The run at Weights & Biases that gets the training's numbers. `run` defaults to the training's name. The key is
     the installation's, never the request's."""
 
@@ -338,7 +335,7 @@ class WandbSpec(_Spec):
     run: str | None = Field(default=None, pattern=WANDB_NAME_PATTERN)
 
 
-class TrainSpec(_Spec):
+class TrainSpec(Spec):
     """A whole LoRA training. `model` is an alias the server knows or a Hugging Face id `org/name`.
 
     `family` is what the author takes the model for; a model of another family is then refused. Without `workers` there
@@ -387,108 +384,3 @@ class TrainSpec(_Spec):
         """Those trained on, then the one for validation."""
         own = self.validation.dataset if self.validation is not None else None
         return (*self.datasets, own) if own is not None else self.datasets
-
-
-class LoraUse(_Spec):
-    """A trained adapter by id, and how strongly it is applied."""
-
-    id: str = Field(pattern=LORA_ID_PATTERN)
-    scale: float = Field(default=1.0, ge=-8.0, le=8.0)
-
-
-class GenerateSpec(_Spec):
-    """Pictures to make: `num_images` for each prompt. Picture `i` of all uses seed `seed + i`; no seed is random.
-
-    No `width` or `height` is the model's own. `first_block_cache` is the threshold up to which a step reuses an earlier
-    one's blocks, 0 for none; None is the server's own.
-    """
-
-    prompts: tuple[Prompt, ...] = Field(min_length=1, max_length=64)
-    negative_prompt: Prompt = ""
-    model: str | None = Field(default=None, max_length=200)
-    width: SidePx | None = None
-    height: SidePx | None = None
-    num_inference_steps: int = Field(default=30, ge=1, le=500)
-    guidance_scale: float = Field(default=7.5, ge=0.0, le=50.0)
-    seed: Seed | None = None
-    num_images: int = Field(default=1, ge=1, le=64)
-    scheduler: str | None = Field(default=None, pattern=SCHEDULER_PATTERN)
-    first_block_cache: float | None = Field(default=None, ge=0.0, le=1.0)
-    loras: tuple[LoraUse, ...] = Field(default=(), max_length=8)
-    output_format: Literal["png", "jpg", "webp"] = "png"
-
-    @field_validator("model")
-    @classmethod
-    def _model_is_a_name(cls, model: str | None) -> str | None:
-        reason = None if model is None else check_model_name(model, paths_allowed=False)
-        if reason is not None:
-            raise ValueError(reason)
-        return model
-
-    @model_validator(mode="after")
-    def _is_bounded(self) -> "GenerateSpec":
-        if len(self.prompts) * self.num_images > 64:
-            raise ValueError("prompts times num_images may be at most 64")
-        if any(not p.strip() for p in self.prompts):
-            raise ValueError("a prompt cannot be empty")
-        return self
-
-
-S = TypeVar("S", TrainSpec, GenerateSpec)
-
-
-def spec_from_json(kind: type[S], value: Mapping[str, Any], *, paths_allowed: bool = False) -> S:
-    """Validate a plain JSON spec. Raises ConfigInvalid with every problem in it.
-
-    `paths_allowed` is for the command line only: local dataset folders and a model's directory.
-    """
-    try:
-        spec = kind.model_validate(dict(value))
-    except ValidationError as invalid:
-        raise ConfigInvalid(problems_of(invalid)) from None
-    if isinstance(spec, TrainSpec) and not paths_allowed:
-        models = {"model": spec.model} | ({"captioning.model": spec.captioning.model} if spec.captioning else {})
-        reasons = {path: check_model_name(model, paths_allowed=False) for path, model in models.items()}
-        problems = [Problem(path, reason, "invalid_value") for path, reason in reasons.items() if reason is not None]
-        problems += [
-            Problem(f"datasets[{i}].local_path", "is not accepted here; upload a dataset first", "not_allowed")
-            for i, d in enumerate(spec.all_datasets)
-            if d.local_path is not None
-        ]
-        if problems:
-            raise ConfigInvalid(problems)
-    return spec
-
-
-def problems_of(invalid: ValidationError) -> list[Problem]:
-    """pydantic's findings as problems; the offending values are not repeated.
-
-    A collection counts as too short when one of its items is wrong; only the item is reported.
-    """
-    found = invalid.errors(include_url=False, include_context=False, include_input=False)
-    places = [error["loc"] for error in found]
-    return [
-        Problem(format_path(tuple(error["loc"])), _sentence(error["msg"]), _code(error["type"]))
-        for error in found
-        if error["type"] != "too_short" or not any(_is_inside(place, error["loc"]) for place in places)
-    ]
-
-
-def _is_inside(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
-    return len(place) > len(outer) and place[: len(outer)] == outer
-
-
-def format_path(loc: tuple[int | str, ...]) -> str:
-    """`("datasets", 0, "repeats")` as `datasets[0].repeats`."""
-    text = ""
-    for part in loc:
-        text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else str(part))
-    return text
-
-
-def _sentence(message: str) -> str:
-    return message.removeprefix("Value error, ")
-
-
-def _code(pydantic_type: str) -> str:
-    return {"missing": "missing", "extra_forbidden": "unknown_key"}.get(pydantic_type, "invalid_value")

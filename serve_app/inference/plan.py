@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from train_jobs.spec import GenerateSpec
+from train_jobs.generate_spec import GenerateSpec
 
 STRENGTH = 0.8
 """Of a generation from a picture that names none."""

@@ -29,7 +29,7 @@ from serve_app.ingress.runpod_jobs import RunpodJobs
 from serve_app.job_types.context import Services
 from storage.jobs import Jobs
 from train_jobs.errors import Problem
-from train_jobs.spec import format_path
+from train_jobs.spec_json import format_path
 
 ACCEPTED_HEADERS = ("Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "X-Request-ID", "traceparent")
 EXPOSED_HEADERS = ("X-Request-ID", "traceparent", "Retry-After", "Idempotent-Replayed", "X-Seed")

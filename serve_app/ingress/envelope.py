@@ -12,7 +12,7 @@ from serve_app.outbound import url_problem
 from serve_app.settings import WebhookSettings
 from storage.job_record import NewWebhook
 from train_jobs.errors import Problem
-from train_jobs.spec import problems_of
+from train_jobs.spec_json import problems_of
 
 POLICY_MIN_MS = 5_000
 POLICY_MAX_MS = 7 * 24 * 3600 * 1000

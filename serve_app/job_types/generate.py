@@ -22,7 +22,7 @@ from storage.job_record import JOB_ID_PATTERN, JobRecord, NewJob, NewWebhook
 from storage.job_state import JobKind, JobState
 from storage.jobs import new_job_id
 from storage.ray_counters import note_cleanup_failure
-from train_jobs.spec import GenerateSpec
+from train_jobs.generate_spec import GenerateSpec
 
 QUEUE_RETRY_AFTER_S = 10.0
 

@@ -17,7 +17,9 @@ from serve_app.validation.payloads import GeneratePayload
 from train_jobs.aitoolkit import parse_generate_yaml, parse_train_yaml
 from train_jobs.config_check import check_train_yaml, describe_run, tracking_problem
 from train_jobs.errors import ConfigInvalid, Problem
-from train_jobs.spec import GenerateSpec, TrainSpec, problems_of, spec_from_json
+from train_jobs.generate_spec import GenerateSpec
+from train_jobs.spec import TrainSpec
+from train_jobs.spec_json import problems_of, spec_from_json
 
 IN_YAML = {"wandb": "config.process[0].logging.use_wandb", "workers": "config.process[0].workers"}
 IN_JSON = {"wandb": "wandb", "workers": "workers.max"}

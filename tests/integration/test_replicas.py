@@ -29,7 +29,7 @@ from storage.async_jobs import AsyncJobs
 from storage.job_record import JobRecord, NewJob
 from storage.job_state import JobKind, JobState
 from storage.jobs_testing import JobsWorld
-from train_jobs.spec import GenerateSpec
+from train_jobs.generate_spec import GenerateSpec
 
 pytestmark = [pytest.mark.usefixtures("serving"), pytest.mark.timeout(600)]
 

@@ -18,7 +18,7 @@ from serve_app.testing import ScriptedInference
 from storage.errors import StorageUnavailable
 from storage.testing import InMemoryStore
 from train_jobs.errors import Problem
-from train_jobs.spec import GenerateSpec
+from train_jobs.generate_spec import GenerateSpec
 
 
 class Response:

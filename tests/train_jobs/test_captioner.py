@@ -36,7 +36,8 @@ from train_jobs.captioner import Captioner, Pictures, caption_all
 from train_jobs.data import read_folder
 from train_jobs.errors import ConfigInvalid, ModelNotAvailable
 from train_jobs.kept import Kept
-from train_jobs.spec import CaptioningSpec, DatasetSpec, TrainSpec, spec_from_json
+from train_jobs.spec import CaptioningSpec, DatasetSpec, TrainSpec
+from train_jobs.spec_json import spec_from_json
 
 CPU = torch.device("cpu")
 SIDE_PX, PATCH_PX = 16, 8

@@ -12,7 +12,8 @@ from diffusion.families import Family, load_family
 from diffusion.testing import write_tiny_model
 from train_jobs.errors import ModelNotAvailable
 from train_jobs.preparing import load_model, without_effect
-from train_jobs.spec import TrainSpec, spec_from_json
+from train_jobs.spec import TrainSpec
+from train_jobs.spec_json import spec_from_json
 
 CPU = torch.device("cpu")
 

@@ -27,7 +27,8 @@ from train_jobs.config_check import check_tracking
 from train_jobs.errors import ConfigInvalid
 from train_jobs.loop import Progress
 from train_jobs.peers import Alone
-from train_jobs.spec import TrainSpec, WandbSpec, spec_from_json
+from train_jobs.spec import TrainSpec, WandbSpec
+from train_jobs.spec_json import spec_from_json
 from train_jobs.tracking import WandbTracker
 
 KEY = "0123456789abcdef0123456789abcdef01234567"

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from train_jobs.errors import ConfigInvalid
-from train_jobs.spec import GenerateSpec, TrainSpec, check_model_name, spec_from_json
+from train_jobs.generate_spec import GenerateSpec
+from train_jobs.spec import TrainSpec, check_model_name
+from train_jobs.spec_json import spec_from_json
 
 SMALLEST: dict[str, Any] = {"name": "a", "model": "tiny", "datasets": [{"dataset": "cats"}]}
 

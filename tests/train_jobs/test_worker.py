@@ -33,7 +33,8 @@ from train_jobs.board import StopReason
 from train_jobs.errors import ConfigInvalid, DatasetEmpty
 from train_jobs.local_datasets import upload_local_datasets, upload_names
 from train_jobs.loop import Alone, Progress
-from train_jobs.spec import TrainSpec, spec_from_json
+from train_jobs.spec import TrainSpec
+from train_jobs.spec_json import spec_from_json
 from train_jobs.worker import BoardReporter, Training, WorkerConfig, _remove, threads_of_worker
 
 JOB = "train_0123456789ab"

@@ -20,7 +20,8 @@ from serve_app.job_types.context import Policy
 from serve_app.settings import TENANT_PATTERN
 from serve_app.validation.file_checks import EXTENSIONS
 from serve_app.validation.staged import ZIP
-from train_jobs.spec import DATASET_PATTERN, MODEL_ALIAS_PATTERN, MODEL_ID_PATTERN, TrainSpec, problems_of
+from train_jobs.spec import DATASET_PATTERN, MODEL_ALIAS_PATTERN, MODEL_ID_PATTERN, TrainSpec
+from train_jobs.spec_json import problems_of
 
 B = TypeVar("B", bound=BaseModel)
 

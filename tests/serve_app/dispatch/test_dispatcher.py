@@ -19,7 +19,7 @@ from storage.job_state import JobKind, JobState
 from storage.jobs_testing import JobsWorld
 from storage.objects import ObjectInfo
 from storage.testing import InMemoryStore
-from train_jobs.spec import GenerateSpec
+from train_jobs.generate_spec import GenerateSpec
 
 SECRET = "http://host/key?X-Amz-Signature=abc"
 

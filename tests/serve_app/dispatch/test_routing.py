@@ -8,7 +8,7 @@ import pytest
 
 from serve_app.dispatch.routing import ADAPTERS_REMEMBERED, Needs, WarmFirstRouter, Warmth, needs_of
 from serve_app.inference.plan import GenerationRequest, GenerationWork, ResolvedLora
-from train_jobs.spec import GenerateSpec
+from train_jobs.generate_spec import GenerateSpec
 
 
 def needs(model: str = "tiny", *adapters: str) -> Needs:

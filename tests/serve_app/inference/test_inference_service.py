@@ -25,7 +25,7 @@ from serve_app.inference.service import InferenceService, requested_pictures
 from serve_app.testing import keys_of
 from storage.errors import IntegrityError, StorageFailed
 from storage.testing import InMemoryStore
-from train_jobs.spec import GenerateSpec
+from train_jobs.generate_spec import GenerateSpec
 
 KEY = "raylora/matt/processes/train_0123456789ab/lora/a.safetensors"
 ID = "gen_0123456789ab"

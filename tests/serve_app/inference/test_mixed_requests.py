@@ -23,7 +23,7 @@ from serve_app.inference.service import InferenceService
 from serve_app.settings import TINY_MODEL
 from serve_app.testing import keys_of
 from storage.testing import InMemoryStore
-from train_jobs.spec import GenerateSpec
+from train_jobs.generate_spec import GenerateSpec
 
 LORAS, REQUESTS = 20, 50
 PREFIX = "raylora/matt/loras"

@@ -24,7 +24,7 @@ from serve_app.settings import TINY_MODEL
 from serve_app.testing import keys_of
 from storage.errors import IntegrityError
 from storage.testing import InMemoryStore
-from train_jobs.spec import GenerateSpec
+from train_jobs.generate_spec import GenerateSpec
 
 ID, PROMPT = "gen_0123456789ab", "a large red star on a blue background"
 RNG = np.random.default_rng(3)
