@@ -172,7 +172,7 @@ async def test_a_lost_lease_drops_the_work_and_leaves_the_record_to_its_new_owne
     scene.inference.gate = asyncio.Event()
     async with scene.running():
         job_id = await scene.submit()
-        await scene.until(lambda: len(scene.inference.begun) == 1)
+        await scene.under_way(job_id)
         scene.world.clock.advance(31)
         await scene.jobs.reap()
         [record] = await scene.jobs.claim(JobKind.GENERATION, "dispatcher-2")
