@@ -22,6 +22,7 @@ from train_jobs.ema import Average
 from train_jobs.errors import NonFiniteLoss
 from train_jobs.optimizers import OptimizerState, make_optimizer, read_state, set_rate, write_state
 from train_jobs.peers import Alone, Peers
+from train_jobs.progress import Progress
 from train_jobs.samples import Sampler, derived_seed
 from train_jobs.schedules import learning_rate_at
 from train_jobs.spec import OptimizeSpec
@@ -29,20 +30,6 @@ from train_jobs.validation import Validation
 
 SMOOTHING_STEPS = 50
 HISTORY_POINTS_MAX = 5000
-
-
-@dataclass(frozen=True)
-class Progress:
-    """After `step` of `total_steps` updates. `eta_s` is None before the speed is known."""
-
-    step: int
-    total_steps: int
-    loss: float
-    smoothed_loss: float
-    learning_rate: float
-    steps_per_s: float
-    eta_s: float | None
-    validation_loss: float | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import ray
 
 from train_jobs.board import StopReason
-from train_jobs.loop import Progress
+from train_jobs.progress import Progress
 
 logger = logging.getLogger(__name__)
 

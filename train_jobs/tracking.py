@@ -17,7 +17,7 @@ import psutil
 from pydantic import SecretStr
 
 from storage.counters import TRACKING_FAILURES, Counters
-from train_jobs.loop import Progress
+from train_jobs.progress import Progress
 from train_jobs.spec import WandbSpec
 
 logger = logging.getLogger(__name__)

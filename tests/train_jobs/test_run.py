@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from storage.counters import CLEANUP_FAILURES, Tally
@@ -55,3 +58,11 @@ def test_a_training_has_the_workers_it_asks_for_else_those_of_the_instance(
     scaling = scaling_for(config, {"CPU": 8, "GPU": 2}, workers)
     assert (scaling.num_workers, scaling.use_gpu) == (expected, True)
     assert scaling.elasticity_enabled == isinstance(expected, tuple)
+
+
+def test_the_driver_does_not_import_what_only_workers_need() -> None:
+    # Ray Train's controller imports the same module to find the workers' function.
+    heavy = {"diffusers", "transformers", "peft", "diffusion.families"}
+    code = f"import sys, train_jobs.run; print(sorted({heavy!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

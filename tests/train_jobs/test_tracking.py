@@ -25,8 +25,8 @@ from tests.train_jobs import two_workers
 from train_jobs.aitoolkit import parse_train_yaml
 from train_jobs.config_check import check_tracking
 from train_jobs.errors import ConfigInvalid
-from train_jobs.loop import Progress
 from train_jobs.peers import Alone
+from train_jobs.progress import Progress
 from train_jobs.spec import TrainSpec, WandbSpec
 from train_jobs.spec_json import spec_from_json
 from train_jobs.tracking import WandbTracker

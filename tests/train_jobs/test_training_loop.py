@@ -19,7 +19,8 @@ from train_jobs.cache import TrainingCache, build_cache
 from train_jobs.checkpoint import read_checkpoint, write_checkpoint
 from train_jobs.data import plan_uses, read_folder
 from train_jobs.errors import NonFiniteLoss
-from train_jobs.loop import Callbacks, Peers, Progress, TrainingLoop, learning_rate_at
+from train_jobs.loop import Callbacks, Peers, TrainingLoop, learning_rate_at
+from train_jobs.progress import Progress
 from train_jobs.spec import DatasetSpec, OptimizeSpec, ScheduleSpec
 from train_jobs.testing import ThreadPeers
 

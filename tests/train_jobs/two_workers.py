@@ -26,7 +26,8 @@ from storage.testing import InMemoryStore
 from train_jobs.artifacts import Artifacts
 from train_jobs.peers import Alone, Peers, TorchPeers
 from train_jobs.reporting import Quiet
-from train_jobs.worker import Training, WorkerConfig
+from train_jobs.training import Training
+from train_jobs.worker import WorkerConfig
 
 JOB = "train_0123456789ab"
 KEYS = Keys("raylora", "default")
