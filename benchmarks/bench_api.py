@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from typing import Any
 import httpx
 import numpy as np
 from http_load import Load, measured, request
+from machine import cpu_name, processor
 
 from serve_app.stack import control
 from serve_app.stack.instance import Instance
@@ -56,11 +58,13 @@ LIMITED = ("RUN", "RUNSYNC", "STATUS", "STREAM", "CANCEL", "PURGE", "OTHER")
 
 class Bench:
     def __init__(self, quick: bool) -> None:
-        self.load = {"single": 50 if quick else 200, "round_s": 0.3 if quick else 0.8, "rounds": 2 if quick else 3}
+        self._measured = partial(
+            measured, single=50 if quick else 200, round_s=0.3 if quick else 0.8, rounds=2 if quick else 3
+        )
         self.rows: list[tuple[str, str, Load]] = []
 
     def measure(self, server: str, what: str, send: Any, connections: int = 16) -> None:
-        load = asyncio.run(measured(send, connections=connections, **self.load))
+        load = asyncio.run(self._measured(send, connections=connections))
         self.rows.append((server, what, load))
         print(
             f"{server:34} {what:12} p50 {load.p50_ms:8.2f} ms  p99 {load.p99_ms:8.2f} ms  {load.rps:8.0f} /s",
@@ -322,26 +326,16 @@ def main() -> None:
 def save(part: str, result: dict[str, Any]) -> Path:
     """Each part is kept when it ends, should the next one fail."""
     RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"api-{os.cpu_count()}cpu-{platform.machine()}.json"
+    file = RESULTS / f"api-{cpu_name()}.json"
     parts = json.loads(file.read_text()).get("parts", {}) if file.exists() else {}
     described = {
         "command": "python benchmarks/bench_api.py",
-        "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "processor": _processor()},
+        "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "processor": processor()},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "parts": {**parts, part: result},
     }
     file.write_text(json.dumps(described, indent=1) + "\n")
     return file
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import copy
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -31,6 +30,7 @@ import transformers
 from engine_cold import cold_adapter_latencies
 from engine_models import SIZES, Size, build_pipeline, write_adapters
 from engine_traffic import Served, Workload, by_adapter, draw_workload, engine_traffic, peft_names, stock_one_by_one
+from machine import processor
 
 from diffusion.engine import Engine, GenerateRequest, LoraRef
 from diffusion.families import Family, load_family
@@ -323,7 +323,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def machine_facts(options: argparse.Namespace) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if options.device.startswith("cuda") else None
-    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
+    cpu = processor()
     return {
         "name": (options.machine or gpu or f"{cpu}-{torch.get_num_threads()}-threads").replace(" ", "-").lower(),
         "cpu": cpu,
@@ -333,11 +333,6 @@ def machine_facts(options: argparse.Namespace) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "versions": {name: version(name) for name in ("torch", "diffusers", "peft", "transformers")},
     }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from machine import processor
 from train_models import SHAPES, write_model
 
 STEP_OURS = re.compile(r"step (\d+) loss ([0-9.]+)")
@@ -224,7 +225,7 @@ def report(shape: str, args: argparse.Namespace, parameters: int, runs: dict[str
         "machine": {
             "name": machine,
             "cpus": os.cpu_count(),
-            "processor": _processor(),
+            "processor": processor(),
             "load_1min": os.getloadavg()[0],
         },
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": sys.version.split()[0]},
@@ -263,11 +264,6 @@ def _figures(found: dict[str, Any], warmup: int) -> dict[str, float]:
         "peak_memory_mib": found["peak_memory_mib"],
         "mean_loss": statistics.fmean(losses),
     }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from diffusion.engine import Engine, GenerateRequest
+from diffusion.engine.ticket import Ticket
 
 BATCH_MAX = 8
 RESIDENT_MAX = 8
@@ -58,7 +59,9 @@ def _summary(latencies: Sequence[float], span_s: float) -> Served:
 def engine_traffic(engine: Engine, workload: Workload) -> Served:
     """Requests are submitted when they arrive, between two denoising steps."""
     start = time.perf_counter()
-    waiting, running, latencies = list(workload), [], []
+    waiting = list(workload)
+    running: list[tuple[Arrival, Ticket]] = []
+    latencies: list[float] = []
     while waiting or running:
         now = time.perf_counter() - start
         while waiting and waiting[0].at_s <= now:

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from faults_cell import NOT_MET, PHASES, STOPPED, VICTIMS, Cell
 from faults_instance import Client, Evidence, victims
 from faults_work import PICTURES, Job, Work, inline, large_picture
+from machine import cpu_name, processor
 
 from tests.integration.instance import Home
 
@@ -114,17 +115,12 @@ def _write(file: Path, result: dict[str, Any]) -> None:
     found.sort(key=lambda cell: (order[cell["victim"]], cell["work"], PHASES.index(cell["phase"])))
     about = {
         "command": "python benchmarks/faults.py, by victims",
-        "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "processor": _processor()},
+        "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "processor": processor()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
     draft = file.with_suffix(f".{os.getpid()}.tmp")
     draft.write_text(json.dumps({**about, "cells": found}, indent=1) + "\n")
     draft.replace(file)
-
-
-def _processor() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].split(":", 1)[1].strip() if names else platform.machine()
 
 
 def is_right(cell: dict[str, Any]) -> bool:
@@ -159,7 +155,7 @@ def main() -> int:
     parser.add_argument("--works", nargs="+", choices=("generation", "training"), default=("generation", "training"))
     parser.add_argument("--proxy", choices=("serve", "haproxy"), default="serve")
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--machine", default=f"{os.cpu_count()}cpu-{platform.machine()}", help="names the result file")
+    parser.add_argument("--machine", default=cpu_name(), help="names the result file")
     parser.add_argument("--keep-logs", type=Path, help="where the instance's logs are left")
     options = parser.parse_args()
     file = RESULTS / f"faults-{options.machine}.json"

