@@ -60,7 +60,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if door is not None:
-            await door.open(app)
+            await door.open(app, app.routes)
         yield
         if door is not None:
             await door.close()

@@ -12,12 +12,16 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 
+# Where Serve keeps its replicas' logs, which nothing public tells.
+from ray.serve._private.logging_utils import get_serve_logs_dir
+
 from serve_app.collaborators import Inference
 from serve_app.handles import HandleDispatch, HandleInference, HandleValidation, RestingInference, ServeWorkers
 from serve_app.ingress.api import create_app
 from serve_app.ingress.auth import KeyRing
 from serve_app.ingress.door import Door
 from serve_app.ingress.readiness import disk_of
+from serve_app.ingress.request_log import LineFile, RayMetrics, RequestLog
 from serve_app.job_types.context import JobDefaults, Services
 from serve_app.settings import Settings, SettingsIncomplete
 from serve_app.stack.haproxy import door_of
@@ -100,4 +104,5 @@ class Ingress:
 
 def _door(settings: DoorSettings) -> Door:
     replica_id = serve.get_replica_context().replica_id.unique_id
-    return Door(door_of(settings.folder, replica_id), places=settings.places, drain_s=settings.drain_s)
+    log = RequestLog(LineFile(Path(get_serve_logs_dir(), f"access_{replica_id}.log")), RayMetrics(replica_id))
+    return Door(door_of(settings.folder, replica_id), places=settings.places, drain_s=settings.drain_s, log=log)

@@ -1,8 +1,8 @@
 """The ingress replica's own HTTP server, for HAProxy alone: a Unix socket past Serve's handling of each request.
 
 Serve's part of a request (its log line, metrics, tasks and contexts) costs more than this application's. What of it is
-needed here is done for less: a request ends when its client has gone, and more than `places` at once are refused.
-Starting, health and draining stay Serve's.
+needed here is done for less: a request ends when its client has gone, more than `places` at once are refused, and each
+is told to `serve_app.ingress.request_log`. Starting, health and draining stay Serve's.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import uvicorn
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.errors import ServiceUnavailable
 from serve_app.ingress.middleware import log_unexpected
 from serve_app.ingress.replies import error_response
+from serve_app.ingress.request_log import Logged, RequestLog, RouteTemplates
 from storage.own_sockets import is_own, listen_at, remove_abandoned
 
 logger = logging.getLogger(__name__)
@@ -31,9 +34,11 @@ BACKLOG = 2048
 class Door:
     """Serves one application on one socket, which only this user may open."""
 
-    def __init__(self, path: Path, *, places: int, drain_s: float) -> None:
+    def __init__(self, path: Path, *, places: int, drain_s: float, log: RequestLog) -> None:
         """`places`: requests at a time. `drain_s`: what requests under way may still take when the door closes."""
         self._path = path
+        self._log = log
+        self._logging: asyncio.Task[None] | None = None
         self._places = places
         self._drain_s = drain_s
         self._server: uvicorn.Server | None = None
@@ -41,11 +46,13 @@ class Door:
 
     @property
     def has_failed(self) -> bool:
-        """Whether it ended without having been closed."""
-        return self._serving is not None and self._serving.done()
+        """Whether it, or its log, ended without having been closed."""
+        return any(task is not None and task.done() for task in (self._serving, self._logging))
 
-    async def open(self, app: ASGIApp) -> None:
+    async def open(self, app: ASGIApp, routes: Sequence[BaseRoute] = ()) -> None:
         """Connections are taken from now on, where there is the folder: a node without it has no HAProxy.
+
+        `routes` are the application's, by which its requests are told apart.
 
         Raises PermissionError where others can enter the folder, OSError where the socket cannot be made.
         """
@@ -54,7 +61,7 @@ class Door:
             logger.warning("this replica is on another node than HAProxy, which sends it nothing")
             return
         config = uvicorn.Config(
-            WhileWanted(Places(app, self._places)),
+            Logged(WhileWanted(Places(app, self._places)), self._log, RouteTemplates(routes)),
             lifespan="off",
             ws="none",
             access_log=False,
@@ -70,15 +77,19 @@ class Door:
         config.load()
         self._server = uvicorn.Server(config)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listening]))
+        self._logging = asyncio.create_task(self._log.run())
 
     async def close(self) -> None:
         """Refuse new connections, and let the requests under way end within `drain_s`."""
-        if self._server is None or self._serving is None:
+        if self._server is None or self._serving is None or self._logging is None:
             return
-        serving, self._serving = self._serving, None
+        (serving, self._serving), (logging_, self._logging) = (self._serving, None), (self._logging, None)
         self._server.should_exit = True
         await asyncio.gather(serving, return_exceptions=True)
         self._path.unlink(missing_ok=True)
+        logging_.cancel()
+        await asyncio.gather(logging_, return_exceptions=True)
+        await self._log.close()
 
     def _listen(self) -> socket.socket | None:
         folder = self._path.parent

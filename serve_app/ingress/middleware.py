@@ -12,6 +12,7 @@ import logging
 import re
 import uuid
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
@@ -36,7 +37,19 @@ OPEN_PATHS = frozenset({"/livez", "/openapi.json", "/docs"})
 _ID, _TRACE = REQUEST_ID_HEADER.encode(), TRACE_HEADER.encode()
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-_SLASHES = re.compile(r"/{2,}")
+SLASHES = re.compile(r"/{2,}")
+
+
+NOTE = "note"
+"""Under this name, whoever stands in front of the layers may put a RequestNote into a request's state."""
+
+
+@dataclass
+class RequestNote:
+    """What the layers find out about a request, for those in front of them."""
+
+    request_id: str = ""
+    tenant: str | None = None
 
 
 class EdgeHeaders:
@@ -53,9 +66,12 @@ class EdgeHeaders:
         kept, offered_id, offered_trace = _taken(scope["headers"])
         request_id = _matching(_REQUEST_ID, offered_id) or self._new_id()
         trace = _matching(_TRACEPARENT, offered_trace)
-        scope = {**scope, "state": {**scope.get("state", {}), "request_id": request_id}}
+        state = {**scope.get("state", {}), "request_id": request_id}
+        if NOTE in state:
+            state[NOTE].request_id = request_id
+        scope = {**scope, "state": state}
         if "//" in scope["path"]:
-            scope["path"] = _SLASHES.sub("/", scope["path"])
+            scope["path"] = SLASHES.sub("/", scope["path"])
         if b"//" in (scope.get("raw_path") or b""):
             scope["raw_path"] = re.sub(rb"/{2,}", b"/", scope["raw_path"])
         scope["headers"] = [*kept, (_ID, request_id.encode())]
@@ -141,6 +157,8 @@ class Authentication:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             principal = await self._keys.principal(Headers(scope=scope).get("authorization"))
             scope["state"] = {**scope.get("state", {}), "principal": principal}
+            if NOTE in scope["state"]:
+                scope["state"][NOTE].tenant = principal.tenant
         await self._app(scope, receive, send)
 
 

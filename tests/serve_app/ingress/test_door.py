@@ -14,6 +14,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from serve_app.ingress.door import Door, WhileWanted
+from serve_app.ingress.request_log import LineFile, RayMetrics, RequestLog
 from serve_app.testing import LocalServer
 from storage.own_sockets import listen_at
 
@@ -44,6 +45,11 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
+@pytest.fixture
+def request_log(tmp_path: Path) -> RequestLog:
+    return RequestLog(LineFile(tmp_path / "access.log"), RayMetrics("replica"))
+
+
 def names(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()]
 
@@ -56,9 +62,9 @@ async def client(path: Path) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def test_the_whole_application_is_behind_it_and_only_this_user_opens_it(
-    server: LocalServer, folder: Path
+    server: LocalServer, folder: Path, request_log: RequestLog
 ) -> None:
-    door = Door(folder / "a.door", places=8, drain_s=1)
+    door = Door(folder / "a.door", places=8, drain_s=1, log=request_log)
     await door.open(server.app)
     async with client(folder / "a.door") as http:
         assert (await http.get("/livez")).json() == {"alive": True}
@@ -69,9 +75,9 @@ async def test_the_whole_application_is_behind_it_and_only_this_user_opens_it(
     assert not door.has_failed
 
 
-async def test_more_than_its_places_are_told_to_come_again(folder: Path) -> None:
+async def test_more_than_its_places_are_told_to_come_again(folder: Path, request_log: RequestLog) -> None:
     app = Slow()
-    door = Door(folder / "a.door", places=2, drain_s=1)
+    door = Door(folder / "a.door", places=2, drain_s=1, log=request_log)
     await door.open(app)
     async with client(folder / "a.door") as http, asyncio.TaskGroup() as group:
         first = group.create_task(http.get("/a"))
@@ -89,9 +95,9 @@ async def test_more_than_its_places_are_told_to_come_again(folder: Path) -> None
     await door.close()
 
 
-async def test_closing_waits_for_what_is_under_way(folder: Path) -> None:
+async def test_closing_waits_for_what_is_under_way(folder: Path, request_log: RequestLog) -> None:
     app = Slow()
-    door = Door(folder / "a.door", places=2, drain_s=WAIT_S)
+    door = Door(folder / "a.door", places=2, drain_s=WAIT_S, log=request_log)
     await door.open(app)
     async with client(folder / "a.door") as http, asyncio.TaskGroup() as group:
         answer = group.create_task(http.get("/"))
@@ -103,9 +109,9 @@ async def test_closing_waits_for_what_is_under_way(folder: Path) -> None:
         await closing
 
 
-async def test_what_takes_longer_than_the_drain_is_told_so(folder: Path) -> None:
+async def test_what_takes_longer_than_the_drain_is_told_so(folder: Path, request_log: RequestLog) -> None:
     app = Slow()
-    door = Door(folder / "a.door", places=2, drain_s=0)
+    door = Door(folder / "a.door", places=2, drain_s=0, log=request_log)
     await door.open(app)
     async with client(folder / "a.door") as http, asyncio.TaskGroup() as group:
         answer = group.create_task(http.get("/v2/ep/health"))
@@ -116,9 +122,9 @@ async def test_what_takes_longer_than_the_drain_is_told_so(folder: Path) -> None
         assert (await answer).headers["retry-after"] == "1"
 
 
-async def test_a_socket_of_a_killed_replica_goes_when_the_next_one_opens(folder: Path) -> None:
+async def test_a_socket_of_a_killed_replica_goes_when_the_next_one_opens(folder: Path, request_log: RequestLog) -> None:
     listen_at(folder / "killed.door", 1).close()
-    door = Door(folder / "a.door", places=2, drain_s=0)
+    door = Door(folder / "a.door", places=2, drain_s=0, log=request_log)
     await door.open(Slow())
     assert names(folder) == ["a.door"]
     await door.close()
@@ -130,13 +136,13 @@ def open_folder(folder: Path) -> Path:
     return folder
 
 
-async def test_a_folder_that_others_can_enter_is_refused(open_folder: Path) -> None:
+async def test_a_folder_that_others_can_enter_is_refused(open_folder: Path, request_log: RequestLog) -> None:
     with pytest.raises(PermissionError):
-        await Door(open_folder / "a.door", places=2, drain_s=0).open(Slow())
+        await Door(open_folder / "a.door", places=2, drain_s=0, log=request_log).open(Slow())
 
 
-async def test_on_a_node_without_haproxy_nothing_is_opened(folder: Path) -> None:
-    door = Door(folder / "other" / "a.door", places=2, drain_s=0)
+async def test_on_a_node_without_haproxy_nothing_is_opened(folder: Path, request_log: RequestLog) -> None:
+    door = Door(folder / "other" / "a.door", places=2, drain_s=0, log=request_log)
     await door.open(Slow())
     assert not door.has_failed
     await door.close()
@@ -147,9 +153,11 @@ async def test_on_a_node_without_haproxy_nothing_is_opened(folder: Path) -> None
     [b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}"],
     ids=["empty", "with a body"],
 )
-async def test_a_request_is_cancelled_when_its_client_has_gone(folder: Path, request_text: bytes) -> None:
+async def test_a_request_is_cancelled_when_its_client_has_gone(
+    folder: Path, request_log: RequestLog, request_text: bytes
+) -> None:
     app = Slow()
-    door = Door(folder / "a.door", places=2, drain_s=0)
+    door = Door(folder / "a.door", places=2, drain_s=0, log=request_log)
     await door.open(WhileWanted(app, patience_s=0))
     _, writer = await asyncio.open_unix_connection(str(folder / "a.door"))
     writer.write(request_text)
