@@ -1,9 +1,11 @@
 """Reads past the jobs actor: as true as its own, and none where they could not be."""
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +50,15 @@ async def reading(world: JobsWorld) -> AsyncIterator[DirectReads]:
     reads.close()
 
 
+def has_to_wait(reads: DirectReads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where another process of SQLite's recovers its log: what is asked on the event loop is refused."""
+
+    def refuse(*_: object) -> None:
+        raise RecordsUnavailable("look_up")
+
+    monkeypatch.setattr(reads._records, "look_up", refuse)
+
+
 async def test_what_was_committed_is_read_at_once(world: JobsWorld) -> None:
     async with reading(world) as reads:
         for _ in range(20):
@@ -78,9 +89,54 @@ async def test_reads_at_once_each_get_their_own_answer(world: JobsWorld) -> None
                 assert isinstance(answer, JobNotFound)
 
 
-async def test_a_read_whose_caller_has_gone_takes_no_other_with_it(world: JobsWorld) -> None:
+async def test_rows_are_read_without_a_thread_and_in_one_where_they_have_to_be_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = JobsWorld(tmp_path)
+    restored(world)
+    record = world.create(tenant="a")
+    threads: list[object] = []
+    in_thread = asyncio.to_thread
+
+    async def noted(work: Any, *args: Any) -> Any:
+        threads.append(work)
+        return await in_thread(work, *args)
+
+    async with reading(world) as reads:
+        monkeypatch.setattr(asyncio, "to_thread", noted)
+        assert await reads.call("get", (record.id,), {"tenant": "a"}) == record
+        assert threads == []
+        has_to_wait(reads, monkeypatch)
+        assert await reads.call("get", (record.id,), {"tenant": "a"}) == record
+        assert len(threads) == 1
+    world.close()
+
+
+async def test_a_lookup_waits_for_no_lock_and_the_next_one_is_answered(tmp_path: Path) -> None:
+    world = JobsWorld(tmp_path)
+    record = world.create(tenant="a")
+    reads = Records(world.url, read_only=True)
+    file = reads.file
+    assert file is not None
+    world.close()
+    # Alone with the file, a connection can keep it for itself.
+    other = sqlite3.connect(file, isolation_level=None)
+    other.execute("PRAGMA locking_mode=EXCLUSIVE").close()
+    other.execute("BEGIN IMMEDIATE").close()
+    with pytest.raises(RecordsUnavailable), reads.look_up("test") as tx:
+        tx.get(record.id)
+    other.close()
+    with reads.look_up("test") as tx:
+        assert tx.get(record.id) == record
+    reads.close()
+
+
+async def test_a_read_whose_caller_has_gone_takes_no_other_with_it(
+    world: JobsWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record = world.create(tenant="a")
     async with reading(world) as reads:
+        has_to_wait(reads, monkeypatch)
         calls = [asyncio.create_task(reads.call("get", (record.id,), {"tenant": "a"})) for _ in range(10)]
         await asyncio.sleep(0)
         calls[0].cancel()
@@ -96,6 +152,7 @@ async def test_where_the_database_fails_all_that_read_together_ask_the_actor(
         raise RecordsUnavailable("read")
 
     async with reading(world) as reads:
+        has_to_wait(reads, monkeypatch)
         monkeypatch.setattr(reads._records, "read", fail)
         found = await asyncio.gather(*(reads.call("get", ("x",), {}) for _ in range(3)), return_exceptions=True)
         assert [type(answer) for answer in found] == [NotReadableError] * 3
