@@ -36,7 +36,7 @@ class RunEnvelope(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     input: dict[str, Any]
-    policy: PolicyFields = PolicyFields()
+    policy: PolicyFields = Field(default_factory=PolicyFields)
     webhook: str | None = None
     s3Config: dict[str, Any] | None = None
 
@@ -74,7 +74,7 @@ def read_envelope(body: bytes, webhooks: WebhookSettings) -> RunEnvelope:
 def read_object(body: bytes) -> dict[str, Any]:
     """A JSON object. Raises BodyInvalid; NaN, infinities and lone surrogates are not JSON here."""
     try:
-        document = json.loads(body, parse_constant=_refuse_constant)
+        document = _DECODER.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
         if _MAYBE_SURROGATE.search(body):
             json.dumps(document, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
@@ -93,3 +93,7 @@ def read_idempotency_key(value: str | None) -> str | None:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(name)
+
+
+# `json.loads` makes one for each call that has options.
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)

@@ -8,10 +8,11 @@ the client's reply waits until its message has arrived.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+
+from pydantic_core import to_json
 
 from serve_app.collaborators import Dispatch
 from serve_app.dispatch.replies import EndedReply, Reply
@@ -48,7 +49,7 @@ class NearReplies:
 
     async def keep(self, ended: EndedReply) -> None:
         """Raises nothing: the reply itself is good, whether it can be found again or not."""
-        size_bytes = len(json.dumps(ended.reply.output))
+        size_bytes = len(to_json(ended.reply.output))
         self._waiting[ended.tenant, ended.runpod_id] = (ended, size_bytes)
         self._bytes += size_bytes
         while len(self._waiting) > WAITING_MAX or (self._bytes > WAITING_BYTES_MAX and len(self._waiting) > 1):

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 # A fortieth of a window is fetched at a time: most requests then ask nobody, and what a replica fetched and did not
 # use is lost to the others only that far.
 BLOCKS_PER_WINDOW = 40
+# The shared count has an entry for each permit: a limit that is to be none would otherwise fill its memory.
+BLOCK_MAX = 500
 BLOCK_KEPT_S = 1.0
 BUSY_RETRY_S = 1.0
 
@@ -127,8 +129,9 @@ class RateGate:
 
     async def _fetch(self, key: str, operation: str, limit: OperationLimit) -> Grant:
         rate = Rate(limit.amount, self._limits.window_s)
+        wanted = min(max(1, limit.amount // BLOCKS_PER_WINDOW), BLOCK_MAX)
         try:
-            return await self._shared.take_permits(key, operation, rate, max(1, limit.amount // BLOCKS_PER_WINDOW))
+            return await self._shared.take_permits(key, operation, rate, wanted)
         except ServiceUnavailable:
             logger.warning("The shared rate limits did not answer; this replica counts %s by itself", operation)
             return self._alone.take(key, operation, rate, 1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import Any
+
+from pydantic_core import to_json
 
 from serve_app.job_types.context import Services
 from serve_app.job_types.files import redirect_item
@@ -21,7 +22,7 @@ async def within_limit(services: Services, tenant: str, output: dict[str, Any]) 
     """
     if output.get("type") == "file_data":
         return output
-    data = json.dumps(output).encode()
+    data = to_json(output)
     if len(data) <= OUTPUT_BYTES_MAX:
         return output
     key = services.keys_of(tenant).staging_file(new_upload_id(services.clock()), FILENAME)

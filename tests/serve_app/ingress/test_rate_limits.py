@@ -9,7 +9,7 @@ import pytest
 
 from serve_app.dispatch.rates import Grant, Rate, RateLedger
 from serve_app.errors import ServiceUnavailable, TooManyAtOnce, TooManyRequests
-from serve_app.ingress.rate_limits import RateGate, operation_of
+from serve_app.ingress.rate_limits import BLOCK_MAX, RateGate, operation_of
 from serve_app.settings import OperationLimit, RateLimitSettings
 from serve_app.testing import OTHER_KEY, LocalServer, local_server
 from storage.jobs_testing import JobsWorld
@@ -30,12 +30,14 @@ class Ledger:
     def __init__(self) -> None:
         self.ledger = RateLedger()
         self.calls = 0
+        self.wanted: list[int] = []
         self.away = False
 
     async def take_permits(self, key: str, operation: str, rate: Rate, wanted: int) -> Grant:
         self.calls += 1
         if self.away:
             raise ServiceUnavailable("dispatch")
+        self.wanted.append(wanted)
         return self.ledger.take(key, operation, rate, wanted)
 
 
@@ -98,6 +100,14 @@ async def test_two_replicas_share_one_limit_and_seldom_ask(unix_time: list[float
         admitted += 1
     assert admitted == 400
     assert shared.calls < 200
+
+
+async def test_of_a_limit_that_is_none_no_more_is_counted_than_may_be_used() -> None:
+    """The count has an entry for each permit."""
+    shared = Ledger()
+    gate = RateGate(shared, limited(status=OperationLimit(amount=10_000_000)), replicas=1)
+    await gate.enter("k", "status")
+    assert shared.wanted == [BLOCK_MAX]
 
 
 async def test_permits_that_were_not_used_in_time_are_given_up() -> None:
