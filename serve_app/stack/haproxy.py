@@ -29,6 +29,9 @@ from storage.own_sockets import is_own
 LOOPBACK = "127.0.0.1"
 PORTS_PER_INSTANCE = 50
 LOST_RETRY_AFTER_S = 1
+# A lost replica is the least busy one, and so chosen again until the third refused connection marks it as down. With
+# HAProxy's own three retries a request could be at its end by then.
+RETRIES = 10
 MENDING_FILE = "mending.json"
 _EVERYWHERE = re.compile(r"^(\s*bind )(?:\*|\[::\])?:(\d+)", re.MULTILINE)
 _DEFAULTS = re.compile(r"^defaults\n", re.MULTILINE)
@@ -36,6 +39,7 @@ _FRONT = re.compile(r"^(frontend http_frontend\n\s*bind )\S+:(\d+)\n", re.MULTIL
 _REPLICA = re.compile(r"^(\s*server SERVE_REPLICA\S*-(\w+) )[^\s:]+:(\d+) check\b", re.MULTILINE)
 _SOCKET_MODE = re.compile(r"^(\s*stats socket \S+ )mode 666", re.MULTILINE)
 _ERROR_FILES = re.compile(r"^\s*errorfile .*\n", re.MULTILINE)
+_REUSE = re.compile(r"^(\s*http-reuse )always$", re.MULTILINE)
 _NO_APPLICATION = re.compile(r"^(\s*)http-request return status 404 content-type text/plain .*$", re.MULTILINE)
 
 # Marks what HAProxy itself answers, so that a replica's own replies pass as they are.
@@ -92,6 +96,7 @@ def environment(folder: Path, *, host: str, lost: Mapping[str, str], refused: st
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(any_free()),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_RETRIES": str(RETRIES),
         # Ended with the instance: nobody else balances over its replicas.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replica_port),
@@ -109,6 +114,9 @@ def mended(configuration: str, mending: Mending) -> str:
     configuration = _REPLICA.sub(lambda found: _server(found, door_of(doors, found[2])), configuration)
     configuration = _SOCKET_MODE.sub(r"\1mode 600", configuration)
     configuration = _ERROR_FILES.sub("", configuration)
+    # Where a replica is lost under a connection to it that had been used before, HAProxy closes the client's without a
+    # word, as if the client had known that it may have to ask again. So does a client's first request get a new one.
+    configuration = _REUSE.sub(r"\1safe", configuration)
     configuration = _NO_APPLICATION.sub(rf"\1http-request return status 503 {_LOST}", configuration)
     configuration = _DEFAULTS.sub(lambda found: found[0] + mending.defaults, configuration)
     address = f"[{mending.host}]" if ":" in mending.host else mending.host

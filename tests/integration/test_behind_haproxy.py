@@ -103,13 +103,8 @@ async def _held(options: dict[str, Any], number: int) -> httpx.Response:
 
 
 async def _polled(options: dict[str, Any], job_id: str) -> httpx.Response:
-    """Asked again where the connection closes without a reply, as any client must: rarely that happens here too."""
-    async with asyncio.timeout(PATIENCE_S), httpx.AsyncClient(**options) as http:
-        while True:
-            try:
-                return await http.get(f"/status-sync/{job_id}?wait=20000")
-            except httpx.RemoteProtocolError:
-                await asyncio.sleep(0.1)
+    async with httpx.AsyncClient(**options) as http:
+        return await http.get(f"/status-sync/{job_id}?wait=20000")
 
 
 async def _submitted(http: httpx.AsyncClient) -> str:
@@ -120,7 +115,7 @@ async def _submitted(http: httpx.AsyncClient) -> str:
             try:
                 reply = await http.post("/run", json=_drawing(4), headers={"Idempotency-Key": key})
             except httpx.RemoteProtocolError:
-                # As `_held` and `_polled` say.
+                # As `_held` says: the connection is that of the request before.
                 continue
             if reply.status_code == 200:
                 return str(reply.json()["id"])

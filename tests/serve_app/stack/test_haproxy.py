@@ -23,6 +23,7 @@ frontend http_frontend
 backend default_backend
     http-request return status 404 content-type text/plain lf-string "Path"
 backend app
+    http-reuse always
     server SERVE_REPLICA::raylora#Ingress-abc123 10.1.2.3:30001 check
     server SERVE_REPLICA::raylora#Ingress-def456 10.1.2.4:30001 check
     server fallback 10.1.2.3:8500 check backup
@@ -65,6 +66,10 @@ def test_requests_go_to_a_replicas_socket_and_checks_to_its_port_and_what_has_no
         "10.1.2.4:30001 check",
         "10.1.2.3:8500 check backup",
     ]
+
+
+def test_a_clients_first_request_gets_a_connection_that_nobody_has_used(folder: Path) -> None:
+    assert [line for line in lines(folder) if line.startswith("http-reuse")] == ["http-reuse safe"]
 
 
 def test_errors_are_not_rays_and_our_lines_stand_in_their_sections(folder: Path) -> None:
