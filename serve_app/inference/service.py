@@ -28,7 +28,8 @@ from storage.objects import ObjectStore, PutItem
 from storage.patience import Patience
 
 SEED_LIMIT = 2**63
-WAITING = "waiting for storage"
+WAITING = {"progress": {"step": 0, "total_steps": 0, "stage": "waiting for storage"}}
+STORING = {"progress": {"step": 1, "total_steps": 1, "stage": "storing"}}
 FORMATS: Mapping[str, ImageFormat] = {"png": "png", "jpg": "jpeg", "webp": "webp"}
 
 
@@ -104,15 +105,20 @@ class InferenceService:
                         images = event
                     else:
                         yield {"progress": event}
-        yield {"progress": {"step": 1, "total_steps": 1, "stage": "storing"}}
+        yield STORING
         entries: list[dict[str, Any]] = []
 
         async def store() -> None:
             entries[:] = await self._stored(work, request, images)
 
+        has_waited = False
         async with aclosing(self._patiently(store)) as waits:
             async for waiting in waits:
+                has_waited = True
                 yield waiting
+        if has_waited:
+            # The last that is told of a job should not be that it waits.
+            yield STORING
         yield {"output": {"images": entries}}
 
     async def health(self) -> InferenceHealth:
@@ -137,7 +143,7 @@ class InferenceService:
                 wait_s = await patience.wait_s(error)
             else:
                 return
-            yield {"progress": {"step": 0, "total_steps": 0, "stage": WAITING}}
+            yield WAITING
             await self._sleep(wait_s)
 
     async def _opened(self, start: StartingPoint | None) -> Start | None:

@@ -260,7 +260,9 @@ async def test_pictures_that_are_made_wait_for_the_storage_and_are_not_made_agai
 ) -> None:
     replica.away(error, naps=20)
     events = await replica.events(request())
-    assert [e["progress"]["stage"] for e in events if "progress" in e].count("waiting for storage") == 20
+    stages = [event["progress"]["stage"] for event in events if "progress" in event]
+    assert stages.count("waiting for storage") == 20
+    assert stages[-1] == "storing"
     [entry] = events[-1]["output"]["images"]
     assert await replica.store.exists(entry["key"])
     assert len(replica.engine.seen) == 1
