@@ -206,6 +206,7 @@ def _run(jobs: BlockingJobs, config: JobsConfig, record: JobRecord, owner: str) 
         workers=scaling.max_workers,
         wandb_api_key=config.wandb_api_key,
         kept_folder=str(Path.home() / KEPT_FOLDER),
+        reads_older=record.tenant == config.reads_older,
     )
 
     store = StorageClient(config.s3, config.breaker)

@@ -28,7 +28,8 @@ class WorkerConfig:
     """What the driver gives to every worker. `s3` hides its secrets when printed.
 
     `workers` is how many workers a step's samples are for, however many there are at a time. `kept_folder` is where a
-    node keeps what later trainings can use again; None for the object store alone.
+    node keeps what later trainings can use again; None for the object store alone. `reads_older`: adapters of the
+    system before this one are the tenant's to begin from.
     """
 
     process_id: str
@@ -42,6 +43,7 @@ class WorkerConfig:
     workers: int = 1
     wandb_api_key: SecretStr | None = None
     kept_folder: str | None = None
+    reads_older: bool = False
 
 
 def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +78,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             should_stop=lambda: reporter.stop_reason is not None,
             tell=reporter.waiting,
         )
-        keys = Keys(config.s3.prefix, config.tenant)
+        keys = Keys(config.s3.prefix, config.tenant, reads_older=config.reads_older)
         artifacts = Artifacts(store, runner, keys, config.process_id, scratch)
         device = ray.train.torch.get_device() if config.use_gpu else torch.device("cpu")
         if device.type == "cpu":
