@@ -336,6 +336,7 @@ class Settings(BaseSettings):
             training_workers=self.training_workers,
             gpus_per_training_worker=self.gpus_per_training_worker,
             wandb_api_key=self.wandb_api_key,
+            reads_older=self.default_tenant,
         )
 
 

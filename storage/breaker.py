@@ -15,6 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
+# How soon a probe's result may be known.
+ASK_PROBE_AGAIN_S = 1.0
+
 
 class BreakerState(StrEnum):
     CLOSED = "closed"
@@ -48,7 +51,8 @@ class Permit:
 
 @dataclass(frozen=True)
 class BreakerSnapshot:
-    """`retry_after_s` is 0 when a call would be admitted now."""
+    """`retry_after_s` is 0 when a call would be admitted now. While a probe is under way nobody knows more than that
+    it may soon be over."""
 
     state: BreakerState
     generation: int
@@ -95,9 +99,8 @@ class CircuitBreaker:
 
     def admit(self) -> Permit:
         """Raises BreakerOpenError."""
-        wait_s = self._wait_s()
-        if wait_s > 0:
-            raise BreakerOpenError(wait_s)
+        if self._wait_s() > 0:
+            raise BreakerOpenError(self._retry_after_s())
         if self._state is BreakerState.CLOSED:
             return Permit(self._generation)
         if self._state is BreakerState.OPEN:
@@ -135,9 +138,16 @@ class CircuitBreaker:
         self._enter(BreakerState.OPEN if mode is BreakerMode.FORCED_OPEN else BreakerState.CLOSED)
 
     def snapshot(self) -> BreakerSnapshot:
-        return BreakerSnapshot(self._state, self._generation, self._consecutive_failures, self._wait_s(), self._mode)
+        return BreakerSnapshot(
+            self._state, self._generation, self._consecutive_failures, self._retry_after_s(), self._mode
+        )
+
+    def _retry_after_s(self) -> float:
+        wait_s = self._wait_s()
+        return min(wait_s, ASK_PROBE_AGAIN_S) if self._state is BreakerState.HALF_OPEN else wait_s
 
     def _wait_s(self) -> float:
+        """Until a call is admitted, as far as no outcome changes that."""
         if self._mode is BreakerMode.FORCED_OPEN:
             # Nobody knows how long; the usual time is when asking again makes sense.
             return self._recovery_s

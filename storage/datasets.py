@@ -138,7 +138,7 @@ async def write_dataset(
     outcomes = [outcome for batch in await run_bounded(batches, BATCHES_AT_ONCE) for outcome in batch]
     errors = {outcome.filename: outcome.error for outcome in outcomes if outcome.error is not None}
     if errors:
-        waits_s = [float(getattr(error, "retry_after_s", 0.0)) for error in errors.values()]
+        waits_s = [error.retry_after_s or 0.0 for error in errors.values()]
         failures = tuple((name, error.code) for name, error in errors.items())
         logger.warning("%d of %d files of an upload were not stored (%s)", len(errors), len(files), failures[0][1])
         raise DatasetNotStored(folder, failures, max(waits_s) or None)

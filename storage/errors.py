@@ -7,7 +7,8 @@
     |-- IntegrityError            the bytes are not the ones that were promised
     |-- StorageUnavailable        the breaker is open: nothing was tried
     |-- StorageTimeout            the deadline passed
-    |-- StorageFailed             all attempts failed, or the backend refused the request
+    |-- StorageFailed             all attempts failed
+    |   `-- StorageRefused        the backend refused the request, and will again
     `-- StorageMisconfigured      settings that cannot work
         `-- PortInUse             the embedded server's port belongs to somebody else
 
@@ -19,11 +20,16 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+# What failed a moment ago has had its retries: a little later makes more sense than at once.
+RETRY_AFTER_S = 5.0
+
 
 class StorageError(Exception):
-    """The root. `code` is stable and meant for machines."""
+    """The root. `code` is stable and meant for machines. `retry_after_s` is when asking again makes sense, None where
+    it does not."""
 
     code: ClassVar[str] = "storage_error"
+    retry_after_s: float | None = None
 
     def __init__(self, message: str, *arguments: Any) -> None:
         super().__init__(message)
@@ -73,9 +79,10 @@ class IntegrityError(StorageError):
 
 
 class StorageUnavailable(StorageError):
-    """Nothing was tried. `retry_after_s` is when the next attempt makes sense."""
+    """Nothing was tried."""
 
     code = "storage_unavailable"
+    retry_after_s: float
 
     def __init__(self, operation: str, retry_after_s: float) -> None:
         super().__init__(
@@ -87,6 +94,7 @@ class StorageUnavailable(StorageError):
 
 class StorageTimeout(StorageError):
     code = "storage_timeout"
+    retry_after_s = RETRY_AFTER_S
 
     def __init__(self, operation: str, deadline_s: float) -> None:
         super().__init__(f"{operation} did not end within {deadline_s:g} s", operation, deadline_s)
@@ -98,12 +106,18 @@ class StorageFailed(StorageError):
     """`reason` is one of our own words (`server_error`, `connection`, ...), never the backend's text."""
 
     code = "storage_failed"
+    retry_after_s: float | None = RETRY_AFTER_S
 
     def __init__(self, operation: str, attempts: int, reason: str) -> None:
         super().__init__(f"{operation} failed after {attempts} attempts: {reason}", operation, attempts, reason)
         self.operation = operation
         self.attempts = attempts
         self.reason = reason
+
+
+class StorageRefused(StorageFailed):
+    code = "storage_refused"
+    retry_after_s = None
 
 
 class StorageMisconfigured(StorageError):

@@ -13,7 +13,8 @@ class JobsConfig(BaseModel):
     """`training_slots` Ray jobs of trainings run at a time, each with `training_workers` workers that hold
     `gpus_per_training_worker` (None: one where the cluster has GPUs) and `cpus_per_training_worker` of Ray's resources.
     `models` are the base models' folders on every node, by alias. `wandb_api_key` is what
-    trainings that ask for Weights & Biases log in with.
+    trainings that ask for Weights & Biases log in with. `reads_older` is the tenant for whom the older layout is
+    readable.
 
     An owner that is asked to cancel has `cancel_grace_s`, one that is out of time `timeout_grace_s`, and a driver
     that settled its record `exit_grace_s` to end; afterwards its Ray job is stopped. A driver that does not adopt its
@@ -34,6 +35,7 @@ class JobsConfig(BaseModel):
     gpus_per_training_worker: float | None = Field(default=None, ge=0)
     cpus_per_training_worker: float = Field(default=1.0, gt=0)
     wandb_api_key: SecretStr | None = None
+    reads_older: str | None = None
     lease_s: float = Field(default=DEFAULT_LEASE_S, gt=0)
     cancel_grace_s: float = Field(default=120.0, ge=0)
     timeout_grace_s: float = Field(default=60.0, ge=0)

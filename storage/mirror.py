@@ -45,6 +45,7 @@ class Mirror:
         self._store = store
         # The mirror lies beside the tenants, not below one, so any tenant's keys lead to it.
         self._keys = Keys(prefix, "default")
+        self._trouble: str | None = None
 
     async def flush(self) -> FlushReport:
         """Write one batch of the outbox. A record that cannot be written is tried again after all the others."""
@@ -57,10 +58,19 @@ class Mirror:
         failed = [entry.seq for entry, outcome in zip(entries, outcomes, strict=True) if outcome.error is not None]
         await asyncio.to_thread(self._settle, written, failed)
         errors = [outcome.error for outcome in outcomes if outcome.error is not None]
-        if errors:
-            logger.warning("mirror: %d of %d records not written (%s)", len(errors), len(entries), errors[0].code)
-        waits = [float(getattr(error, "retry_after_s", 0.0)) for error in errors]
+        self._tell(errors[0].code if errors else None, len(errors), len(entries))
+        waits = [error.retry_after_s or 0.0 for error in errors]
         return FlushReport(len(written), len(failed), max(waits, default=0.0))
+
+    def _tell(self, trouble: str | None, failed: int, tried: int) -> None:
+        """Once for each kind of trouble, which may last for hours."""
+        if trouble == self._trouble:
+            return
+        self._trouble = trouble
+        if trouble is None:
+            logger.info("mirror: records are written again")
+        else:
+            logger.warning("mirror: %d of %d records not written (%s)", failed, tried, trouble)
 
     async def restore(self) -> RestoreReport | None:
         """Bring the records back into a database that never looked for them; None where that was done before.

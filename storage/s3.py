@@ -25,7 +25,7 @@ from storage.bounded import run_bounded
 from storage.breaker import BreakerMode, BreakerSnapshot, CircuitBreaker
 from storage.counters import Counts, Tally
 from storage.digests import digest_bytes
-from storage.errors import ObjectNotFound, StorageError, StorageFailed, StorageMisconfigured
+from storage.errors import ObjectNotFound, StorageError, StorageMisconfigured, StorageRefused
 from storage.keys import check_key, check_prefix
 from storage.objects import (
     PRESIGN_EXPIRES_S_MAX,
@@ -311,7 +311,7 @@ class S3Store:
         where = {"CreateBucketConfiguration": {"LocationConstraint": region}} if elsewhere else {}
         try:
             await self._calls.send("ensure_bucket", None, "create_bucket", where)
-        except StorageFailed as error:
+        except StorageRefused as error:
             if error.reason != "bucket_exists":
                 raise
 

@@ -10,7 +10,7 @@
 | 404 of a key                                                  | ObjectNotFound                     | success  |
 | 401, 403, expired tokens                                      | StorageAccessDenied                | success  |
 | no such bucket, settings that the client refuses              | StorageMisconfigured               | success  |
-| 400, 412, 416, 501 and all else                               | StorageFailed                      | success  |
+| 400, 412, 416, 501 and all else                               | StorageRefused                     | success  |
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from botocore import exceptions as botocore_errors
 from botocore.parsers import ResponseParserError
 from obstore.exceptions import BaseError
 
-from storage.errors import IntegrityError, ObjectNotFound, StorageAccessDenied, StorageFailed, StorageMisconfigured
+from storage.errors import IntegrityError, ObjectNotFound, StorageAccessDenied, StorageMisconfigured, StorageRefused
 from storage.resilience import THROTTLED, TransientFaultError
 from storage.s3_bodies import Refusal, is_timeout, is_truncation, refusal_of
 
@@ -126,17 +126,17 @@ def _translate_refusal(refusal: Refusal, operation: str, key: str | None) -> Exc
     if status in {401, 403} or code in _DENIALS:
         return StorageAccessDenied(operation)
     if code == "NoSuchUpload":
-        return StorageFailed(operation, 1, "no_such_upload")
+        return StorageRefused(operation, 1, "no_such_upload")
     if code == "NoSuchBucket" or (status == 404 and key is None):
         return StorageMisconfigured("the bucket does not exist")
     if status == 404 or code in {"NoSuchKey", "404"}:
         return ObjectNotFound(key or "")
     if code in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
-        return StorageFailed(operation, 1, "bucket_exists")
+        return StorageRefused(operation, 1, "bucket_exists")
     # Complete and copy may answer 200 and fail in the body; the code then is all there is.
     if code in {"InternalError", "ServiceUnavailable"} or (status >= 500 and status != 501):
         return TransientFaultError("server_error")
-    return StorageFailed(operation, 1, _reason(status))
+    return StorageRefused(operation, 1, _reason(status))
 
 
 def _reason(status: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC
 from typing import Any
 
-from storage.errors import ObjectNotFound, StorageFailed
+from storage.errors import ObjectNotFound, StorageRefused
 from storage.keys import probe_object
 from storage.objects import Capabilities, PendingUpload
 from storage.resilience import Attempt, Resilience
@@ -51,7 +51,7 @@ class Maintenance:
                 await self._calls.send("abort_upload", key, "abort_multipart_upload", parameters)
             except ObjectNotFound:
                 return
-            except StorageFailed as error:
+            except StorageRefused as error:
                 if error.reason != "no_such_upload":
                     raise
 
@@ -86,7 +86,7 @@ class Maintenance:
     async def _accepts(self, method: str, key: str | None, parameters: dict[str, Any]) -> bool:
         try:
             await self._calls.send("capabilities", key, method, parameters)
-        except StorageFailed as error:
+        except StorageRefused as error:
             return error.reason == "no_such_upload"
         return True
 
@@ -94,7 +94,7 @@ class Maintenance:
         async def attempt(_: Attempt) -> Answer:
             try:
                 return await self._calls.send("list_uploads", None, "list_multipart_uploads", parameters)
-            except StorageFailed as error:
+            except StorageRefused as error:
                 # How rclone says that there are none.
                 if error.reason != "no_such_upload":
                     raise

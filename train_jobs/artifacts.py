@@ -126,9 +126,10 @@ class Artifacts:
         }
 
     def fetch_lora(self, key: str) -> Path:
-        """Download an adapter of this tenant to begin from. Raises ConfigInvalid for another's or a missing key."""
+        """Download an adapter that this tenant may read, to begin from. Raises ConfigInvalid for another's or a
+        missing key."""
         problem = Problem("network.pretrained", "is not a .safetensors file of yours", "not_found")
-        if not self._keys.owns(key) or not key.endswith(".safetensors"):
+        if not self._keys.may_read(key) or not key.endswith(".safetensors"):
             raise ConfigInvalid([problem])
         target = self._scratch / "pretrained.safetensors"
         try:

@@ -23,6 +23,8 @@ PREVIEWS = "previews"
 PREVIEWS_REPORTED_MAX = 16
 # In a report: how many workers train now.
 WORKERS_NOW = "workers"
+# Stands in a report for the stage that waits for it.
+WAITING = "waiting for storage"
 KEPT_IN_REPORTS = frozenset({RESUMED_FROM, PREVIEWS, WORKERS_NOW})
 
 
@@ -32,6 +34,10 @@ class Reporter(Protocol):
     def stage(self, name: str, **details: Any) -> None: ...
 
     def progress(self, progress: Progress) -> None: ...
+
+    def waiting(self, is_waiting: bool) -> None:
+        """Whether the object storage holds up the work."""
+        ...
 
     @property
     def stop_reason(self) -> StopReason | None: ...
@@ -48,6 +54,9 @@ class Quiet:
     def progress(self, progress: Progress) -> None:
         """Nobody is told."""
 
+    def waiting(self, is_waiting: bool) -> None:
+        """Nobody is told."""
+
 
 class BoardReporter:
     """Tells the driver's board from a thread of its own, so that a slow driver slows no step.
@@ -62,6 +71,7 @@ class BoardReporter:
         self._exchange = exchange
         self._interval_s = interval_s
         self._latest: dict[str, Any] = {"stage": "starting"}
+        self._is_waiting = False
         self._ended = threading.Event()
         self.stop_reason: StopReason | None = None
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
@@ -81,6 +91,9 @@ class BoardReporter:
             del numbers["validation_loss"]
         self._latest = {"stage": "training", **numbers, **kept}
 
+    def waiting(self, is_waiting: bool) -> None:
+        self._is_waiting = is_waiting
+
     def close(self) -> None:
         """Send the last report and end the thread."""
         self._ended.set()
@@ -91,7 +104,8 @@ class BoardReporter:
         while not is_last:
             is_last = self._ended.wait(self._interval_s)
             try:
-                self.stop_reason = self._exchange(self._latest) or self.stop_reason
+                report = {**self._latest, "stage": WAITING} if self._is_waiting else self._latest
+                self.stop_reason = self._exchange(report) or self.stop_reason
             except ray.exceptions.RayActorError:
                 logger.warning("the training's driver is gone")
                 self.stop_reason = self.stop_reason or "interrupted"

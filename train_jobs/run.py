@@ -41,6 +41,7 @@ from storage.job_state import JobKind
 from storage.jobs_config import JobsConfig
 from storage.keys import Keys
 from storage.objects import ObjectStore
+from storage.patience import PatientStore
 from storage.ray_counters import RayCounters
 from train_jobs.aitoolkit import parse_train_yaml
 from train_jobs.board import RunBoard, StopReason
@@ -205,6 +206,7 @@ def _run(jobs: BlockingJobs, config: JobsConfig, record: JobRecord, owner: str) 
         workers=scaling.max_workers,
         wandb_api_key=config.wandb_api_key,
         kept_folder=str(Path.home() / KEPT_FOLDER),
+        reads_older=record.tenant == config.reads_older,
     )
 
     store = StorageClient(config.s3, config.breaker)
@@ -219,7 +221,7 @@ def _run(jobs: BlockingJobs, config: JobsConfig, record: JobRecord, owner: str) 
             run_config=RunConfig(
                 name=f"{record.id}-{record.attempt}",
                 storage_path=train_files.rstrip("/"),
-                storage_filesystem=arrow_files(store, train_files),
+                storage_filesystem=arrow_files(PatientStore(store), train_files),
                 failure_config=FailureConfig(max_failures=WORKER_FAILURES_MAX),
             ),
         )

@@ -17,6 +17,7 @@ import ray.train
 import torch
 
 from diffusion.errors import Cancelled, OutOfGpuMemory
+from storage.errors import StorageError
 from storage.ray_counters import of_this_process
 from train_jobs.artifacts import Artifacts
 from train_jobs.checkpoint import read_checkpoint, write_checkpoint
@@ -70,6 +71,15 @@ class Training:
 
     def run(self) -> dict[str, Any]:
         """Prepare, train, export. Returns what the driver settles the record with."""
+        try:
+            return self._run()
+        except StorageError as error:
+            if not self._should_stop() or error.retry_after_s is None:
+                raise
+            logger.warning("the training was stopped while the object storage was away")
+            return {"stopped": self._reporter.stop_reason}
+
+    def _run(self) -> dict[str, Any]:
         failure: TrainingError | None = None
         prepared: Prepared | None = None
         try:

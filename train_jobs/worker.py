@@ -17,9 +17,10 @@ from pydantic import SecretStr
 from storage.actor import StorageClient
 from storage.keys import Keys
 from storage.loop_thread import LoopThread
+from storage.patience import PatientStore
 from storage.ray_counters import note_cleanup_failure
 from storage.settings import BreakerSettings, S3Settings
-from train_jobs.reporting import BoardReporter, Quiet
+from train_jobs.reporting import BoardReporter, Quiet, Reporter
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class WorkerConfig:
     """What the driver gives to every worker. `s3` hides its secrets when printed.
 
     `workers` is how many workers a step's samples are for, however many there are at a time. `kept_folder` is where a
-    node keeps what later trainings can use again; None for the object store alone.
+    node keeps what later trainings can use again; None for the object store alone. `reads_older`: adapters of the
+    system before this one are the tenant's to begin from.
     """
 
     process_id: str
@@ -41,6 +43,7 @@ class WorkerConfig:
     workers: int = 1
     wandb_api_key: SecretStr | None = None
     kept_folder: str | None = None
+    reads_older: bool = False
 
 
 def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
@@ -61,26 +64,31 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     board = payload["board"]
-    reporter = (
+    telling = (
         BoardReporter(lambda progress: ray.get(board.report.remote(progress), timeout=20.0)) if rank == 0 else None
     )
+    reporter: Reporter = telling or Quiet()
     scratch = Path(tempfile.mkdtemp(prefix="raylora-train-"))
     runner = LoopThread("training-storage")
     try:
-        if reporter is not None:
-            reporter.start()
-        store = StorageClient(config.s3, config.breaker)
-        keys = Keys(config.s3.prefix, config.tenant)
+        if telling is not None:
+            telling.start()
+        store = PatientStore(
+            StorageClient(config.s3, config.breaker),
+            should_stop=lambda: reporter.stop_reason is not None,
+            tell=reporter.waiting,
+        )
+        keys = Keys(config.s3.prefix, config.tenant, reads_older=config.reads_older)
         artifacts = Artifacts(store, runner, keys, config.process_id, scratch)
         device = ray.train.torch.get_device() if config.use_gpu else torch.device("cpu")
         if device.type == "cpu":
             torch.set_num_threads(threads_of_worker(context.get_local_world_size()))
         peers: Peers = Alone() if world_size == 1 else TorchPeers(rank, world_size)
-        training = Training(config, artifacts, scratch, device, peers, reporter or Quiet(), agree=_agree)
+        training = Training(config, artifacts, scratch, device, peers, reporter, agree=_agree)
         return training.run()
     finally:
-        if reporter is not None:
-            reporter.close()
+        if telling is not None:
+            telling.close()
         runner.stop()
         _remove(scratch)
 

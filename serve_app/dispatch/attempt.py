@@ -11,21 +11,21 @@ from typing import Any
 from serve_app.collaborators import Inference, JobsApi
 from serve_app.inference.plan import GenerationWork
 from serve_app.ingress.errors import INTERNAL, describe, unwrapped, where_raised
-from storage.errors import JobError, LeaseLost, StorageUnavailable
+from storage.errors import JobError, LeaseLost
 from storage.job_record import Heartbeat, JobRecord
 
 logger = logging.getLogger(__name__)
 
 Sleep = Callable[[float], Awaitable[None]]
 SETTLE_TRIES = 3
-STORAGE_WAIT_MIN_S = 1.0
 
 
 class GenerationAttempt:
     """Holds the lease of `record` under `owner` until the record is settled, or the lease is lost.
 
     The record is RUNNING, and its time limit counts, from the replica's first event on: waiting for a replica that is
-    only being started is not the client's time. Where the object storage is away, this waits for it within that limit.
+    only being started is not the client's time. Where the object storage is away, the replica waits for it within that
+    limit.
     """
 
     def __init__(
@@ -78,20 +78,6 @@ class GenerationAttempt:
         await self._surely(lambda: end(self._record.id, self._owner))
 
     async def _make(self) -> dict[str, Any]:
-        while True:
-            try:
-                return await self._made()
-            except Exception as error:
-                # Nothing was tried: to count it as an attempt would use up all of them within one outage.
-                away = unwrapped(error)
-                if not isinstance(away, StorageUnavailable):
-                    raise
-                logger.warning("%s waits for the object storage", self._record.id)
-                await self._start()
-                self._note({"step": 0, "total_steps": 0, "stage": "waiting for storage"})
-                await self._sleep(max(STORAGE_WAIT_MIN_S, away.retry_after_s))
-
-    async def _made(self) -> dict[str, Any]:
         """Raises what the replica raises."""
         work = GenerationWork(process_id=self._record.id, tenant=self._record.tenant, request=self._record.request)
         output: dict[str, Any] | None = None

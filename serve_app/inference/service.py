@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -22,10 +22,14 @@ from serve_app.inference.engines import DeviceFacts, EngineShelf
 from serve_app.inference.lora_cache import LoraCache
 from serve_app.inference.plan import GenerationRequest, GenerationWork, StartingPoint, StoredPicture
 from serve_app.validation.decoder import FORMATS as FORMATS_READ
+from storage.errors import StorageError
 from storage.keys import Keys
 from storage.objects import ObjectStore, PutItem
+from storage.patience import Patience
 
 SEED_LIMIT = 2**63
+WAITING = {"progress": {"step": 0, "total_steps": 0, "stage": "waiting for storage"}}
+STORING = {"progress": {"step": 1, "total_steps": 1, "stage": "storing"}}
 FORMATS: Mapping[str, ImageFormat] = {"png": "png", "jpg": "jpeg", "webp": "webp"}
 
 
@@ -36,6 +40,12 @@ class Start:
     init_image: Image.Image
     mask: Image.Image | None
     strength: float
+
+
+@dataclass
+class _Inputs:
+    paths: Sequence[Path] = ()
+    start: Start | None = None
 
 
 class InferenceService:
@@ -55,7 +65,9 @@ class InferenceService:
         device: Callable[[], DeviceFacts],
         threads: int = 16,
         stuck_after_s: float = 600.0,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        self._sleep = sleep
         self._store = store
         self._keys_of = keys_of
         self._shelf = shelf
@@ -71,21 +83,43 @@ class InferenceService:
     async def generate(self, work: GenerationWork) -> AsyncGenerator[dict[str, Any], None]:
         """Yields `{"progress": {"step", "total_steps", "stage"}}`, then `{"output": {"images": [...]}}` once.
 
-        Raises DiffusionError and StorageError. Closing the iterator, or cancelling the task that reads it, stops the
-        engine before its next step; nothing is stored then.
+        Raises DiffusionError and StorageError. While the object storage is away it waits, before and after the engine's
+        work. Closing the iterator, or cancelling the task that reads it, stops the engine before its next step; nothing
+        is stored then.
         """
         request = GenerationRequest.model_validate(work.request)
-        async with self._loras.borrow(request.loras) as paths:
-            pictures = requested_pictures(request, paths, await self._opened(request.start))
-            images: list[GeneratedImage] = []
+        async with AsyncExitStack() as borrowed:
+            inputs, images = _Inputs(), list[GeneratedImage]()
+
+            async def fetch() -> None:
+                inputs.paths = await borrowed.enter_async_context(self._loras.borrow(request.loras))
+                inputs.start = await self._opened(request.start)
+
+            async with aclosing(self._patiently(fetch)) as waits:
+                async for waiting in waits:
+                    yield waiting
+            pictures = requested_pictures(request, inputs.paths, inputs.start)
             async with aclosing(self._rendered(str(request.spec.model), pictures)) as events:
                 async for event in events:
                     if isinstance(event, list):
                         images = event
                     else:
                         yield {"progress": event}
-        yield {"progress": {"step": 1, "total_steps": 1, "stage": "storing"}}
-        yield {"output": {"images": await self._stored(work, request, images)}}
+        yield STORING
+        entries: list[dict[str, Any]] = []
+
+        async def store() -> None:
+            entries[:] = await self._stored(work, request, images)
+
+        has_waited = False
+        async with aclosing(self._patiently(store)) as waits:
+            async for waiting in waits:
+                has_waited = True
+                yield waiting
+        if has_waited:
+            # The last that is told of a job should not be that it waits.
+            yield STORING
+        yield {"output": {"images": entries}}
 
     async def health(self) -> InferenceHealth:
         """Not ok while one iteration of an engine lasts for `stuck_after_s`: its device hangs."""
@@ -98,6 +132,19 @@ class InferenceService:
             gpu_memory_total_bytes=facts.memory_total_bytes,
             gpu_memory_used_bytes=facts.memory_used_bytes,
         )
+
+    async def _patiently(self, work: Callable[[], Awaitable[None]]) -> AsyncGenerator[dict[str, Any], None]:
+        """Do the work, again when the object storage has been away. Yields an event whenever it waits."""
+        patience = Patience(self._store)
+        while True:
+            try:
+                await work()
+            except StorageError as error:
+                wait_s = await patience.wait_s(error)
+            else:
+                return
+            yield WAITING
+            await self._sleep(wait_s)
 
     async def _opened(self, start: StartingPoint | None) -> Start | None:
         """Raises StorageError."""

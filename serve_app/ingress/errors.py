@@ -115,8 +115,9 @@ TABLE: dict[type[BaseException], Row] = {
     o.InvalidKey: Row(400, lambda e: f"Invalid file name or key: {e.reason}"),
     o.IntegrityError: Row(502, "A stored file does not have the expected content.", retryable=True),
     o.StorageUnavailable: Row(503, "The object storage is unavailable at present. Try again later.", retryable=True),
-    o.StorageTimeout: Row(504, "The object storage did not answer in time.", retryable=True),
-    o.StorageFailed: Row(502, "The object storage failed.", retryable=True),
+    o.StorageTimeout: Row(503, "The object storage did not answer in time. Try again later.", retryable=True),
+    o.StorageFailed: Row(503, "The object storage failed. Try again later.", retryable=True),
+    o.StorageRefused: Row(502, "The object storage refused the request.", retryable=True),
     o.StorageMisconfigured: Row(500, "The object storage is not configured correctly."),
     ds.DatasetNotFound: Row(404, lambda e: f"Dataset '{e.folder}' was not found. Upload it first."),
     ds.DatasetNotStored: Row(

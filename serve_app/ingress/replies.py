@@ -59,7 +59,9 @@ def refused_body() -> str:
 
 
 def runpod_error(public: PublicError, request_id: str) -> dict[str, Any]:
-    return {"error": public.message, "error_type": public.code, "request_id": request_id, **public.details}
+    """`retry_after_s` says what Retry-After does, for jobs, whose failure is no HTTP error."""
+    later = {} if public.retry_after_s is None else {"retry_after_s": public.retry_after_s}
+    return {"error": public.message, "error_type": public.code, "request_id": request_id, **later, **public.details}
 
 
 def openai_error(public: PublicError) -> dict[str, Any]:

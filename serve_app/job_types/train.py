@@ -77,7 +77,7 @@ async def _with_datasets(services: Services, tenant: str, plan: TrainingPlan) ->
     spec = TrainSpec.model_validate(plan.spec)
     keys = services.keys_of(tenant)
     pretrained = spec.network.pretrained
-    if pretrained is not None and not keys.owns(pretrained):
+    if pretrained is not None and not keys.may_read(pretrained):
         raise InvalidRequest([Problem("network.pretrained", "is not a .safetensors file of yours", "not_found")])
     used = [name for dataset in spec.all_datasets for name in (dataset.dataset, dataset.mask_dataset)]
     names = list(dict.fromkeys(name for name in used if name is not None))

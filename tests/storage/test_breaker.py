@@ -72,6 +72,23 @@ def test_of_twenty_waiting_at_half_open_exactly_one_gets_through(breaker: Circui
     assert admitted == 1
 
 
+def test_while_a_probe_is_under_way_others_are_told_to_ask_again_soon_and_still_rejected(
+    breaker: CircuitBreaker, clock: Clock
+) -> None:
+    open_it(breaker)
+    clock.now += RECOVERY_S
+    probe = breaker.admit()
+
+    for _ in range(3):
+        with pytest.raises(BreakerOpenError) as rejected:
+            breaker.admit()
+        assert rejected.value.retry_after_s == 1.0
+        clock.now += 1.0
+
+    breaker.settle(probe, Outcome.SUCCESS)
+    breaker.admit()
+
+
 def test_the_probes_success_closes_it(breaker: CircuitBreaker, clock: Clock) -> None:
     open_it(breaker)
     clock.now += RECOVERY_S

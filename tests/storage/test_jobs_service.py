@@ -121,12 +121,17 @@ async def test_a_store_that_is_away_at_the_start_delays_the_records_only(setting
         assert (await service.jobs.get(record.id)).id == record.id
 
 
-async def test_the_mirror_waits_as_long_as_the_store_asks(setting: Setting):
+async def test_the_mirror_catches_up_seconds_after_the_store_is_back_however_long_that_asked_it_to_wait(
+    setting: Setting,
+):
     async with _running(setting.service()) as service:
         await _until(lambda: setting.store.calls["list"] == 1)
-        setting.store.break_down(StorageUnavailable("put", 7.0))
-        await _create(service, JobKind.GENERATION)
-        await _until(lambda: 7.0 in setting.naps.taken)
+        setting.store.break_down(StorageUnavailable("put", 60.0))
+        records = [await _create(service, JobKind.GENERATION) for _ in range(70)]
+        await _until(lambda: setting.store.calls["put"] > 2 * len(records))
+        assert max(setting.naps.taken) <= 2.0
+        setting.store.recover()
+        await _until(lambda: len(setting.store.keys()) == len(records))
 
 
 async def test_a_fault_in_one_pass_does_not_end_the_passes(setting: Setting, caplog: pytest.LogCaptureFixture):

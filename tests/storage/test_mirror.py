@@ -80,7 +80,7 @@ async def test_one_record_that_fails_holds_up_no_other(world: JobsWorld):
     world.create()
     second = world.create()
     store.fail("put", StorageFailed("put", 1, "server_error"))
-    assert await mirror.flush() == FlushReport(written=1, failed=1)
+    assert await mirror.flush() == FlushReport(written=1, failed=1, retry_after_s=5.0)
     assert store.keys() == [_key(second)]
     assert (await mirror.flush()).written == 1
 

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 from pydantic import SecretStr
 
-from storage.errors import ObjectNotFound, StorageAccessDenied, StorageFailed, StorageMisconfigured
+from storage.errors import ObjectNotFound, StorageAccessDenied, StorageMisconfigured, StorageRefused
 from storage.resilience import TransientFaultError
 from storage.s3_bodies import Bodies
 from storage.s3_faults import mapped
@@ -71,10 +71,10 @@ async def raised_by(bodies: Bodies, key: str = "a/b") -> Exception:
         ("403 Forbidden", "", StorageAccessDenied),
         ("401 Unauthorized", error_of("Unauthorized"), StorageAccessDenied),
         ("400 Bad Request", error_of("ExpiredToken"), StorageAccessDenied),
-        ("400 Bad Request", error_of("InvalidRequest"), StorageFailed),
-        ("412 Precondition Failed", error_of("PreconditionFailed"), StorageFailed),
-        ("501 Not Implemented", error_of("NotImplemented"), StorageFailed),
-        ("416 Range Not Satisfiable", error_of("InvalidRange"), StorageFailed),
+        ("400 Bad Request", error_of("InvalidRequest"), StorageRefused),
+        ("412 Precondition Failed", error_of("PreconditionFailed"), StorageRefused),
+        ("501 Not Implemented", error_of("NotImplemented"), StorageRefused),
+        ("416 Range Not Satisfiable", error_of("InvalidRange"), StorageRefused),
     ],
 )
 async def test_a_refusal_is_final(status: str, body: str, expected: type[Exception]) -> None:

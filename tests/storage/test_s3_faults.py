@@ -7,7 +7,14 @@ import pytest
 from botocore import exceptions as botocore_errors
 from botocore.parsers import ResponseParserError
 
-from storage.errors import ObjectNotFound, StorageAccessDenied, StorageError, StorageFailed, StorageMisconfigured
+from storage.errors import (
+    ObjectNotFound,
+    StorageAccessDenied,
+    StorageError,
+    StorageFailed,
+    StorageMisconfigured,
+    StorageRefused,
+)
 from storage.resilience import TransientFaultError
 from storage.s3_faults import mapped, translate
 
@@ -67,11 +74,11 @@ def test_a_passing_trouble_is_retried(status: int, code: str, counts: bool) -> N
         (403, "SignatureDoesNotMatch", StorageAccessDenied),
         (401, "Unauthorized", StorageAccessDenied),
         (400, "ExpiredToken", StorageAccessDenied),
-        (400, "InvalidRequest", StorageFailed),
-        (412, "PreconditionFailed", StorageFailed),
-        (416, "InvalidRange", StorageFailed),
-        (501, "NotImplemented", StorageFailed),
-        (404, "NoSuchUpload", StorageFailed),
+        (400, "InvalidRequest", StorageRefused),
+        (412, "PreconditionFailed", StorageRefused),
+        (416, "InvalidRange", StorageRefused),
+        (501, "NotImplemented", StorageRefused),
+        (404, "NoSuchUpload", StorageRefused),
     ],
 )
 def test_a_refusal_is_final(status: int, code: str, expected: type[StorageError]) -> None:

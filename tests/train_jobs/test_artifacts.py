@@ -14,6 +14,7 @@ from storage.loop_thread import LoopThread
 from storage.testing import InMemoryStore
 from train_jobs import checkpoint
 from train_jobs.artifacts import Artifacts
+from train_jobs.errors import ConfigInvalid
 from train_jobs.loop import LoopState
 
 KEYS, JOB = Keys("raylora", "default"), "t_" + 32 * "0"
@@ -58,3 +59,15 @@ def test_a_checkpoint_of_before_there_were_digests_is_still_read(
     runner.run_blocking(store.put(key_of(checkpoint.STATE), json.dumps(state).encode()))
 
     assert checkpoint.read_checkpoint(artifacts.fetch_checkpoint(5), expected=STATE.parameters).state.step == 5
+
+
+def test_an_adapter_of_the_older_layout_comes_for_the_tenant_whose_it_is(
+    store: InMemoryStore, runner: LoopThread, tmp_path: Path
+) -> None:
+    key = "raylora/results/matt/lora/old.safetensors"
+    runner.run_blocking(store.put(key, b"weights"))
+    own, other = Keys("raylora", "matt", reads_older=True), Keys("raylora", "matt2")
+
+    assert Artifacts(store, runner, own, JOB, tmp_path).fetch_lora(key).read_bytes() == b"weights"
+    with pytest.raises(ConfigInvalid):
+        Artifacts(store, runner, other, JOB, tmp_path).fetch_lora(key)

@@ -20,8 +20,11 @@ from diffusion.images import read_settings
 from diffusion.lora import read_lora
 from diffusion.testing import write_tiny_model
 from storage.datasets import write_dataset
+from storage.errors import StorageUnavailable
 from storage.keys import Keys
 from storage.loop_thread import LoopThread
+from storage.objects import ObjectStore
+from storage.patience import PatientStore
 from storage.settings import BreakerSettings, S3Settings
 from storage.testing import InMemoryStore
 from train_jobs.aitoolkit import parse_train_yaml
@@ -55,6 +58,9 @@ class Told:
         self.stages.append(name)
         if self._stop_at == 0:
             self.stop_reason = "cancelled"
+
+    def waiting(self, is_waiting: bool) -> None:
+        self.stages.append("waiting" if is_waiting else "going on")
 
     def progress(self, progress: Progress) -> None:
         self.steps.append(progress.step)
@@ -96,7 +102,13 @@ def train(
 ) -> Callable[..., dict[str, Any]]:
     count = iter(range(100))
 
-    def run(spec: TrainSpec, reporter: Told | None = None, *, reports: list[Any] | None = None) -> dict[str, Any]:
+    def run(
+        spec: TrainSpec,
+        reporter: Told | None = None,
+        *,
+        reports: list[Any] | None = None,
+        objects: ObjectStore = store,
+    ) -> dict[str, Any]:
         scratch = tmp_path / f"scratch-{next(count)}"
         scratch.mkdir()
         config = WorkerConfig(
@@ -111,7 +123,7 @@ def train(
         )
         return Training(
             config,
-            Artifacts(store, runner, KEYS, JOB, scratch),
+            Artifacts(objects, runner, KEYS, JOB, scratch),
             scratch,
             torch.device("cpu"),
             Alone(),
@@ -162,6 +174,51 @@ def test_a_training_stores_its_adapter_previews_checkpoints_and_losses(
     assert [step for step, _ in json.loads(_get(store, output["loss_key"]))] == [1, 2, 3, 4]
     assert (output["steps"], output["base_model"], output["trigger_word"]) == (4, "tiny", "ohwx")
     json.dumps(output)
+
+
+class Outage(Told):
+    """The store goes away at a step, and comes back after so many naps; or a user cancels then."""
+
+    def __init__(self, store: InMemoryStore, *, at_step: int, naps: int, cancels: bool = False) -> None:
+        super().__init__()
+        self._store, self._at_step, self._naps, self._cancels = store, at_step, naps, cancels
+        self.patient = PatientStore(
+            store, should_stop=lambda: self.stop_reason is not None, tell=self.waiting, sleep=self._sleep
+        )
+
+    def progress(self, progress: Progress) -> None:
+        super().progress(progress)
+        if progress.step == self._at_step:
+            self._store.break_down(StorageUnavailable("put", 60.0))
+
+    async def _sleep(self, seconds: float) -> None:
+        self._naps -= 1
+        if self._naps == 0 and self._cancels:
+            self.stop_reason = "cancelled"
+        elif self._naps == 0:
+            self._store.recover()
+
+
+@pytest.mark.parametrize("step", [2, 4], ids=["at a checkpoint", "at the end"])
+def test_a_training_waits_while_the_storage_is_away_and_ends_as_any_other(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec, store: InMemoryStore, step: int
+) -> None:
+    outage = Outage(store, at_step=step, naps=70)
+    output = train(spec, outage, objects=outage.patient)["output"]
+    assert outage.steps == [1, 2, 3, 4]
+    assert [name for name in outage.stages if name in {"waiting", "going on"}] == ["waiting", "going on"]
+    assert [c["step"] for c in output["checkpoints"]] == [4]
+    assert len(output["samples"]) == 6
+    assert all(asyncio.run(store.exists(s["key"])) for s in output["samples"])
+
+
+def test_a_training_that_is_cancelled_while_the_storage_is_away_stops_at_once_and_keeps_its_last_checkpoint(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec, store: InMemoryStore
+) -> None:
+    outage = Outage(store, at_step=4, naps=3, cancels=True)
+    assert train(spec, outage, objects=outage.patient) == {"stopped": "cancelled"}
+    store.recover()
+    assert len(_keys(store, "/checkpoints/000000002/")) == 3
 
 
 def test_a_stopped_training_keeps_its_last_step_and_continues_from_it(
@@ -263,6 +320,21 @@ def test_every_report_says_where_a_resumed_attempt_went_on_from() -> None:
     )
     reporter.start().close()
     assert (sent[-1]["step"], sent[-1]["resumed_from_step"]) == (6, 5)
+
+
+def test_reports_say_what_holds_up_the_work_and_for_how_long() -> None:
+    sent: list[dict[str, Any]] = []
+    reporter = BoardReporter(lambda progress: sent.append(progress), interval_s=60)
+    reporter.stage("training", step=5)
+    reporter.waiting(True)
+    reporter.start().close()
+    assert sent[-1] == {"stage": "waiting for storage", "step": 5}
+    reporter = BoardReporter(lambda progress: sent.append(progress), interval_s=60)
+    reporter.waiting(True)
+    reporter.stage("training", step=6)
+    reporter.waiting(False)
+    reporter.start().close()
+    assert sent[-1] == {"stage": "training", "step": 6}
 
 
 def test_a_driver_that_is_gone_stops_the_work() -> None:

@@ -13,11 +13,10 @@ from serve_app.errors import ServiceUnavailable
 from serve_app.inference.plan import GenerationRequest
 from serve_app.testing import ScriptedInference
 from storage.async_jobs import AsyncJobs
-from storage.errors import JobsUnavailable, StorageFailed, StorageUnavailable
+from storage.errors import JobsUnavailable, StorageFailed
 from storage.job_record import JobRecord, NewJob
 from storage.job_state import JobKind, JobState
 from storage.jobs_testing import JobsWorld
-from storage.objects import ObjectInfo
 from storage.testing import InMemoryStore
 from train_jobs.generate_spec import GenerateSpec
 
@@ -203,55 +202,6 @@ async def test_a_lasting_fault_fails_when_the_attempts_are_used_up(scene: Scene)
     assert record.state is JobState.FAILED
     assert record.error is not None
     assert record.error.code == "storage_failed"
-
-
-class Away(InMemoryStore):
-    """The real store of tests with a breaker that is open until `is_back`."""
-
-    is_back = False
-    asked = 0
-
-    async def put(self, key: str, *args: Any, **kwargs: Any) -> ObjectInfo:
-        self.asked += 1
-        if not self.is_back:
-            raise StorageUnavailable("put", 5)
-        return await super().put(key, *args, **kwargs)
-
-
-async def test_while_the_storage_is_away_a_generation_waits_and_uses_up_no_attempt(scene: Scene) -> None:
-    store = Away(now=scene.world.clock)
-    scene.inference.store = store
-    async with scene.running():
-        job_id = await scene.submit(attempts_max=1)
-        async with asyncio.timeout(20):
-            while (await scene.jobs.get(job_id)).progress.get("stage") != "waiting for storage" or store.asked < 5:
-                scene.ticks.tick()
-        store.is_back = True
-        record = await scene.ticking_until_ended(job_id)
-    assert (record.state, record.attempt) == (JobState.COMPLETED, 1)
-
-
-async def test_a_generation_that_waits_for_the_storage_ends_with_its_time_limit(scene: Scene) -> None:
-    store = Away(now=scene.world.clock)
-    scene.inference.store = store
-    async with scene.running():
-        job_id = await scene.submit(timeout_s=60.0)
-        await scene.until(lambda: store.asked == 1)
-        await scene.under_way(job_id)
-        scene.world.clock.advance(61)
-        record = await scene.ticking_until_ended(job_id)
-    assert (record.state, record.attempt) == (JobState.TIMED_OUT, 1)
-
-
-async def test_a_generation_that_waits_for_the_storage_can_be_cancelled(scene: Scene) -> None:
-    store = Away(now=scene.world.clock)
-    scene.inference.store = store
-    async with scene.running():
-        job_id = await scene.submit()
-        await scene.until(lambda: store.asked == 1)
-        await scene.jobs.request_cancel(job_id, tenant="matt")
-        record = await scene.ticking_until_ended(job_id)
-    assert record.state is JobState.CANCELLED
 
 
 async def test_a_request_that_cannot_work_fails_at_once_and_says_why(scene: Scene) -> None:

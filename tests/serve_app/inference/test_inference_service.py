@@ -23,7 +23,7 @@ from serve_app.inference.lora_cache import LoraCache, file_name
 from serve_app.inference.plan import GenerationRequest, GenerationWork, ResolvedLora
 from serve_app.inference.service import InferenceService, requested_pictures
 from serve_app.testing import keys_of
-from storage.errors import IntegrityError, StorageFailed
+from storage.errors import IntegrityError, StorageError, StorageFailed, StorageTimeout, StorageUnavailable
 from storage.testing import InMemoryStore
 from train_jobs.generate_spec import GenerateSpec
 
@@ -79,6 +79,7 @@ class Replica:
         self.engine = ScriptedEngine()
         self.loaded: list[str] = []
         self.free_bytes = 10_000
+        self.naps_left: int | None = None
         self.shelf = EngineShelf(
             {"tiny": "/models/tiny", "other": "/models/other"},
             self._load,
@@ -87,8 +88,24 @@ class Replica:
         )
         self.loras = LoraCache(self.store, folder, bytes_max=1000)
         self.service = InferenceService(
-            store=self.store, keys_of=keys_of, shelf=self.shelf, loras=self.loras, device=lambda: DeviceFacts("cpu")
+            store=self.store,
+            keys_of=keys_of,
+            shelf=self.shelf,
+            loras=self.loras,
+            device=lambda: DeviceFacts("cpu"),
+            sleep=self._sleep,
         )
+
+    def away(self, error: StorageError, *, naps: int | None) -> None:
+        """The storage is, until the service has waited so often."""
+        self.store.break_down(error)
+        self.naps_left = naps
+
+    async def _sleep(self, seconds: float) -> None:
+        if self.naps_left is not None:
+            self.naps_left -= 1
+            if self.naps_left == 0:
+                self.store.recover()
 
     def _load(self, folder: str) -> Any:
         self.loaded.append(folder)
@@ -174,7 +191,7 @@ async def test_an_adapter_is_fetched_once_however_many_ask(replica: Replica) -> 
 
 async def test_a_failed_download_is_tried_again_by_the_next_request(replica: Replica) -> None:
     await replica.store.put(KEY, b"weights")
-    replica.store.fail("download_file", StorageFailed("download_file", 4, "connection"))
+    replica.store.fail("download_file", *[StorageFailed("download_file", 4, "connection")] * 2)
     with pytest.raises(StorageFailed):
         await replica.events(request(loras=(lora(),)))
     assert await replica.events(request(loras=(lora(),)))
@@ -227,10 +244,47 @@ async def test_the_engines_own_errors_come_out(replica: Replica) -> None:
         await replica.events(request())
 
 
-async def test_a_picture_that_was_not_stored_is_a_failure(replica: Replica) -> None:
-    replica.store.fail("put", StorageFailed("put", 4, "connection"))
+async def test_a_picture_that_is_not_stored_though_the_storage_answers_is_a_failure(replica: Replica) -> None:
+    replica.store.fail("put", *[StorageFailed("put", 4, "connection")] * 2)
     with pytest.raises(StorageFailed):
         await replica.events(request())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [StorageUnavailable("put", 60.0), StorageTimeout("put", 120.0), StorageFailed("put", 4, "connection")],
+    ids=lambda error: error.code,
+)
+async def test_pictures_that_are_made_wait_for_the_storage_and_are_not_made_again(
+    replica: Replica, error: StorageError
+) -> None:
+    replica.away(error, naps=20)
+    events = await replica.events(request())
+    stages = [event["progress"]["stage"] for event in events if "progress" in event]
+    assert stages.count("waiting for storage") == 20
+    assert stages[-1] == "storing"
+    [entry] = events[-1]["output"]["images"]
+    assert await replica.store.exists(entry["key"])
+    assert len(replica.engine.seen) == 1
+
+
+async def test_an_adapter_that_cannot_be_had_while_the_storage_is_away_is_waited_for(replica: Replica) -> None:
+    await replica.store.put(KEY, b"weights")
+    replica.away(StorageUnavailable("download_file", 60.0), naps=20)
+    events = await replica.events(request(loras=(lora(),)))
+    assert events[0]["progress"]["stage"] == "waiting for storage"
+    assert "output" in events[-1]
+
+
+async def test_a_generation_that_waits_for_the_storage_can_be_stopped(replica: Replica) -> None:
+    replica.away(StorageUnavailable("put", 60.0), naps=None)
+    events = replica.service.generate(GenerationWork(ID, "matt", request().as_json()))
+    async for event in events:
+        if event["progress"]["stage"] == "waiting for storage":
+            break
+    await events.aclose()
+    replica.store.recover()
+    assert replica.store.keys() == []
 
 
 async def test_a_model_is_loaded_once_and_makes_room_for_another(replica: Replica) -> None:

@@ -431,6 +431,19 @@ async def test_a_mask_set_or_an_adapter_that_is_not_there_is_named_before_anythi
     assert (await done(server, {"type": "processes"}))["processes"] == []
 
 
+async def test_a_training_may_begin_from_an_adapter_of_the_older_layout(server: LocalServer) -> None:
+    await done(server, upload_payload("cats"))
+    begun = train_config("cats")
+    key = "raylora/results/matt/lora/old.safetensors"
+    begun["config"]["process"][0]["network"]["pretrained_lora_path"] = key
+    process_id = (await done(server, {"type": "train", "config": begun}))["process_id"]
+    record = await server.services.jobs.get(process_id, tenant="matt")
+    assert record.request["network"]["pretrained"] == key
+    await done(server, upload_payload("cats"), key=OTHER_KEY)
+    output = await refused(server, {"type": "train", "config": begun}, key=OTHER_KEY)
+    assert output["validation_errors"][0]["path"] == "network.pretrained"
+
+
 async def test_a_checked_config_is_reported_key_by_key_and_starts_nothing(server: LocalServer) -> None:
     report = await done(server, {"type": "train", "config": train_config("cats", do_cfg=True), "check": True})
     verdicts = {key["path"]: key["verdict"] for key in report["keys"]}

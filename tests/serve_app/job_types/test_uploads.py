@@ -11,7 +11,7 @@ import pytest
 
 from serve_app.testing import OTHER_KEY, LocalServer, picture_base64
 from storage.datasets import DatasetNotFound, latest_manifest
-from storage.errors import StorageFailed
+from storage.errors import StorageFailed, StorageUnavailable
 from tests.serve_app.job_types.asking import cleanup_failures, done, refused
 
 PICTURE = b64decode(picture_base64(8, 8))
@@ -181,6 +181,15 @@ async def test_a_store_that_fails_while_finalizing_leaves_the_upload_to_finalize
     token = await uploaded(server, {"1.png": PICTURE})
     server.store.fail("put", StorageFailed("put", 4, "connection"))
     assert (await not_finalized(server, token))["error_type"] == "dataset_not_stored"
+    assert (await finalized(server, token))["uploaded_count"] == 1
+
+
+async def test_while_the_storage_is_away_an_upload_job_says_when_to_send_it_again(server: LocalServer) -> None:
+    token = await uploaded(server, {"1.png": PICTURE})
+    server.store.break_down(StorageUnavailable("get", 41.2))
+    output = await refused(server, {"type": "finalize_upload", "token": token})
+    assert (output["error_type"], output["retry_after_s"]) == ("storage_unavailable", 42)
+    server.store.recover()
     assert (await finalized(server, token))["uploaded_count"] == 1
 
 

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save
 
 from serve_app.testing import OTHER_KEY, TENANT, LocalServer, keys_of, picture_base64
+from storage.errors import StorageError, StorageFailed, StorageTimeout, StorageUnavailable
 from storage.job_record import JobRecord
 from storage.job_state import JobKind
 from storage.jobs_testing import JobsWorld
@@ -54,6 +55,39 @@ async def test_a_data_set_is_stored_read_and_deleted(server: LocalServer) -> Non
         assert (await http.delete("/v1/datasets/cats")).status_code == 204
         assert (await http.get("/v1/datasets/cats")).json()["code"] == "dataset_not_found"
         assert server.store.keys() == []
+
+
+@pytest.mark.parametrize(
+    ("error", "retry_after"),
+    [
+        (StorageUnavailable("put", 41.2), "42"),
+        (StorageTimeout("put", 120.0), "5"),
+        (StorageFailed("put", 4, "connection"), "5"),
+    ],
+    ids=["unavailable", "timeout", "failed"],
+)
+async def test_an_upload_while_the_storage_is_away_may_be_sent_again_later_and_nothing_is_visible_before(
+    server: LocalServer, error: StorageError, retry_after: str
+) -> None:
+    promise = {"name": "cats", "files": [{"filename": "1.png", "size_bytes": len(b64decode(PICTURE["content"]))}]}
+    async with server.client() as http:
+        started = (await http.post("/v1/uploads", json=promise)).json()
+        await server.store.put(keys_of(TENANT).staging_file(started["id"], "1.png"), b64decode(PICTURE["content"]))
+        requests: list[tuple[str, Any]] = [
+            ("/v1/datasets", {"name": "dogs", "files": [PICTURE]}),
+            ("/v1/uploads", promise),
+            (f"/v1/uploads/{started['id']}/finish", None),
+        ]
+        server.store.break_down(error)
+        for path, body in requests:
+            reply = await http.post(path, json=body, headers={"Idempotency-Key": path})
+            assert (reply.status_code, reply.headers["retry-after"]) == (503, retry_after), path
+            assert reply.json()["code"] in {error.code, "dataset_not_stored"}
+        server.store.recover()
+        assert (await http.get("/v1/datasets")).json() == {"items": []}
+        for path, body in requests:
+            assert (await http.post(path, json=body, headers={"Idempotency-Key": path})).status_code == 201, path
+        assert (await http.get("/v1/datasets")).json() == {"items": [{"name": "cats"}, {"name": "dogs"}]}
 
 
 async def test_a_data_set_is_its_tenants_own(server: LocalServer) -> None:
