@@ -23,7 +23,7 @@ import ray.train.torch
 import torch
 from pydantic import SecretStr
 
-from diffusion.errors import Cancelled, OutOfGpuMemory
+from diffusion.errors import Cancelled, InsufficientMemory, OutOfGpuMemory
 from storage.actor import StorageClient
 from storage.keys import Keys
 from storage.loop_thread import LoopThread
@@ -299,7 +299,7 @@ class Training:
                 prepared.previews.make(step, (lambda: False) if is_split else self._should_stop)
         except Cancelled:
             logger.info("previews at step %d were left out: the training is to stop", step)
-        except OutOfGpuMemory:
+        except (OutOfGpuMemory, InsufficientMemory):
             logger.warning("not enough memory for the previews at step %d", step)
             self._results.warnings.append(f"There was not enough memory for the previews at step {step}.")
         self._reporter.stage("training", step=step, **{PREVIEWS: prepared.previews.made[-PREVIEWS_REPORTED_MAX:]})

@@ -21,11 +21,12 @@ import torch
 from PIL import Image
 
 from diffusion.engine.adapter_cache import AdapterCache, Lease
+from diffusion.engine.admission import Admission, BatchLimits, Shortage
 from diffusion.engine.at_rest import at_rest
 from diffusion.engine.decode import Decoder
 from diffusion.engine.denoise import Denoiser
 from diffusion.engine.lora_slots import LoraSlots
-from diffusion.engine.memory import BatchLimits, MeasureMemory, device_memory
+from diffusion.engine.memory import DeviceMemory, device_memory
 from diffusion.engine.order import FairOrder, Group
 from diffusion.engine.packed import load_adapter
 from diffusion.engine.prompts import Prompts
@@ -52,7 +53,7 @@ class Engine:
     decodes in tiles even what would fit whole, as ``Decoder`` says. ``adapter_bytes_max`` bounds the adapters kept in
     memory while nobody uses them. ``first_block_cache`` is for requests that leave theirs open, where the family has
     blocks to leave out. ``compiled`` compiles the denoiser's repeated blocks with this torch.compile backend.
-    ``turns`` orders the calls of several engines on one device.
+    ``turns`` orders the calls of several engines on one device, whose ``memory`` decides how many pictures fit a call.
     """
 
     def __init__(
@@ -65,18 +66,18 @@ class Engine:
         adapter_bytes_max: int = ADAPTER_BYTES_MAX,
         first_block_cache: float = 0.0,
         compiled: str | None = None,
-        memory: MeasureMemory | None = None,
+        memory: DeviceMemory | None = None,
         turns: AbstractContextManager[None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.family = family
-        self._memory = memory or (lambda: device_memory(family.device))
+        self._admission = Admission(memory or device_memory(family.device))
         self._turns = turns or nullcontext()
         self._limits = BatchLimits(batch_max)
         self._slots = LoraSlots(family, fixed_shapes=compiled is not None)
         self._prompts = Prompts(family, self._slots)
-        self._denoiser = Denoiser(family, self._slots, self._limits, fixed_shapes=compiled is not None)
-        self._decoder = Decoder(family, pictures_max=decode_max, tiled=tiled)
+        self._denoiser = Denoiser(family, self._slots, self._limits, self._admission, fixed_shapes=compiled is not None)
+        self._decoder = Decoder(family, self._admission, pictures_max=decode_max, tiled=tiled)
         if compiled is not None:
             _compile(family, compiled)
         self._first_block_cache = first_block_cache if family.block_lists else 0.0
@@ -115,7 +116,7 @@ class Engine:
         requests of a call succeed or none does; those of other calls are not concerned.
 
         Raises SizeNotSupported and SettingNotSupported before any work, LoraInvalid, LoraMismatch, Cancelled,
-        OutOfGpuMemory.
+        InsufficientMemory where it is known before a call that a picture does not fit, else OutOfGpuMemory.
         """
         ticket = self.submit(requests, on_step=on_step, should_stop=should_stop)
         self.wait(ticket)
@@ -284,8 +285,8 @@ class Engine:
         for sample, answer in zip(samples, answers, strict=True):
             if tickets[sample].finished:
                 continue
-            if answer is None:
-                self._finish(tickets[sample], self._out_of_memory(sample))
+            if isinstance(answer, Shortage):
+                self._finish(tickets[sample], answer.error(*size_of(sample.request)))
             else:
                 self._attempt([tickets[sample]], partial(sample.advance, answer))
         self._leave(group, {sample: tickets[sample] for sample in samples if sample.done})
@@ -300,17 +301,17 @@ class Engine:
         samples = [sample for sample, ticket in done.items() if not ticket.finished]
         group.leave(set(samples))
         tickets = list(dict.fromkeys(done[sample] for sample in samples))
-        pixels: list[torch.Tensor | None] = []
+        pixels: list[torch.Tensor | Shortage] = []
         if not samples or not self._attempt(tickets, lambda: pixels.extend(self._decode(samples))):
             return
         for sample, pixels_CHW in zip(samples, pixels, strict=True):
             ticket = done[sample]
-            if pixels_CHW is None:
-                self._finish(ticket, self._out_of_memory(sample))
+            if isinstance(pixels_CHW, Shortage):
+                self._finish(ticket, pixels_CHW.error(*size_of(sample.request)))
             elif not ticket.finished:
                 self._attempt([ticket], partial(self._keep, ticket, sample, pixels_CHW))
 
-    def _decode(self, samples: Sequence[Sample]) -> list[torch.Tensor | None]:
+    def _decode(self, samples: Sequence[Sample]) -> list[torch.Tensor | Shortage]:
         return self._decoder.decode([sample.latents for sample in samples])
 
     def _keep(self, ticket: Ticket, sample: Sample, pixels_CHW: torch.Tensor) -> None:
@@ -352,7 +353,7 @@ class Engine:
         else:
             return True
         if error is None:
-            torch.cuda.empty_cache()
+            self._admission.memory.give_back()
         for ticket in tickets:
             self._finish(ticket, error or self._out_of_memory(*ticket.samples))
         return False
@@ -373,7 +374,7 @@ class Engine:
 
     def _out_of_memory(self, *samples: Sample) -> OutOfGpuMemory:
         width, height = max((size_of(sample.request) for sample in samples), key=math.prod)
-        memory = self._memory()
+        memory = self._admission.memory.measure()
         return OutOfGpuMemory(len(samples), width, height, memory.free_bytes, memory.total_bytes)
 
     def _rendered(self, sample: Sample, pixels_CHW: torch.Tensor) -> RenderedImage:
