@@ -22,6 +22,7 @@ from PIL import Image
 
 from diffusion.engine.adapter_cache import AdapterCache, Lease
 from diffusion.engine.admission import Admission, BatchLimits, Shortage
+from diffusion.engine.arena import Arena, cuda_fence
 from diffusion.engine.at_rest import at_rest
 from diffusion.engine.decode import Decoder
 from diffusion.engine.denoise import Denoiser
@@ -88,8 +89,13 @@ class Engine:
         self._driving = False
         self._inbox: deque[Ticket] = deque()
         self._live: list[Ticket] = []
+        on_cuda = family.device.type == "cuda"
+        fence = cuda_fence(family.device) if on_cuda else None
         self.adapters = AdapterCache(
-            lambda stamp: load_adapter(stamp, family), bytes_max=adapter_bytes_max, on_loaded=self._wake
+            lambda stamp, allocate: load_adapter(stamp, family, allocate),
+            arena=Arena(bytes_max=adapter_bytes_max, pinned=on_cuda, fence=fence),
+            bytes_max=adapter_bytes_max,
+            on_loaded=self._wake,
         )
 
     def generate(
