@@ -13,8 +13,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from diffusion.engine.arena import Arena, Piece
-from diffusion.engine.packed import Adapter, Allocate, FileStamp, stamp_of
+from diffusion.engine.arena import Arena, Piece, cuda_fence
+from diffusion.engine.packed import Adapter, Allocate, FileStamp, load_adapter, stamp_of
+from diffusion.families.base import Family
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,18 @@ class AdapterCache:
         self._lock = threading.Lock()
         self._loaders: ThreadPoolExecutor | None = None
         self.loads_total = 0
+
+    @classmethod
+    def for_family(cls, family: Family, *, bytes_max: int, on_loaded: Callable[[], None]) -> AdapterCache:
+        """Of adapters fitted to ``family``, in memory from which its device copies fastest."""
+        pinned = family.device.type == "cuda"
+        fence = cuda_fence(family.device) if pinned else None
+        return cls(
+            lambda stamp, allocate: load_adapter(stamp, family, allocate),
+            arena=Arena(bytes_max=bytes_max, pinned=pinned, fence=fence),
+            bytes_max=bytes_max,
+            on_loaded=on_loaded,
+        )
 
     def __len__(self) -> int:
         return len(self._entries)
