@@ -9,7 +9,7 @@
     ├── SettingNotSupported    any other setting outside what the model can do
     ├── Cancelled              the caller's should_stop answered True
     ├── OutOfGpuMemory         the accelerator's memory was not enough for a picture under way
-    └── InsufficientMemory     not enough is free for a model to be loaded
+    └── InsufficientMemory     not enough is free for a model to be loaded, or for a picture to be worked on
 
 Messages carry no file system path: they may be shown to whoever sent the request. All of them survive pickling,
 because the constructor's arguments are exactly ``args``.
@@ -130,16 +130,19 @@ class OutOfGpuMemory(DiffusionError):
 
 
 class InsufficientMemory(DiffusionError):
-    """Measured before a model is loaded, so nothing has failed yet; others may give memory back."""
+    """Measured before a model is loaded or a picture worked on, so nothing has failed; others may give memory back.
+
+    ``work`` is what needs the memory, for people.
+    """
 
     code = "insufficient_gpu_memory"
 
-    def __init__(self, needed_bytes: int, free_bytes: int) -> None:
-        super().__init__(needed_bytes, free_bytes)
-        self.needed_bytes, self.free_bytes = needed_bytes, free_bytes
+    def __init__(self, needed_bytes: int, free_bytes: int, work: str = "the model") -> None:
+        super().__init__(needed_bytes, free_bytes, work)
+        self.needed_bytes, self.free_bytes, self.work = needed_bytes, free_bytes, work
 
     def __str__(self) -> str:
         return (
-            f"insufficient GPU memory: the model needs {self.needed_bytes / 2**20:.0f} MiB, "
+            f"insufficient GPU memory: {self.work} needs {self.needed_bytes / 2**20:.0f} MiB, "
             f"{self.free_bytes / 2**20:.0f} MiB are free"
         )

@@ -8,7 +8,6 @@ weight are then scaled to that norm. LoHa and LoKr become such pairs when they a
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -16,41 +15,20 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from diffusers.loaders.lora_conversion_utils import (
-    _convert_kohya_flux_lora_to_diffusers,
-    _convert_non_diffusers_lora_to_diffusers,
-    _convert_non_diffusers_qwen_lora_to_diffusers,
-    _convert_non_diffusers_z_image_lora_to_diffusers,
-)
-from diffusers.utils.state_dict_utils import (
-    StateDictType,
-    convert_state_dict_to_peft,
-    convert_unet_state_dict_to_peft,
-)
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusion.errors import LoraInvalid, LoraMismatch
+from diffusion.lora_names import KOHYA_PREFIXES, from_diffusers, from_kohya, ranks
 from diffusion.lycoris import expand
 from diffusion.quantized import weight_shape
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_METADATA_KEY = "lora_adapter_metadata"
-"""Metadata entry in which diffusers keeps peft's settings; without it a reader takes alpha = rank."""
-KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
-TRANSFORMER_READERS = {
-    ("lora_unet_double_blocks_", "lora_unet_single_blocks_"): _convert_kohya_flux_lora_to_diffusers,
-    ("lora_unet_transformer_blocks_",): _convert_non_diffusers_qwen_lora_to_diffusers,
-    ("lora_unet_layers_", "lora_unet_noise_refiner_", "lora_unet_context_refiner_"):
-        _convert_non_diffusers_z_image_lora_to_diffusers,
-}  # fmt: skip
-"""kohya's names of FLUX.1's, Qwen-Image's and Z-Image's blocks. Theirs begin with lora_unet too."""
 PEFT_PREFIX = "base_model.model."
 UNSUPPORTED_KEYS = {
     "lora_mid": "Tucker LoCon", "hada_t": "Tucker LoHa", "lokr_t": "Tucker LoKr", "oft_": "OFT", "boft_": "BOFT",
@@ -90,7 +68,7 @@ class LoraFile:
     @property
     def rank(self) -> int:
         """The largest rank of its layers."""
-        return max(_ranks(self.state).values())
+        return max(ranks(self.state).values())
 
     def layers(self) -> dict[str, LoraLayer]:
         """By ``<component>.<module path>``."""
@@ -113,7 +91,7 @@ def read_lora(path: Path) -> LoraFile:
             raise LoraInvalid(f"{kind} is not supported")
     weights, magnitudes = _without_magnitudes(raw)
     if raw and all(key.startswith(KOHYA_PREFIXES) for key in raw):
-        state, alphas, paths = _from_kohya(expand(weights, down="lora_down.weight", up="lora_up.weight"))
+        state, alphas, paths = from_kohya(expand(weights, down="lora_down.weight", up="lora_up.weight"))
         if magnitudes and not paths:
             raise LoraInvalid("DoRA under kohya's names is supported for SD 1.x and SDXL only")
         magnitudes = {paths[name]: tensor for name, tensor in magnitudes.items() if name in paths}
@@ -121,11 +99,11 @@ def read_lora(path: Path) -> LoraFile:
     else:
         weights = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in weights.items()}
         magnitudes = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in magnitudes.items()}
-        state, alphas = _from_diffusers(expand(weights, down="lora_A.weight", up="lora_B.weight"), metadata)
+        state, alphas = from_diffusers(expand(weights, down="lora_A.weight", up="lora_B.weight"), metadata)
         source_format = "diffusers"
     _check_pairs(state)
     _check_magnitudes(state, magnitudes)
-    alphas = {path: alphas.get(path, float(rank)) for path, rank in _ranks(state).items()}
+    alphas = {path: alphas.get(path, float(rank)) for path, rank in ranks(state).items()}
     return LoraFile(state, alphas, metadata, source_format, magnitudes)
 
 
@@ -214,95 +192,6 @@ def _without_magnitudes(raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], d
         else:
             magnitudes[key.removesuffix(end)] = tensor.flatten()
     return weights, magnitudes
-
-
-def _from_kohya(raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float], dict[str, str]]:
-    """Module by module, so that each alpha stays with its module; the naming rules are diffusers' own.
-
-    The third part gives each of the file's module names its path. It is empty for a transformer, and so are the alphas:
-    its reader takes whole files, cuts joined layers up and multiplies the weights by alpha / rank.
-    """
-    for starts, read in TRANSFORMER_READERS.items():
-        if any(key.startswith(starts) for key in raw):
-            try:
-                return _peft_names(read(dict(raw))), {}, {}
-            except (ValueError, KeyError, RuntimeError, AttributeError, AssertionError) as exc:
-                raise LoraInvalid("its layers are not those of the model whose names it has") from exc
-    groups: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in raw.items():
-        groups.setdefault(key.partition(".")[0], {})[key] = tensor
-    state: dict[str, Tensor] = {}
-    alphas: dict[str, float] = {}
-    paths: dict[str, str] = {}
-    for name, group in groups.items():
-        converted, alpha = _convert_kohya_module(group)
-        state.update(converted)
-        paths[name] = next(iter(converted)).rpartition(".lora_")[0]
-        if alpha is not None:
-            alphas[paths[name]] = alpha
-    return state, alphas, paths
-
-
-def _convert_kohya_module(group: dict[str, Tensor]) -> tuple[dict[str, Tensor], float | None]:
-    name = next(iter(group)).partition(".")[0]
-    try:
-        converted, alphas = _convert_non_diffusers_lora_to_diffusers(dict(group))
-        converted = _peft_names(converted)
-    except (ValueError, KeyError, RuntimeError) as exc:
-        raise LoraInvalid(f"unknown weights for {name!r}") from exc
-    if not converted or not all(".lora_A." in key or ".lora_B." in key for key in converted):
-        raise LoraInvalid(f"unknown weights for {name!r}")
-    return converted, float(next(iter(alphas.values()))) if alphas else None
-
-
-def _from_diffusers(
-    raw: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    alphas = {
-        key.removesuffix(".alpha"): float(tensor)
-        for key, tensor in raw.items()
-        if key.endswith(".alpha") and tensor.numel() == 1
-    }
-    state = {key: tensor for key, tensor in raw.items() if not key.endswith(".alpha")}
-    state = _peft_names(state)
-    return state, _alphas_from_metadata(_ranks(state), metadata) | alphas
-
-
-def _peft_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names that diffusers used before peft, as peft's; others stay."""
-    text = {key: tensor for key, tensor in state.items() if key.startswith("text_encoder")}
-    rest = {key: tensor for key, tensor in state.items() if key not in text}
-    # The type is given because diffusers guesses it from layers that a file need not have.
-    return {
-        **convert_unet_state_dict_to_peft(rest),
-        **convert_state_dict_to_peft(text, original_type=StateDictType.DIFFUSERS_OLD),
-    }
-
-
-def _ranks(state: Mapping[str, Tensor]) -> dict[str, int]:
-    end = ".lora_A.weight"
-    return {key.removesuffix(end): tensor.shape[0] for key, tensor in state.items() if key.endswith(end)}
-
-
-def _alphas_from_metadata(ranks: Mapping[str, int], metadata: Mapping[str, str]) -> dict[str, float]:
-    """peft's settings as diffusers stores them: one JSON object, keys prefixed by component."""
-    if ADAPTER_METADATA_KEY not in metadata:
-        return {}
-    try:
-        settings = json.loads(metadata[ADAPTER_METADATA_KEY])
-        return {path: alpha for path, rank in ranks.items() if (alpha := _alpha(path, rank, settings)) is not None}
-    except (ValueError, TypeError, AttributeError) as exc:
-        raise LoraInvalid(f"its {ADAPTER_METADATA_KEY} entry is damaged") from exc
-
-
-def _alpha(full_path: str, rank: int, settings: Mapping[str, Any]) -> float | None:
-    component, _, path = full_path.partition(".")
-    pattern = settings.get(f"{component}.alpha_pattern") or {}
-    alpha = pattern.get(get_pattern_key(list(pattern), path), settings.get(f"{component}.lora_alpha"))
-    if alpha is None:
-        return None
-    # rank-stabilised LoRA divides by sqrt(rank), arXiv:2312.03732
-    return float(alpha) * (math.sqrt(rank) if settings.get(f"{component}.use_rslora") else 1.0)
 
 
 def _check_pairs(state: Mapping[str, Tensor]) -> None:

@@ -1,14 +1,15 @@
 """Folders of every family with random weights, made of the real component classes: seconds to write, 1 MB each.
 
-For tests and benchmarks; `width` scales the denoiser for the latter.
+For tests and benchmarks; `width` scales the denoiser for the latter. And a scripted device, for memory that runs short.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -31,6 +32,8 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
+
+from diffusion.engine.memory import Memory
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SEED = 11
@@ -285,3 +288,40 @@ def write_tiny_model(family: str, folder: Path, *, width: int = 16) -> Path:
         pipeline = MAKERS[family](folder, width)
     pipeline.save_pretrained(folder / "model", safe_serialization=True)
     return folder / "model"
+
+
+class ScriptedMemory:
+    """A device of ``total_bytes`` on which a test says what is held; running out raises as torch does.
+
+    ``given_back`` counts the calls of ``give_back``.
+    """
+
+    tells_peaks: ClassVar[bool] = True
+
+    def __init__(self, total_bytes: int) -> None:
+        self.total_bytes = total_bytes
+        self.held_bytes = self.given_back = 0
+        self._base_bytes = self._most_bytes = 0
+
+    @contextmanager
+    def holding(self, size_bytes: int) -> Iterator[None]:
+        if self.held_bytes + size_bytes > self.total_bytes:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size_bytes} bytes.")
+        self.held_bytes += size_bytes
+        self._most_bytes = max(self._most_bytes, self.held_bytes)
+        try:
+            yield
+        finally:
+            self.held_bytes -= size_bytes
+
+    def measure(self) -> Memory:
+        return Memory(self.total_bytes - self.held_bytes, self.total_bytes)
+
+    def start_peak(self) -> None:
+        self._base_bytes = self._most_bytes = self.held_bytes
+
+    def peak_bytes(self) -> int:
+        return self._most_bytes - self._base_bytes
+
+    def give_back(self) -> None:
+        self.given_back += 1

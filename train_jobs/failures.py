@@ -7,7 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from diffusion.errors import DiffusionError, ModelNotFound, OutOfGpuMemory, SizeNotSupported, UnsupportedModel
+from diffusion.errors import (
+    DiffusionError,
+    InsufficientMemory,
+    ModelNotFound,
+    OutOfGpuMemory,
+    SizeNotSupported,
+    UnsupportedModel,
+)
 from storage.datasets import DatasetNotFound as StoredDatasetNotFound
 from storage.errors import StorageError
 from train_jobs.errors import (
@@ -32,7 +39,7 @@ def as_training_error(error: BaseException, *, model: str = "") -> TrainingError
         return DatasetNotFound(error.folder)
     if isinstance(error, StorageError):
         return StorageFailed(error.code)
-    if isinstance(error, torch.OutOfMemoryError | OutOfGpuMemory):
+    if isinstance(error, torch.OutOfMemoryError | OutOfGpuMemory | InsufficientMemory):
         return OutOfMemory()
     if isinstance(error, ModelNotFound):
         return ModelNotAvailable(model, f"it has no readable {error.part}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusion.adapter import TrainableLora
 from diffusion.engine import Engine, GenerateRequest, LoraRef, size_of
-from diffusion.engine.memory import Memory
+from diffusion.engine.memory import UntoldMemory
 from diffusion.families import Family
 from diffusion.images import CONTENT_TYPES, EXTENSIONS, ImageFormat, encode_image
 from diffusion.lora import save_lora
@@ -16,11 +16,6 @@ from train_jobs.spec import PreviewSpec, SampleSpec
 
 FORMATS: dict[str, ImageFormat] = {"jpg": "jpeg", "png": "png", "webp": "webp"}
 StoreSample = Callable[[int, int, str, bytes, str], str]
-
-
-def _unmeasured() -> Memory:
-    """What one worker finds free must not decide what all of them do."""
-    return Memory(None, None)
 
 
 def store_nowhere(step: int, index: int, extension: str, data: bytes, content_type: str) -> str:
@@ -39,7 +34,8 @@ class Previews:
         self, family: Family, lora: TrainableLora, spec: SampleSpec, *, name: str, scratch: Path, store: StoreSample,
         is_split: bool = False,
     ) -> None:  # fmt: skip
-        self._engine = Engine(family, adapter_bytes_max=0, memory=_unmeasured if is_split else None)
+        # What one worker finds free must not decide what all of them do.
+        self._engine = Engine(family, adapter_bytes_max=0, memory=UntoldMemory() if is_split else None)
         self._is_split = is_split
         self._lora = lora
         self._spec = spec
@@ -66,7 +62,10 @@ class Previews:
         return step >= self._spec.start_step and step % self._spec.every_steps == 0
 
     def make(self, step: int, should_stop: Callable[[], bool]) -> None:
-        """Raises Cancelled, OutOfGpuMemory and StorageError; the adapter and its gradients are left as they were."""
+        """The adapter and its gradients are left as they were.
+
+        Raises Cancelled, OutOfGpuMemory, InsufficientMemory and StorageError.
+        """
         path = self._scratch / "preview.safetensors"
         save_lora(path, self._lora.file_state(), metadata=self._lora.metadata(title=self._name))
         requests = [self._request(i, (self._ref(path, p),)) for i, p in enumerate(self._spec.previews)]

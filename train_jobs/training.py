@@ -16,7 +16,7 @@ from typing import Any
 import ray.train
 import torch
 
-from diffusion.errors import Cancelled, OutOfGpuMemory
+from diffusion.errors import Cancelled, InsufficientMemory, OutOfGpuMemory
 from storage.errors import StorageError
 from storage.ray_counters import of_this_process
 from train_jobs.artifacts import Artifacts
@@ -214,7 +214,7 @@ class Training:
                 prepared.previews.make(step, (lambda: False) if is_split else self._should_stop)
         except Cancelled:
             logger.info("previews at step %d were left out: the training is to stop", step)
-        except OutOfGpuMemory:
+        except (OutOfGpuMemory, InsufficientMemory):
             logger.warning("not enough memory for the previews at step %d", step)
             self._results.warnings.append(f"There was not enough memory for the previews at step {step}.")
         self._reporter.stage("training", step=step, **{PREVIEWS: prepared.previews.made[-PREVIEWS_REPORTED_MAX:]})

@@ -7,10 +7,15 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from diffusion.engine.packed import Adapter, FileStamp, stamp_of
+from torch import Tensor
+
+from diffusion.engine.arena import Arena, Piece, cuda_fence
+from diffusion.engine.packed import Adapter, Allocate, FileStamp, load_adapter, stamp_of
+from diffusion.families.base import Family
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +43,7 @@ class _Entry:
     loading: Future[Adapter]
     leases: int = 0
     size_bytes: int = 0
+    pieces: list[Piece] = field(default_factory=list)
 
 
 class AdapterCache:
@@ -46,15 +52,32 @@ class AdapterCache:
     A failed load is not kept: the next request reads the file again.
     """
 
-    def __init__(self, load: Callable[[FileStamp], Adapter], *, bytes_max: int, on_loaded: Callable[[], None]) -> None:
-        """``on_loaded`` is called on the loader's thread whenever a load has ended, however it ended."""
+    def __init__(
+        self, load: Callable[[FileStamp, Allocate], Adapter], *, arena: Arena, bytes_max: int,
+        on_loaded: Callable[[], None],
+    ) -> None:  # fmt: skip
+        """``load`` is given where to put an adapter: bytes of ``arena`` that are its own until it leaves. ``on_loaded``
+        is called on the loader's thread whenever a load has ended, however it ended."""
         self._load = load
+        self._arena = arena
         self._bytes_max = bytes_max
         self._on_loaded = on_loaded
         self._entries: OrderedDict[FileStamp, _Entry] = OrderedDict()
         self._lock = threading.Lock()
         self._loaders: ThreadPoolExecutor | None = None
         self.loads_total = 0
+
+    @classmethod
+    def for_family(cls, family: Family, *, bytes_max: int, on_loaded: Callable[[], None]) -> AdapterCache:
+        """Of adapters fitted to ``family``, in memory from which its device copies fastest."""
+        pinned = family.device.type == "cuda"
+        fence = cuda_fence(family.device) if pinned else None
+        return cls(
+            lambda stamp, allocate: load_adapter(stamp, family, allocate),
+            arena=Arena(bytes_max=bytes_max, pinned=pinned, fence=fence),
+            bytes_max=bytes_max,
+            on_loaded=on_loaded,
+        )
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -104,22 +127,40 @@ class AdapterCache:
 
     def _run(self, stamp: FileStamp, entry: _Entry) -> None:
         try:
-            adapter = self._load(stamp)
+            adapter = self._load(stamp, partial(self._allocate, entry))
         except BaseException as error:  # noqa: BLE001 - whatever it is, the waiting requests must hear of it
             logger.info("an adapter could not be loaded: %s", type(error).__name__)
             with self._lock:
-                del self._entries[stamp]
+                self._forget(stamp)
             entry.loading.set_exception(error)
         else:
             entry.size_bytes = adapter.size_bytes
             entry.loading.set_result(adapter)
         self._on_loaded()
 
+    def _allocate(self, entry: _Entry, size_bytes: int) -> Tensor:
+        """The arena's budget is left only where those in use fill it."""
+        piece = self._arena.take(size_bytes)
+        while piece is None:
+            with self._lock:
+                left = self._evict_oldest()
+            piece = self._arena.grow(size_bytes) if left is None else self._arena.take(size_bytes)
+        entry.pieces.append(piece)
+        return piece.data
+
     def _evict(self, bytes_max: int) -> None:
         total_bytes = sum(entry.size_bytes for entry in self._entries.values())
-        for stamp, entry in list(self._entries.items()):
-            if total_bytes <= bytes_max:
-                return
-            if entry.leases == 0 and entry.loading.done():
-                total_bytes -= entry.size_bytes
-                del self._entries[stamp]
+        while total_bytes > bytes_max and (left := self._evict_oldest()) is not None:
+            total_bytes -= left.size_bytes
+
+    def _evict_oldest(self) -> _Entry | None:
+        """The least recently used that nobody uses leaves. None where there is none."""
+        unused = (stamp for stamp, entry in self._entries.items() if entry.leases == 0 and entry.loading.done())
+        stamp = next(unused, None)
+        return None if stamp is None else self._forget(stamp)
+
+    def _forget(self, stamp: FileStamp) -> _Entry:
+        entry = self._entries.pop(stamp)
+        for piece in entry.pieces:
+            self._arena.free(piece)
+        return entry

@@ -1,53 +1,73 @@
-"""One denoiser call for a batch of pictures, each with its own LoRAs; in halves where memory does not suffice."""
+"""One denoiser call for a batch of pictures, each with its own LoRAs; in parts where memory does not suffice."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from diffusion.engine.admission import Admission, BatchLimits, Cost, Shortage
 from diffusion.engine.first_block import ShortFamily, WatchedFamily
 from diffusion.engine.lora_slots import LoraSlots
-from diffusion.engine.memory import BatchLimits
 from diffusion.engine.sample import Sample
+from diffusion.engine.slot_table import Combo
 from diffusion.families.base import Family, TextEmbeds
 
-Call = Callable[[Sequence[Sample], Hashable], Sequence[Tensor | None]]
+Answer = TypeVar("Answer", bound=Tensor | None)
+Call = Callable[[Sequence[Sample], Hashable], Sequence[Answer]]
+
+WHOLE, FIRST_BLOCK = "whole", "first block"
 
 
 class Denoiser:
     """``fixed_shapes``: batches are padded to powers of two with rows that nobody looks at, for compiled modules."""
 
-    def __init__(self, family: Family, slots: LoraSlots, limits: BatchLimits, *, fixed_shapes: bool) -> None:
-        self._family, self._slots, self._limits = family, slots, limits
+    def __init__(
+        self, family: Family, slots: LoraSlots, limits: BatchLimits, admission: Admission, *, fixed_shapes: bool
+    ) -> None:
+        self._family, self._slots, self._limits, self._admission = family, slots, limits, admission
         self._fixed = fixed_shapes
         self._name = next(name for name, module in family.lora_components.items() if module is family.denoiser)
         self._texts: tuple[list[TextEmbeds], TextEmbeds] | None = None
         self.calls_total = 0
 
-    def predict(self, samples: Sequence[Sample], *, table: Hashable) -> list[Tensor | None]:
-        """The answer for each sample, ``[rows, C, H, W]``; None for one that does not fit even alone.
+    def predict(self, samples: Sequence[Sample], *, table: Hashable) -> list[Tensor | Shortage]:
+        """The answer for each sample, ``[rows, C, H, W]``; a Shortage for one that does not fit even alone.
 
         Samples with a block cache are first asked with their first block only; those for which that does not do join
         the others.
         """
         asked = [sample for sample in samples if sample.blocks is not None and sample.blocks.rest is not None]
-        short = dict(zip(asked, self._in_parts(self._short, asked, table) if asked else [], strict=True))
-        whole = [sample for sample in samples if short.get(sample) is None]
-        answers = short | dict(zip(whole, self._in_parts(self._whole, whole, table) if whole else [], strict=True))
+        short = zip(asked, self._in_parts(FIRST_BLOCK, self._short, asked, table), strict=True)
+        answers: dict[Sample, Tensor | Shortage] = {s: answer for s, answer in short if isinstance(answer, Tensor)}
+        whole = [sample for sample in samples if sample not in answers]
+        answers |= zip(whole, self._in_parts(WHOLE, self._whole, whole, table), strict=True)
         return [answers[sample] for sample in samples]
 
     def _in_parts(
-        self, call: Call, samples: Sequence[Sample], table: Hashable, *, last_try: bool = False
-    ) -> list[Tensor | None]:
-        """As many at once as memory suffices for."""
-        limit = self._limits.of(table)
-        if len(samples) > limit:
-            chunks = [samples[first : first + limit] for first in range(0, len(samples), limit)]
-            return [answer for chunk in chunks for answer in self._in_parts(call, chunk, table)]
+        self, kind: str, call: Call[Answer], samples: Sequence[Sample], table: Hashable
+    ) -> list[Answer | Shortage]:
+        """As many at once as memory is expected to suffice for."""
+        answers: list[Answer | Shortage] = []
+        while len(answers) < len(samples):
+            rest = samples[len(answers) :][: self._limits.of(table)]
+            count = self._admission.admits(kind, len(rest), partial(self._cost, rest, (table, kind)))
+            answers += self._part(kind, call, rest[:count], table)
+        return answers
+
+    def _part(
+        self, kind: str, call: Call[Answer], samples: Sequence[Sample], table: Hashable, *, last_try: bool = False
+    ) -> list[Answer | Shortage]:
+        if len(samples) == 1:
+            shortage = self._admission.refusal(kind, partial(self._cost, samples, (table, kind)))
+            if shortage is not None:
+                return [shortage]
         try:
-            answers: list[Tensor | None] = list(call(samples, table))
+            answers: list[Answer | Shortage] = list(call(samples, (table, kind)))
         except torch.OutOfMemoryError:
             self._limits.ran_out(table, len(samples))
         else:
@@ -55,17 +75,17 @@ class Denoiser:
             return answers
         # Outside the except clause: a traceback would keep the failed call's tensors alive.
         self._texts = None
-        torch.cuda.empty_cache()  # does nothing where there is no CUDA
+        self._admission.memory.give_back()
         if len(samples) > 1:
-            return self._in_parts(call, samples, table)
+            return self._in_parts(kind, call, samples, table)
         # Once more: what was missing may only have been in too many pieces, which are gone.
-        return [None] if last_try else self._in_parts(call, samples, table, last_try=True)
+        return [self._admission.ran_out()] if last_try else self._part(kind, call, samples, table, last_try=True)
 
     def _whole(self, samples: Sequence[Sample], table: Hashable) -> Sequence[Tensor]:
         if all(sample.blocks is None for sample in samples):
-            return self._call(samples, table, self._family)
+            return self._call(WHOLE, samples, table, self._family)
         watched = WatchedFamily(self._family, self._family.picture_tokens(samples[0].shape))
-        answers = self._call(samples, table, watched.family)
+        answers = self._call(WHOLE, samples, table, watched.family)
         rows = [sample.rows for sample in samples]
         firsts, rests = (torch.split(tensor[: sum(rows)], rows) for tensor in (watched.first, watched.rest))
         for sample, first_BLD, rest_BLD in zip(samples, firsts, rests, strict=True):
@@ -78,7 +98,7 @@ class Denoiser:
         caches = [sample.blocks for sample in samples if sample.blocks is not None]
         rest_BLD = torch.cat([cache.rest for cache in caches if cache.rest is not None])
         short = ShortFamily(self._family, self._family.picture_tokens(samples[0].shape), rest_BLD)
-        answers = self._call(samples, (table, "first block"), short.family)
+        answers = self._call(FIRST_BLOCK, samples, table, short.family)
         rows = [sample.rows for sample in samples]
         firsts = torch.split(short.first[: sum(rows)], rows)
         reused = [cache.can_reuse(first_BLD) for cache, first_BLD in zip(caches, firsts, strict=True)]
@@ -86,29 +106,40 @@ class Denoiser:
             cache.steps_reused += reuses
         return [answer if reuses else None for answer, reuses in zip(answers, reused, strict=True)]
 
-    def _call(self, samples: Sequence[Sample], table: Hashable, family: Family) -> Sequence[Tensor]:
+    def _call(self, kind: str, samples: Sequence[Sample], table: Hashable, family: Family) -> Sequence[Tensor]:
         self.calls_total += 1
+        rows = [sample.rows for sample in samples]
+        combos, padding = self._combos(samples)
+        self._slots.arrange(self._name, combos, table=table)
+        with self._admission.learning(kind, (sum(rows) + padding) * math.prod(samples[0].shape)):
+            latents_BCHW = torch.cat([sample.denoiser_input() for sample in samples])
+            per_sample = torch.tensor([[float(s.timestep), s.request.guidance_scale] for s in samples])
+            # [samples, 2] -> one per row, in one transfer
+            per_row = per_sample.repeat_interleave(torch.tensor(rows), dim=0).to(self._family.device)
+            text = self._text(samples)
+            if padding:
+                latents_BCHW, per_row = _padded(latents_BCHW, padding), _padded(per_row, padding)
+                text = TextEmbeds(**{name: _padded(tensor, padding) for name, tensor in text.tensors().items()})
+            timesteps_B, guidance_B = per_row.unbind(1)
+            predictions_BCHW = family.predict(latents_BCHW, timesteps_B, text, guidance_B=guidance_B)
+        return torch.split(predictions_BCHW[: sum(rows)], rows)
+
+    def _combos(self, samples: Sequence[Sample]) -> tuple[list[Combo], int]:
+        """What each slot holds, and the rows that are added for a fixed shape."""
         rows = [sample.rows for sample in samples]
         uniform = min(rows) == max(rows)
         # A slot covers all rows of a picture where every picture has as many; else each row has its own.
         combos = [s.combo for s in samples for _ in range(1 if uniform else s.rows)]
-        padding = 0
-        if self._fixed:
-            padding = (1 << (len(combos) - 1).bit_length()) - len(combos)
-            combos += [()] * padding
-            padding *= rows[0] if uniform else 1
-        self._slots.arrange(self._name, combos, table=table)
-        latents_BCHW = torch.cat([sample.denoiser_input() for sample in samples])
-        per_sample = torch.tensor([[float(s.timestep), s.request.guidance_scale] for s in samples])
-        # [samples, 2] -> one per row, in one transfer
-        per_row = per_sample.repeat_interleave(torch.tensor(rows), dim=0).to(self._family.device)
-        text = self._text(samples)
-        if padding:
-            latents_BCHW, per_row = _padded(latents_BCHW, padding), _padded(per_row, padding)
-            text = TextEmbeds(**{name: _padded(tensor, padding) for name, tensor in text.tensors().items()})
-        timesteps_B, guidance_B = per_row.unbind(1)
-        predictions_BCHW = family.predict(latents_BCHW, timesteps_B, text, guidance_B=guidance_B)
-        return torch.split(predictions_BCHW[: sum(rows)], rows)
+        if not self._fixed:
+            return combos, 0
+        padding = (1 << (len(combos) - 1).bit_length()) - len(combos)
+        return [*combos, *[()] * padding], padding * (rows[0] if uniform else 1)
+
+    def _cost(self, samples: Sequence[Sample], table: Hashable, count: int) -> Cost:
+        """Of a call of the first ``count``."""
+        combos, padding = self._combos(samples[:count])
+        rows = sum(sample.rows for sample in samples[:count]) + padding
+        return Cost(rows * math.prod(samples[0].shape), self._slots.growth_bytes(self._name, combos, table=table))
 
     def _text(self, samples: Sequence[Sample]) -> TextEmbeds:
         """Stacked anew only when the batch has changed."""

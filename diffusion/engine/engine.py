@@ -13,34 +13,30 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import torch
-from PIL import Image
 
-from diffusion.engine.adapter_cache import AdapterCache, Lease
+from diffusion.engine.adapter_cache import AdapterCache
+from diffusion.engine.admission import Admission, BatchLimits, Shortage
 from diffusion.engine.at_rest import at_rest
+from diffusion.engine.compiled import compile_denoiser
 from diffusion.engine.decode import Decoder
 from diffusion.engine.denoise import Denoiser
+from diffusion.engine.intake import Intake
 from diffusion.engine.lora_slots import LoraSlots
-from diffusion.engine.memory import BatchLimits, MeasureMemory, device_memory
+from diffusion.engine.memory import DeviceMemory, device_memory
 from diffusion.engine.order import FairOrder, Group
-from diffusion.engine.packed import load_adapter
 from diffusion.engine.prompts import Prompts
 from diffusion.engine.request import GeneratedImage, GenerateRequest, RenderedImage, size_of
 from diffusion.engine.sample import Sample
-from diffusion.engine.start import size_near
 from diffusion.engine.ticket import OnStep, ShouldStop, Ticket
-from diffusion.errors import OutOfGpuMemory, SettingNotSupported
+from diffusion.errors import OutOfGpuMemory
 from diffusion.families.base import Family
 
 logger = logging.getLogger(__name__)
 
-SEED_MAX = 2**63 - 1
 ADAPTER_BYTES_MAX = 2 * 2**30
-GRAPHS_MAX = 128
 LOAD_POLL_S = 0.05
 """How often a call that waits only for adapters asks its ``should_stop``."""
 
@@ -52,7 +48,7 @@ class Engine:
     decodes in tiles even what would fit whole, as ``Decoder`` says. ``adapter_bytes_max`` bounds the adapters kept in
     memory while nobody uses them. ``first_block_cache`` is for requests that leave theirs open, where the family has
     blocks to leave out. ``compiled`` compiles the denoiser's repeated blocks with this torch.compile backend.
-    ``turns`` orders the calls of several engines on one device.
+    ``turns`` orders the calls of several engines on one device, whose ``memory`` decides how many pictures fit a call.
     """
 
     def __init__(
@@ -65,21 +61,20 @@ class Engine:
         adapter_bytes_max: int = ADAPTER_BYTES_MAX,
         first_block_cache: float = 0.0,
         compiled: str | None = None,
-        memory: MeasureMemory | None = None,
+        memory: DeviceMemory | None = None,
         turns: AbstractContextManager[None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.family = family
-        self._memory = memory or (lambda: device_memory(family.device))
+        self._admission = Admission(memory or device_memory(family.device))
         self._turns = turns or nullcontext()
         self._limits = BatchLimits(batch_max)
         self._slots = LoraSlots(family, fixed_shapes=compiled is not None)
         self._prompts = Prompts(family, self._slots)
-        self._denoiser = Denoiser(family, self._slots, self._limits, fixed_shapes=compiled is not None)
-        self._decoder = Decoder(family, pictures_max=decode_max, tiled=tiled)
+        self._denoiser = Denoiser(family, self._slots, self._limits, self._admission, fixed_shapes=compiled is not None)
+        self._decoder = Decoder(family, self._admission, pictures_max=decode_max, tiled=tiled)
         if compiled is not None:
-            _compile(family, compiled)
-        self._first_block_cache = first_block_cache if family.block_lists else 0.0
+            compile_denoiser(family, compiled)
         self._clock = clock
         self._iteration_began: float | None = None
         self._order = FairOrder()
@@ -87,9 +82,8 @@ class Engine:
         self._driving = False
         self._inbox: deque[Ticket] = deque()
         self._live: list[Ticket] = []
-        self.adapters = AdapterCache(
-            lambda stamp: load_adapter(stamp, family), bytes_max=adapter_bytes_max, on_loaded=self._wake
-        )
+        self.adapters = AdapterCache.for_family(family, bytes_max=adapter_bytes_max, on_loaded=self._wake)
+        self._intake = Intake(family, self.adapters, first_block_cache=first_block_cache)
 
     def generate(
         self,
@@ -99,7 +93,7 @@ class Engine:
         should_stop: ShouldStop | None = None,
     ) -> list[GeneratedImage]:
         """One picture per request, in their order. The arguments and errors are those of ``render``."""
-        return [_to_image(rendered) for rendered in self.render(requests, on_step=on_step, should_stop=should_stop)]
+        return [rendered.to_image() for rendered in self.render(requests, on_step=on_step, should_stop=should_stop)]
 
     def render(
         self,
@@ -115,7 +109,7 @@ class Engine:
         requests of a call succeed or none does; those of other calls are not concerned.
 
         Raises SizeNotSupported and SettingNotSupported before any work, LoraInvalid, LoraMismatch, Cancelled,
-        OutOfGpuMemory.
+        InsufficientMemory where it is known before a call that a picture does not fit, else OutOfGpuMemory.
         """
         ticket = self.submit(requests, on_step=on_step, should_stop=should_stop)
         self.wait(ticket)
@@ -132,8 +126,7 @@ class Engine:
 
         Raises SizeNotSupported, SettingNotSupported, and LoraInvalid for a file that does not exist.
         """
-        samples = [self._sample(index, self._sized(request)) for index, request in enumerate(requests)]
-        ticket = Ticket(samples, self._borrowed(samples), on_step, should_stop)
+        ticket = self._intake.ticket(requests, on_step, should_stop)
         with self._changed:
             self._live.append(ticket)
             self._inbox.append(ticket)
@@ -189,44 +182,6 @@ class Engine:
         """Free what ``clear_loras`` frees, and the threads that load."""
         self.clear_loras()
         self.adapters.close()
-
-    # -- taking requests
-
-    def _sized(self, request: GenerateRequest) -> GenerateRequest:
-        """The request with its picture's size, or the model's own, where it names none."""
-        width = height = self.family.native_size_px
-        if request.init_image is not None:
-            multiple = self.family.size_multiple
-            width, height = size_near(request.init_image, multiple, request.width, request.height)
-        return replace(
-            request,
-            width=width if request.width is None else request.width,
-            height=height if request.height is None else request.height,
-            first_block_cache=(
-                self._first_block_cache if request.first_block_cache is None else request.first_block_cache
-            ),
-        )
-
-    def _sample(self, index: int, request: GenerateRequest) -> Sample:
-        shape = self.family.latent_shape(*size_of(request))
-        if not 0 <= request.seed <= SEED_MAX:
-            raise SettingNotSupported("seed", f"must be between 0 and {SEED_MAX}")
-        if request.first_block_cache and not self.family.block_lists:
-            raise SettingNotSupported("first_block_cache", f"{self.family.name} is a UNet without blocks to leave out")
-        return Sample(self.family, request, index, self.family.make_schedule(request.scheduler, request.steps, shape))
-
-    def _borrowed(self, samples: Sequence[Sample]) -> list[list[Lease]]:
-        leases: list[list[Lease]] = []
-        try:
-            for sample in samples:
-                leases.append([])
-                for lora in sample.request.loras:
-                    leases[-1].append(self.adapters.borrow(lora.path))
-        except BaseException:
-            for lease in (lease for own in leases for lease in own):
-                self.adapters.release(lease)
-            raise
-        return leases
 
     # -- the loop
 
@@ -284,8 +239,8 @@ class Engine:
         for sample, answer in zip(samples, answers, strict=True):
             if tickets[sample].finished:
                 continue
-            if answer is None:
-                self._finish(tickets[sample], self._out_of_memory(sample))
+            if isinstance(answer, Shortage):
+                self._finish(tickets[sample], answer.error(*size_of(sample.request)))
             else:
                 self._attempt([tickets[sample]], partial(sample.advance, answer))
         self._leave(group, {sample: tickets[sample] for sample in samples if sample.done})
@@ -300,21 +255,21 @@ class Engine:
         samples = [sample for sample, ticket in done.items() if not ticket.finished]
         group.leave(set(samples))
         tickets = list(dict.fromkeys(done[sample] for sample in samples))
-        pixels: list[torch.Tensor | None] = []
+        pixels: list[torch.Tensor | Shortage] = []
         if not samples or not self._attempt(tickets, lambda: pixels.extend(self._decode(samples))):
             return
         for sample, pixels_CHW in zip(samples, pixels, strict=True):
             ticket = done[sample]
-            if pixels_CHW is None:
-                self._finish(ticket, self._out_of_memory(sample))
+            if isinstance(pixels_CHW, Shortage):
+                self._finish(ticket, pixels_CHW.error(*size_of(sample.request)))
             elif not ticket.finished:
                 self._attempt([ticket], partial(self._keep, ticket, sample, pixels_CHW))
 
-    def _decode(self, samples: Sequence[Sample]) -> list[torch.Tensor | None]:
+    def _decode(self, samples: Sequence[Sample]) -> list[torch.Tensor | Shortage]:
         return self._decoder.decode([sample.latents for sample in samples])
 
     def _keep(self, ticket: Ticket, sample: Sample, pixels_CHW: torch.Tensor) -> None:
-        ticket.rendered[sample.index] = self._rendered(sample, pixels_CHW)
+        ticket.rendered[sample.index] = sample.rendered(pixels_CHW)
 
     def _join(self, group: Group) -> None:
         """Fill the batch up and encode the prompts of those who join."""
@@ -352,7 +307,7 @@ class Engine:
         else:
             return True
         if error is None:
-            torch.cuda.empty_cache()
+            self._admission.memory.give_back()
         for ticket in tickets:
             self._finish(ticket, error or self._out_of_memory(*ticket.samples))
         return False
@@ -373,38 +328,5 @@ class Engine:
 
     def _out_of_memory(self, *samples: Sample) -> OutOfGpuMemory:
         width, height = max((size_of(sample.request) for sample in samples), key=math.prod)
-        memory = self._memory()
+        memory = self._admission.memory.measure()
         return OutOfGpuMemory(len(samples), width, height, memory.free_bytes, memory.total_bytes)
-
-    def _rendered(self, sample: Sample, pixels_CHW: torch.Tensor) -> RenderedImage:
-        request = sample.request
-        texts = {"prompt": request.prompt}
-        if sample.uses_negative_prompt:
-            texts["negative prompt"] = request.negative_prompt
-        cut = {field: self.family.truncated_text(text) for field, text in texts.items()}
-        warnings = tuple(f"the {field} is too long; left out: {text}" for field, text in cut.items() if text)
-        return RenderedImage(pixels_CHW, request, warnings, sample.blocks.steps_reused if sample.blocks else 0)
-
-
-def _compile(family: Family, backend: str) -> None:
-    """The repeated blocks only: compile time falls several times at the same speed (diffusers' regional compilation).
-
-    Raises SettingNotSupported for a denoiser that names no such blocks.
-    """
-    compile_blocks = getattr(family.denoiser, "compile_repeated_blocks", None)
-    if compile_blocks is None:
-        raise SettingNotSupported("compile", "this model's denoiser has no repeated blocks")
-    # A block is compiled once for each size of batch and level of the model; past the limit it would silently run
-    # uncompiled.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS_MAX)
-    compile_blocks(backend=backend, dynamic=False)
-
-
-def _to_image(rendered: RenderedImage) -> GeneratedImage:
-    # [C, H, W] 0..1 -> [H, W, C] bytes, rounded as diffusers does
-    pixels_HWC = (rendered.pixels_CHW.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-    request = rendered.request
-    settings = request.settings()
-    if request.first_block_cache:
-        settings["steps_reused"] = rendered.steps_reused
-    return GeneratedImage(Image.fromarray(pixels_HWC), request.seed, settings, rendered.warnings)

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from torch import Tensor, nn
 
 from diffusion.engine.merged import own_weight
-from diffusion.engine.packed import Layout, base_layer, layer_order
+from diffusion.engine.packed import Layout, Packed, base_layer, layer_order
 from diffusion.engine.slot_layers import LayerSlot, give_slot, take_slot
 from diffusion.engine.slot_table import Combo, SlotTable
 from diffusion.families.base import Family
@@ -39,6 +39,10 @@ class LoraSlots:
         """
         return self._components[component].arrange(combos, table)
 
+    def growth_bytes(self, component: str, combos: Sequence[Combo], *, table: Hashable = None) -> int:
+        """What ``arrange`` would allocate beside what is there."""
+        return self._components[component].growth_bytes(combos, table)
+
     def release(self, components: Iterable[str] | None = None) -> None:
         """No layer of these (None: of all) adds anything. Tables stay filled."""
         for component in self._components if components is None else components:
@@ -68,13 +72,13 @@ class _ComponentSlots:
         return sum(table.size_bytes for table in self._tables.values())
 
     def arrange(self, combos: Sequence[Combo], key: Hashable) -> int:
-        parts = [[a.parts[self._name] for a, _ in combo if self._name in a.parts] for combo in combos]
-        rank = max((sum(part.rank for part in own) for own in parts), default=0)
+        parts = self._parts(combos)
+        rank = _rank(parts)
         if rank == 0 and not (self._fixed and self._slots):
             self.release()
             return 0
         dora = any(part.dora for own in parts for part in own)
-        self._grow(rank, {path: w for own in parts for p in own for path, w in p.layout.widths.items()}, dora=dora)
+        self._grow(rank, _widths(parts), dora=dora)
         table = self._table(key, len(combos))
         written = table.fill(combos)
         if self._fixed:
@@ -84,6 +88,23 @@ class _ComponentSlots:
             used = frozenset[str]().union(*layouts.values())
         self._bind(table, len(combos), rank, used, dora=dora)
         return written
+
+    def growth_bytes(self, combos: Sequence[Combo], key: Hashable) -> int:
+        """Of the table's A and B: output scales and merged weights are small beside them."""
+        parts = self._parts(combos)
+        rank, table = _rank(parts), self._tables.get(key)
+        if rank == 0 and not (self._fixed and self._slots):
+            return 0
+        layout = self._layout.with_layers(_widths(parts))
+        ceiling, slots = max(self._rank_ceiling, _power_of_two(rank)), _power_of_two(len(combos))
+        if table is not None and table.layout is layout and table.rank >= ceiling and table.slots >= slots:
+            return 0
+        needed_bytes = slots * ceiling * (layout.a_width + layout.b_width) * self._family.dtype.itemsize
+        return max(0, needed_bytes - (0 if table is None else table.factor_bytes))
+
+    def _parts(self, combos: Sequence[Combo]) -> list[list[Packed]]:
+        """By slot."""
+        return [[a.parts[self._name] for a, _ in combo if self._name in a.parts] for combo in combos]
 
     def release(self) -> None:
         if self._bound is not None:
@@ -100,8 +121,7 @@ class _ComponentSlots:
         self._layout, self._rank_ceiling, self._dora_seen = Layout({}, layer_order(self._module)), 1, False
 
     def _grow(self, rank: int, widths: dict[str, tuple[int, int]], *, dora: bool) -> None:
-        while self._rank_ceiling < rank:
-            self._rank_ceiling *= 2
+        self._rank_ceiling = max(self._rank_ceiling, _power_of_two(rank))
         self._dora_seen |= dora
         self._layout = self._layout.with_layers(widths)
         for path in self._layout.columns.keys() - self._slots.keys():
@@ -119,7 +139,7 @@ class _ComponentSlots:
             self._tables.pop(key, None)  # before the new one: both need not fit at once
             self.release()
             table = SlotTable(
-                self._name, self._layout, slots=1 << (slots - 1).bit_length(), rank=self._rank_ceiling,
+                self._name, self._layout, slots=_power_of_two(slots), rank=self._rank_ceiling,
                 dora=self._dora_seen, device=self._family.device, dtype=self._family.dtype, merged=self._own_weights(),
             )  # fmt: skip
             self._tables[key] = table
@@ -143,3 +163,17 @@ class _ComponentSlots:
         """Of the layers that are merged."""
         weights = {path: own_weight(base_layer(self._module, path), self._family.device) for path in self._slots}
         return {path: weight for path, weight in weights.items() if weight is not None}
+
+
+def _rank(parts: Sequence[Sequence[Packed]]) -> int:
+    """Of the slot that needs most."""
+    return max((sum(part.rank for part in own) for own in parts), default=0)
+
+
+def _widths(parts: Sequence[Sequence[Packed]]) -> dict[str, tuple[int, int]]:
+    return {path: widths for own in parts for part in own for path, widths in part.layout.widths.items()}
+
+
+def _power_of_two(number: int) -> int:
+    """The next one that is no smaller; 1 for 0."""
+    return 1 << max(0, number - 1).bit_length()

@@ -8,13 +8,15 @@ layers: the cost of an activation is not Python per module.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from diffusion.engine.arena import ALIGNMENT
 from diffusion.errors import LoraInvalid
 from diffusion.families.base import Family
 from diffusion.lora import LoraLayer, fit_layers, read_lora
@@ -22,6 +24,8 @@ from diffusion.quantized import dense_weight
 
 FileStamp = tuple[str, int, int]
 """Path, modification time in nanoseconds and size in bytes: another file under the same name is another LoRA."""
+Allocate = Callable[[int], Tensor]
+"""``[bytes]`` of uint8 on the CPU, pinned where that speeds copies up."""
 Run = tuple[int, int, int]
 """Columns to copy: from, to, how many."""
 
@@ -121,10 +125,17 @@ def stamp_of(path: Path) -> FileStamp:
     return str(path), status.st_mtime_ns, status.st_size
 
 
-def load_adapter(stamp: FileStamp, family: Family) -> Adapter:
+def load_adapter(stamp: FileStamp, family: Family, allocate: Allocate) -> Adapter:
     """Read, fit and pack one file. Raises LoraInvalid, LoraMismatch. Touches neither modules nor random state."""
     fitted = fit_layers(read_lora(Path(stamp[0])), family.lora_components)
-    parts = {name: _pack(layers, family.lora_components[name], family) for name, layers in fitted.items()}
+    layouts = {name: _layout(layers, family.lora_components[name]) for name, layers in fitted.items()}
+    ranks = {name: max(layer.rank for layer in layers.values()) for name, layers in fitted.items()}
+    shapes = {name: [(ranks[name], at.a_width), (ranks[name], at.b_width)] for name, at in layouts.items()}
+    matrices = iter(_carved(allocate, [shape for own in shapes.values() for shape in own], family.dtype))
+    parts = {
+        name: _pack(layers, family.lora_components[name], layouts[name], next(matrices), next(matrices))
+        for name, layers in fitted.items()
+    }
     return Adapter(stamp, parts)
 
 
@@ -141,14 +152,25 @@ def base_layer(component: nn.Module, path: str) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else module
 
 
-@torch.no_grad()
-def _pack(layers: Mapping[str, LoraLayer], component: nn.Module, family: Family) -> Packed:
+def _layout(layers: Mapping[str, LoraLayer], component: nn.Module) -> Layout:
     widths = {path: (layer.A[0].numel(), layer.B.shape[0]) for path, layer in layers.items()}
-    layout = Layout(widths, layer_order(component))
-    rank = max(layer.rank for layer in layers.values())
-    pinned = family.device.type == "cuda"
-    A = torch.zeros(rank, layout.a_width, dtype=family.dtype, pin_memory=pinned)
-    B = torch.zeros(rank, layout.b_width, dtype=family.dtype, pin_memory=pinned)
+    return Layout(widths, layer_order(component))
+
+
+def _carved(allocate: Allocate, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> list[Tensor]:
+    """Matrices of unset values, one behind the other in one allocation, each at an aligned place."""
+    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+    rooms = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+    pieces = torch.split(allocate(sum(rooms)), rooms)
+    return [piece[:size].view(dtype).view(shape) for piece, size, shape in zip(pieces, sizes, shapes, strict=True)]
+
+
+@torch.no_grad()
+def _pack(layers: Mapping[str, LoraLayer], component: nn.Module, layout: Layout, A: Tensor, B: Tensor) -> Packed:
+    """Fills A and B."""
+    if any(layer.rank < A.shape[0] for layer in layers.values()):
+        A.zero_()
+        B.zero_()
     dora: dict[str, DoraLayer] = {}
     for path, layer in layers.items():
         at = layout.columns[path]

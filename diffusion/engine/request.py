@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -79,6 +80,14 @@ class RenderedImage:
     warnings: tuple[str, ...] = ()
     steps_reused: int = 0
     """Denoising steps of which only the first block ran."""
+
+    def to_image(self) -> GeneratedImage:
+        # [C, H, W] 0..1 -> [H, W, C] bytes, rounded as diffusers does
+        pixels_HWC = (self.pixels_CHW.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+        settings = self.request.settings()
+        if self.request.first_block_cache:
+            settings["steps_reused"] = self.steps_reused
+        return GeneratedImage(Image.fromarray(pixels_HWC), self.request.seed, settings, self.warnings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion.engine.first_block import BlockCache
-from diffusion.engine.request import GenerateRequest, size_of
+from diffusion.engine.request import GenerateRequest, RenderedImage, size_of
 from diffusion.engine.slot_table import Combo
 from diffusion.engine.start import choose_start
 from diffusion.families.base import Family, TextEmbeds
@@ -93,3 +93,12 @@ class Sample:
         latents = self._schedule.step(prediction, self.timestep, self.latents, **self._step_options)[0]
         self._latents_BCHW = self._start.after_step(latents, self._position)
         self._position += 1
+
+    def rendered(self, pixels_CHW: Tensor) -> RenderedImage:
+        """The finished picture, with what its prompts had too much said."""
+        texts = {"prompt": self.request.prompt}
+        if self.uses_negative_prompt:
+            texts["negative prompt"] = self.request.negative_prompt
+        cut = {field: self._family.truncated_text(text) for field, text in texts.items()}
+        warnings = tuple(f"the {field} is too long; left out: {text}" for field, text in cut.items() if text)
+        return RenderedImage(pixels_CHW, self.request, warnings, self.blocks.steps_reused if self.blocks else 0)

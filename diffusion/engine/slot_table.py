@@ -41,9 +41,14 @@ class SlotTable:
         return self._scale is not None
 
     @property
+    def factor_bytes(self) -> int:
+        """Of A and B."""
+        return self._A.nbytes + self._B.nbytes
+
+    @property
     def size_bytes(self) -> int:
         scale_bytes = 0 if self._scale is None else self._scale.nbytes
-        return self._A.nbytes + self._B.nbytes + scale_bytes + self._merged.size_bytes
+        return self.factor_bytes + scale_bytes + self._merged.size_bytes
 
     def fill(self, combos: Sequence[Combo]) -> int:
         """Slot ``i`` gets ``combos[i]``. Returns how many slots had to be written: those whose content differs."""

@@ -17,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from diffusion.families.base import LoraTargets, TextEmbeds
 from diffusion.families.flow import FlowMatching, even_sigmas, pack_2x2, unpack_2x2
 from diffusion.families.flow_family import ATTENTION, FEED_FORWARD, FlowFamily
+from diffusion.families.kl_family import KlFamily
 from diffusion.families.parts import (
     KlLatents,
     frozen,
@@ -33,7 +34,7 @@ TRAINING_GUIDANCE = 1.0
 """What a guidance-distilled model is told while it trains, unless the caller says otherwise; as in ai-toolkit."""
 
 
-class Flux1(FlowFamily):
+class Flux1(KlFamily, FlowFamily):
     """The guidance scale is an input of the distilled model: there is no negative prompt."""
 
     name = "flux1"
@@ -96,17 +97,6 @@ class Flux1(FlowFamily):
 
     def truncated_text(self, prompt: str) -> str:
         return text_beyond(self.tokenizer_2, prompt, T5_TOKENS, special=1)
-
-    # -- pictures and latents
-
-    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
-        return self.latents.shape(width, height)
-
-    def encode_image_moments(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        return self.latents.encode_moments(images_BCHW)
-
-    def decode(self, latents_BCHW: Tensor) -> Tensor:
-        return self.latents.decode(latents_BCHW)
 
     # -- denoising
 

@@ -17,6 +17,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from diffusion.families.base import LoraTargets, TextEmbeds
 from diffusion.families.flow import FlowMatching
 from diffusion.families.flow_family import ATTENTION, FEED_FORWARD, FlowFamily
+from diffusion.families.kl_family import KlFamily
 from diffusion.families.parts import (
     KlLatents,
     frozen,
@@ -32,7 +33,7 @@ T5_TOKENS = 256
 CLIP_TOKENS = 77
 
 
-class StableDiffusion3(FlowFamily):
+class StableDiffusion3(KlFamily, FlowFamily):
     """A folder without ``text_encoder_3`` runs with zeros in its place, as the stock pipeline does."""
 
     name = "sd3"
@@ -110,17 +111,6 @@ class StableDiffusion3(FlowFamily):
         if self.text_encoder_3 is not None:
             return text_beyond(self.tokenizers[2], prompt, T5_TOKENS, special=1)
         return text_beyond(self.tokenizers[0], prompt, CLIP_TOKENS, special=2)
-
-    # -- pictures and latents
-
-    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
-        return self.latents.shape(width, height)
-
-    def encode_image_moments(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        return self.latents.encode_moments(images_BCHW)
-
-    def decode(self, latents_BCHW: Tensor) -> Tensor:
-        return self.latents.decode(latents_BCHW)
 
     # -- denoising
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.families.base import ALL_LEVELS, Family, NoiseLevels
+from diffusion.families.base import ALL_LEVELS, NoiseLevels
 from diffusion.families.discrete import SCHEDULERS, DiscreteNoise
-from diffusion.families.parts import KlLatents
+from diffusion.families.kl_family import KlFamily
 
 UNET_TARGETS = {
     "attention": ["to_q", "to_k", "to_v", "to_out.0"],
@@ -18,12 +18,11 @@ UNET_TARGETS = {
 UNET_CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
 
 
-class UNetFamily(Family):
-    """A family sets these three when it is made."""
+class UNetFamily(KlFamily):
+    """A family sets these two, and its latents, when it is made."""
 
     unet: Any
     noise: DiscreteNoise
-    latents: KlLatents
 
     @property
     def _trained_size_px(self) -> int:
@@ -38,15 +37,6 @@ class UNetFamily(Family):
 
     def conv_target_modules(self, component: str) -> list[str]:
         return list(UNET_CONVOLUTIONS) if component == "unet" else []
-
-    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
-        return self.latents.shape(width, height)
-
-    def encode_image_moments(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        return self.latents.encode_moments(images_BCHW)
-
-    def decode(self, latents_BCHW: Tensor) -> Tensor:
-        return self.latents.decode(latents_BCHW)
 
     @property
     def schedulers(self) -> tuple[str, ...]:

@@ -17,12 +17,13 @@ from transformers import AutoModel, AutoTokenizer
 from diffusion.families.base import LoraTargets, TextEmbeds
 from diffusion.families.flow import FlowMatching, even_sigmas
 from diffusion.families.flow_family import FlowFamily
+from diffusion.families.kl_family import KlFamily
 from diffusion.families.parts import KlLatents, frozen, load_part, load_scheduler, load_weights, text_beyond
 
 TOKENS_MAX = 512
 
 
-class ZImage(FlowFamily):
+class ZImage(KlFamily, FlowFamily):
     """The model's timestep runs from noise (0) to picture (1), and it predicts ``picture - noise``."""
 
     name = "z_image"
@@ -94,16 +95,10 @@ class ZImage(FlowFamily):
 
     # -- pictures and latents
 
-    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
-        return self.latents.shape(width, height)
-
     def encode_image_moments(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """The example script trains on the posterior's mode, so the deviation is zero."""
-        mean, std = self.latents.encode_moments(images_BCHW)
+        mean, std = super().encode_image_moments(images_BCHW)
         return mean, torch.zeros_like(std)
-
-    def decode(self, latents_BCHW: Tensor) -> Tensor:
-        return self.latents.decode(latents_BCHW)
 
     def initial_noise(self, latent_shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """float32 in every dtype, as in the stock pipeline."""

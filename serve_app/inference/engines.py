@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from diffusion.engine import Engine
-from diffusion.engine.memory import MeasureMemory, device_memory
+from diffusion.engine.memory import MeasureMemory, OffloadedMemory, device_memory
 from diffusion.engine.offload import offload
 from diffusion.engine.order import Turns
 from diffusion.errors import InsufficientMemory
@@ -204,6 +204,7 @@ def engine_loader(options: EngineOptions, turns: Turns, *, offloaded: bool = Fal
             tiled=options.tiled,
             adapter_bytes_max=options.adapter_bytes_max,
             first_block_cache=options.first_block_cache,
+            memory=OffloadedMemory(device) if offloaded else device_memory(device),
             compiled="inductor" if options.compiled and not offloaded else None,
             turns=turns,
         )
@@ -213,7 +214,7 @@ def engine_loader(options: EngineOptions, turns: Turns, *, offloaded: bool = Fal
 
 def memory_of(device: str) -> MeasureMemory:
     chosen = torch.device(chosen_device(device))
-    return lambda: device_memory(chosen)
+    return device_memory(chosen).measure
 
 
 def device_facts(device: str) -> Callable[[], DeviceFacts]:

@@ -16,7 +16,8 @@ from torch import Tensor
 from diffusion.engine import Engine, GenerateRequest, LoraRef
 from diffusion.errors import LoraInvalid
 from diffusion.families import StableDiffusion1
-from diffusion.lora import ADAPTER_METADATA_KEY, fit_layers, read_lora, save_lora
+from diffusion.lora import fit_layers, read_lora, save_lora
+from diffusion.lora_names import ADAPTER_METADATA_KEY
 
 WriteLora = Callable[..., Path]
 PAIR = {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(8, 2, 1, 1)}

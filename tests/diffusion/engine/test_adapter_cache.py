@@ -11,7 +11,8 @@ import pytest
 
 from diffusion.engine import Engine, GenerateRequest, LoraRef
 from diffusion.engine.adapter_cache import AdapterCache
-from diffusion.engine.packed import FileStamp
+from diffusion.engine.arena import ALIGNMENT, Arena
+from diffusion.engine.packed import Allocate, FileStamp
 from diffusion.errors import LoraInvalid, LoraMismatch
 from diffusion.families import StableDiffusion1
 from diffusion.lora import save_lora
@@ -28,14 +29,16 @@ class Files:
         self.gate = threading.Event()
         self.loads: list[str] = []
         self.error: Exception | None = None
-        self.cache = AdapterCache(self._load, bytes_max=20, on_loaded=lambda: None)
+        self.arena = Arena(bytes_max=2 * ALIGNMENT)
+        self.cache = AdapterCache(self._load, arena=self.arena, bytes_max=20, on_loaded=lambda: None)
 
-    def _load(self, stamp: FileStamp) -> Any:
+    def _load(self, stamp: FileStamp, allocate: Allocate) -> Any:
         assert self.gate.wait(30)
         self.loads.append(Path(stamp[0]).name)
+        data = allocate(10)
         if self.error is not None:
             raise self.error
-        return SimpleNamespace(size_bytes=10)
+        return SimpleNamespace(size_bytes=10, data=data)
 
     def path(self, name: str) -> Path:
         (self.folder / name).write_bytes(b"x")
@@ -97,6 +100,39 @@ def test_clearing_keeps_what_is_in_use(files: Files) -> None:
     assert len(files.cache) == 0
 
 
+def test_adapters_in_use_may_outgrow_the_arena_and_its_budget_holds_again_after(files: Files) -> None:
+    files.gate.set()
+    leases = [files.cache.borrow(files.path(name)) for name in "abcd"]
+    for fill, lease in enumerate(leases):
+        lease.adapter().data.fill_(fill)
+    assert files.arena.size_bytes == 4 * ALIGNMENT
+    assert [int(lease.adapter().data.max()) for lease in leases] == [0, 1, 2, 3]
+    for lease in leases:
+        files.cache.release(lease)
+    assert files.arena.size_bytes == 2 * ALIGNMENT
+
+
+def test_a_new_adapter_takes_the_place_of_the_one_longest_unused(files: Files) -> None:
+    files.gate.set()
+    places = []
+    for name in "abc":
+        lease = files.cache.borrow(files.path(name))
+        places.append(lease.adapter().data.data_ptr())
+        files.cache.release(lease)
+    assert places[2] == places[0] != places[1]
+    assert files.arena.size_bytes == 2 * ALIGNMENT
+
+
+def test_a_failed_load_gives_its_place_back(files: Files) -> None:
+    files.gate.set()
+    files.error = LoraInvalid("broken")
+    for name in "abcdef":
+        lease = files.cache.borrow(files.path(name))
+        with pytest.raises(LoraInvalid):
+            lease.adapter()
+    assert files.arena.size_bytes <= 2 * ALIGNMENT
+
+
 def test_pictures_go_on_while_an_adapter_loads(
     family: StableDiffusion1, write_lora: WriteLora, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,7 +140,7 @@ def test_pictures_go_on_while_an_adapter_loads(
     gate = threading.Event()
     engine = Engine(family)
     load = engine.adapters._load
-    monkeypatch.setattr(engine.adapters, "_load", lambda stamp: load(stamp) if gate.wait(30) else None)
+    monkeypatch.setattr(engine.adapters, "_load", lambda *given: load(*given) if gate.wait(30) else None)
     waiting = engine.submit([dataclasses.replace(PLAIN, loras=(LoraRef(path),))])
     assert len(engine.render([PLAIN])) == 1
     assert not waiting.finished

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from diffusion.engine import Engine, GenerateRequest
-from diffusion.engine.memory import GROW_AFTER_STEPS, BatchLimits, Memory
+from diffusion.engine.admission import GROW_AFTER_STEPS, BatchLimits
 from diffusion.errors import Cancelled, OutOfGpuMemory, SettingNotSupported, SizeNotSupported
 from diffusion.families import StableDiffusion1, load_family
 from diffusion.families.discrete import SCHEDULERS
+from diffusion.testing import ScriptedMemory
 
 TOLERANCE = 1e-4
 PLAIN = GenerateRequest(prompt="a red ring", width=64, height=64, steps=4, guidance_scale=7.5, seed=3)
@@ -198,8 +199,8 @@ def out_of_memory_above(family: StableDiffusion1, rows_max: int) -> list[int]:
 
 def test_a_picture_that_does_not_fit_alone_fails_with_the_numbers(family: StableDiffusion1) -> None:
     out_of_memory_above(family, 0)
-    engine = Engine(family, memory=lambda: Memory(3 * 2**20, 2**30))
-    with pytest.raises(OutOfGpuMemory, match=r"1 picture\(s\) of 64x64 at once: 3 MiB free of 1024 MiB") as caught:
+    engine = Engine(family, memory=ScriptedMemory(3 * 2**20))
+    with pytest.raises(OutOfGpuMemory, match=r"1 picture\(s\) of 64x64 at once: 3 MiB free of 3 MiB") as caught:
         engine.generate([PLAIN, PLAIN])
     assert caught.value.__context__ is None  # nothing keeps the failed call's tensors alive
     assert pickle.loads(pickle.dumps(caught.value)).pictures == 1  # noqa: S301 - our own bytes
