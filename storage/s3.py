@@ -25,7 +25,7 @@ from storage.bounded import run_bounded
 from storage.breaker import BreakerMode, BreakerSnapshot, CircuitBreaker
 from storage.counters import Counts, Tally
 from storage.digests import digest_bytes
-from storage.errors import ObjectNotFound, StorageError, StorageMisconfigured, StorageRefused
+from storage.errors import ObjectNotFound, StorageError, StorageMisconfigured, StorageRefused, StorageUnavailable
 from storage.keys import check_key, check_prefix
 from storage.objects import (
     PRESIGN_EXPIRES_S_MAX,
@@ -197,12 +197,16 @@ class S3Store:
         return await self._files.download(info, path, expected_sha256=expected_sha256 or info.sha256)
 
     async def presign_get(self, key: str, *, expires_s: int = 3600, filename: str | None = None) -> str:
+        """Signed while the breaker is open too: that asks nobody, and whoever polls a job is to learn how it ended."""
         parameters = {} if filename is None else {"ResponseContentDisposition": _attachment(filename)}
-        return await self._presign("presign_get", key, "get_object", expires_s, parameters)
+        try:
+            return await self._presign("presign_get", key, "get_object", expires_s, parameters, probes=False)
+        except StorageUnavailable:
+            return await self._calls.presigned("presign_get", "get_object", {"Key": key, **parameters}, expires_s)
 
     async def presign_put(self, key: str, *, expires_s: int = 3600, content_type: str | None = None) -> str:
         parameters = {} if content_type is None else {"ContentType": content_type}
-        return await self._presign("presign_put", key, "put_object", expires_s, parameters)
+        return await self._presign("presign_put", key, "put_object", expires_s, parameters, probes=True)
 
     async def health(self) -> StorageHealth:
         started = self._clock()
@@ -290,14 +294,17 @@ class S3Store:
 
         await self._resilience.call("delete_many", attempt)
 
-    async def _presign(self, operation: str, key: str, method: str, expires_s: int, parameters: dict[str, str]) -> str:
+    async def _presign(
+        self, operation: str, key: str, method: str, expires_s: int, parameters: dict[str, str], *, probes: bool
+    ) -> str:
         check_key(key)
         if not 1 <= expires_s <= PRESIGN_EXPIRES_S_MAX:
             raise ValueError(f"expires_s must be between 1 and {PRESIGN_EXPIRES_S_MAX}")
 
         async def attempt(state: Attempt) -> str:
-            # Signing asks nobody, so it must not close the breaker; as the probe it has to look for itself.
-            if state.probe:
+            # Signing asks nobody, so it must not close the breaker; as the probe it has to look for itself, or leave
+            # that to the next call.
+            if state.probe and probes:
                 await self._calls.check_bucket(operation)
             else:
                 state.made_no_call()
