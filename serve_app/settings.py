@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import base64
 import os
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
+import yaml
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
@@ -356,6 +358,11 @@ def _file_source(settings_cls: type[BaseSettings]) -> tuple[PydanticBaseSettings
     path = Path(name).expanduser()
     if not path.is_file():
         raise SettingsIncomplete(f"{CONFIG_FILE_VARIABLE} names a file that does not exist")
-    if path.suffix in {".yaml", ".yml"}:
-        return (YamlConfigSettingsSource(settings_cls, yaml_file=path),)
-    return (TomlConfigSettingsSource(settings_cls, toml_file=path),)
+    is_yaml = path.suffix in {".yaml", ".yml"}
+    try:
+        if is_yaml:
+            return (YamlConfigSettingsSource(settings_cls, yaml_file=path),)
+        return (TomlConfigSettingsSource(settings_cls, toml_file=path),)
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError):
+        # Without the cause, which may repeat a line that holds a key.
+        raise SettingsIncomplete(f"{path} is not valid {'YAML' if is_yaml else 'TOML'}") from None

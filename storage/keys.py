@@ -24,11 +24,13 @@ from storage.errors import InvalidKey
 
 SEGMENT_BYTES_MAX = 200
 KEY_BYTES_MAX = 1024
+STEM_BYTES_MAX = 180
 STEP_DIGITS = 9
 MANIFEST_NAME = "manifest.json"
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _PUNCTUATION_OF_FILES = frozenset(" ._-+=@,()[]!'&~")
+PUNCTUATION_SHOWN = " ".join(sorted(_PUNCTUATION_OF_FILES - {" "}))
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _EXTENSION = re.compile(r"[A-Za-z0-9]{1,10}")
 _OLDER_DATASETS = ("dataset", "datasets")
@@ -56,9 +58,19 @@ def check_filename(value: str) -> str:
         raise InvalidKey(value, "a filename must not be empty, start with a dot or have spaces around it")
     if unicodedata.normalize("NFKC", value) != value:
         raise InvalidKey(value, "a filename must be in its normal Unicode form")
-    if not all(_allowed_in_filename(character) for character in value):
-        raise InvalidKey(value, "a filename must be letters, digits, spaces and plain punctuation")
+    refused = next((character for character in value if not _allowed_in_filename(character)), None)
+    if refused is not None:
+        raise InvalidKey(
+            value, f"a filename must not hold {refused!r}: letters, digits, spaces and {PUNCTUATION_SHOWN} only"
+        )
     return _bounded(value, "a filename")
+
+
+def storable_stem(stem: str) -> str:
+    """`stem` as part of a name that `check_filename` takes: what it would refuse becomes `_`, and the end is cut."""
+    plain = unicodedata.normalize("NFKC", stem)
+    kept = "".join(character if _allowed_in_filename(character) else "_" for character in plain).strip()
+    return (kept if kept and not kept.startswith(".") else f"_{kept}").encode()[:STEM_BYTES_MAX].decode(errors="ignore")
 
 
 def check_key(key: str) -> str:

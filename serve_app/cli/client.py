@@ -13,6 +13,7 @@ import httpx
 ENDPOINT = "local"
 FINAL_PROCESS_STATES = frozenset({"completed", "failed", "cancelled"})
 DOWNLOAD_CHUNK_BYTES = 1 << 20
+INVALID = "Invalid request: "
 
 
 class ApiError(Exception):
@@ -33,6 +34,14 @@ class WrongKey(ApiError):
         super().__init__(
             "unauthorized",
             "The server does not accept this API key. Set RAYLORA_API_KEY to the one that `raylora up` printed.",
+        )
+
+
+class NoKey(ApiError):
+    def __init__(self, home: Path) -> None:
+        super().__init__(
+            "no_api_key",
+            f"No API key: {home} has none yet. Start an instance with `raylora up`, or set RAYLORA_API_KEY.",
         )
 
 
@@ -74,6 +83,15 @@ class ApiClient:
 
     def revoke_key(self, key_id: str) -> dict[str, Any]:
         return self._send("DELETE", f"/v1/keys/{quote(key_id, safe='')}")
+
+    def has_dataset(self, name: str) -> bool:
+        try:
+            self.get(f"/v1/datasets/{quote(name, safe='')}")
+        except ApiError as exc:
+            if exc.code not in {"dataset_not_found", "not_found"}:
+                raise
+            return False
+        return True
 
     def process(self, process_id: str) -> dict[str, Any]:
         """The process object. Raises ApiError for an id that this key does not see."""
@@ -119,6 +137,8 @@ class ApiClient:
             draft.replace(target)
         except httpx.HTTPError as exc:
             raise ApiError("download_failed", f"The download of {target.name} broke off. Run it again.") from exc
+        except OSError as exc:
+            raise ApiError("output_unwritable", f"{target} cannot be written: {exc.strerror}.") from exc
         finally:
             draft.unlink(missing_ok=True)
         return target.stat().st_size
@@ -150,8 +170,10 @@ def _reason(reply: dict[str, Any]) -> tuple[str, str]:
     )
     code = str(reply.get("code") or details.get("error_type") or details.get("code") or "job_failed")
     problems = reply.get("validation_errors") or details.get("validation_errors") or []
-    lines = [
-        f"  {problem.get('path')}: {problem.get('message')}" if isinstance(problem, dict) else f"  {problem}"
+    shown = [
+        f"{problem.get('path')}: {problem.get('message')}" if isinstance(problem, dict) else str(problem)
         for problem in problems
     ]
-    return code, "\n".join([message, *lines])
+    # The server's own sentence lists them too, in one line.
+    repeats = message.removeprefix(INVALID) == "; ".join(shown)
+    return code, "\n  ".join([INVALID.strip() if repeats and shown else message, *shown])

@@ -6,6 +6,7 @@ Whoever can reach the cluster may run code in it, so these need no further permi
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -83,6 +84,17 @@ def bring_token() -> None:
 
     Ray does so by itself only for a cluster that it finds itself, not for one that is named by its address.
     """
-    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+    from ray._private.authentication import authentication_token_setup
 
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    # It warns that the cluster asks for a token, which every command would then say.
+    with _silenced(authentication_token_setup.logger):
+        authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+@contextmanager
+def _silenced(logger: logging.Logger) -> Iterator[None]:
+    logger.disabled, before = True, logger.disabled
+    try:
+        yield
+    finally:
+        logger.disabled = before

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -20,13 +21,14 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from serve_app.cli import cluster
-from serve_app.cli.client import ApiClient, ApiError, Unreachable, WrongKey
+from serve_app.cli.client import ApiClient, ApiError, NoKey, Unreachable, WrongKey
 from serve_app.cli.doctor import diagnose
 from serve_app.cli.keys import keys_table
 from serve_app.cli.progress import training_progress
@@ -82,7 +84,7 @@ def reported(as_json: bool) -> Iterator[None]:
         yield
     except Failure as exc:
         _give_up(exc.code, str(exc), exc.status, as_json)
-    except Unreachable as exc:
+    except (NoKey, Unreachable) as exc:
         _give_up(exc.code, str(exc), EXIT_UNREACHABLE, as_json)
     except WrongKey as exc:
         _give_up(exc.code, str(exc), EXIT_KEY, as_json)
@@ -92,6 +94,11 @@ def reported(as_json: bool) -> Iterator[None]:
         _give_up(exc.code, str(exc), EXIT_FAILED, as_json)
     except SettingsIncomplete as exc:
         _give_up("settings_invalid", str(exc), EXIT_USAGE, as_json)
+    except SettingsError as exc:
+        # Without its cause, which repeats the value: that may hold a key.
+        named = re.search(r'field "(\w+)"', str(exc))
+        setting = f"RAYLORA_{named[1].upper()}" if named else "A setting"
+        _give_up("settings_invalid", f"{setting} is not valid JSON.", EXIT_USAGE, as_json)
     except ValidationError as exc:
         lines = [
             f"RAYLORA_{'__'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in exc.errors(include_input=False)
@@ -113,17 +120,13 @@ def _emit(as_json: bool, value: dict[str, Any]) -> None:
 
 
 def _connect(settings: Settings) -> ApiClient:
-    """A client for the instance of these settings. Raises Failure where no key is known."""
+    """A client for the instance of these settings. Raises NoKey where none is known."""
     instance = Instance(settings.home)
     key = settings.api_key.get_secret_value() if settings.api_key else None
     if key is None and instance.api_key_file.exists():
         key = instance.api_key_file.read_text().strip()
     if not key:
-        raise Failure(
-            "no_api_key",
-            f"No API key: {instance.home} has none yet. Start an instance with `raylora up`, or set RAYLORA_API_KEY.",
-            EXIT_UNREACHABLE,
-        )
+        raise NoKey(instance.home)
     state = instance.read_state()
     url = state.http_url if state else f"http://{settings.host}:{settings.port}"
     return ApiClient(url, key)
@@ -236,14 +239,23 @@ def train(
 def _show_check(config: Path, as_json: bool) -> None:
     """One line a key, then the run; exit status 2 for a file that would be refused."""
     with reported(as_json):
-        found = check_training(config)
-        _emit(as_json, found.as_json())
+        report = check_training(config, lambda: _connect(Settings()))
+        found = report.found
+        _emit(as_json, report.as_json())
         if not as_json:
-            for key in found.keys:
-                out.print(Text(f"{key.verdict:9} {key.path}" + (f": {key.note}" if key.note else "")))
-            for name, value in (found.run or {}).items():
-                out.print(Text(f"{name}: {json.dumps(value) if isinstance(value, list | dict) else value}"))
-        if not found.is_accepted:
+            for key in found["keys"]:
+                out.print(
+                    Text(
+                        f"{key['verdict']:9} {key['path'] or config.name}" + (f": {key['note']}" if key["note"] else "")
+                    ),
+                    soft_wrap=True,
+                )
+            for name, value in (found["run"] or {}).items():
+                shown = json.dumps(value) if isinstance(value, list | dict) else value
+                out.print(Text(f"{name}: {shown}"), soft_wrap=True)
+            if report.unchecked is not None:
+                err.print(Text(f"not checked: the server's models, data sets and limits. {report.unchecked}", "yellow"))
+        if not found["accepted"]:
             raise typer.Exit(EXIT_USAGE)
 
 
@@ -292,6 +304,7 @@ def generate(
             "seed": seed, "model": model, "negative_prompt": negative_prompt or None,
         }  # fmt: skip
         loras = [_lora(text) for text in lora or []]
+        _check_folder(output)
         reply = client.call(
             "generate", prompt=prompt, loras=loras, wait=True, output_format=_format_of(output),
             **{name: value for name, value in fields.items() if value is not None},
@@ -318,6 +331,15 @@ def _format_of(output: Path) -> str:
     return known[output.suffix.lower()]
 
 
+def _check_folder(output: Path) -> None:
+    """Before any work whose result could not be put there."""
+    folder = output if output.is_dir() else output.parent
+    if not folder.is_dir():
+        raise Failure("bad_output", f"There is no folder {folder}. Make it, or name another with -o.", EXIT_USAGE)
+    if not os.access(folder, os.W_OK):
+        raise Failure("bad_output", f"{folder} cannot be written. Name another folder with -o.", EXIT_USAGE)
+
+
 @app.command()
 def jobs(limit: Annotated[int, typer.Option(min=1, max=1000)] = 20, as_json: AsJson = False) -> None:
     """List trainings and generations, newest first."""
@@ -326,7 +348,7 @@ def jobs(limit: Annotated[int, typer.Option(min=1, max=1000)] = 20, as_json: AsJ
         _emit(as_json, {"processes": processes})
         if as_json:
             return
-        table = Table("id", "type", "status", "progress", "created", "error")
+        table = Table(Column("id", no_wrap=True), "type", "status", "progress", "created", "error")
         for process in processes:
             step, total = process.get("step"), process.get("total_steps")
             created = datetime.fromisoformat(str(process["created_at"])).astimezone().strftime("%Y-%m-%d %H:%M:%S")
@@ -357,6 +379,7 @@ def download(
 ) -> None:
     """Fetch the LoRA of a completed training."""
     with reported(as_json), _connect(Settings()) as client:
+        _check_folder(output)
         reply = client.call("download", process_id=process_id)
         target = output / Path(reply["filename"]).name if output.is_dir() else output
         size = client.fetch(reply["url"], target)

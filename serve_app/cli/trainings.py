@@ -5,52 +5,114 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from serve_app.cli.client import ApiClient, ApiError
-from train_jobs.config_check import ConfigCheck, check_train_yaml
+from serve_app.cli.client import ApiClient, ApiError, NoKey, Unreachable, WrongKey
+from storage.keys import storable_stem
+from train_jobs.config_check import check_train_yaml
 from train_jobs.errors import ConfigInvalid
 from train_jobs.strict_yaml import read_mapping
 
 # A request holds base64, a third more than the bytes, and the server takes 20 MB.
 UPLOAD_BATCH_BYTES = 12 * 10**6
 UPLOAD_BATCH_FILES = 100
+WRONG = frozenset({"invalid", "refused"})
+NOT_ASKED_FOR = "The file cannot be read as a configuration."
 UPLOADED_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".txt"})
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """A configuration as the server gets it, and the folders of this machine that it names, by data set name."""
+
+    document: dict[str, Any]
+    folders: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """A check's `as_json` and where it was made. `unchecked` is why no server was asked; None where one was."""
+
+    found: dict[str, Any]
+    unchecked: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self.found, "unchecked": self.unchecked}
 
 
 def prepare_training(client: ApiClient, config: Path, *, on_upload: Callable[[str], None]) -> dict[str, Any]:
     """The configuration as a mapping, each local ``folder_path`` replaced by the name of its uploaded data set.
 
-    Paths are taken from the working folder, then from the configuration's own. Raises ApiError.
+    What the server would refuse is refused before anything is sent. Raises ApiError.
     """
     try:
-        document = read_mapping(config.read_text(encoding="utf-8"))
+        training = _local_training(config)
     except ConfigInvalid as exc:
-        lines = "\n".join(f"  {problem.path or config.name}: {problem.message}" for problem in exc.problems)
-        raise ApiError("config_invalid", f"{config} cannot be used:\n{lines}") from exc
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ApiError("config_unreadable", f"{config} cannot be read as UTF-8 text.") from exc
+        raise _unusable(config, [(problem.path, problem.message) for problem in exc.problems]) from exc
+    wrong = [key for key in _asked(client, training)["keys"] if key["verdict"] in WRONG]
+    if wrong:
+        raise _unusable(config, [(key["path"], key["note"]) for key in wrong])
+    for name, folder in training.folders.items():
+        upload_folder(client, folder, name, on_upload=on_upload)
+    return training.document
+
+
+def check_training(config: Path, connect: Callable[[], ApiClient]) -> TrainingReport:
+    """What each key of the file would do; nothing is uploaded or started.
+
+    The server of `connect` is asked where it answers: only it knows its models, data sets and limits. Raises ApiError
+    where the file cannot be read.
+    """
+    try:
+        training = _local_training(config)
+    except ConfigInvalid:
+        return TrainingReport(check_train_yaml(config.read_bytes()).as_json(), NOT_ASKED_FOR)
+    try:
+        with connect() as client:
+            return TrainingReport(_asked(client, training), None)
+    except (NoKey, Unreachable, WrongKey) as exc:
+        return TrainingReport(check_train_yaml(training.document).as_json(), str(exc))
+
+
+def _local_training(config: Path) -> LocalTraining:
+    """Paths are taken from the working folder, then from the configuration's own. Raises ConfigInvalid, ApiError."""
+    try:
+        document = read_mapping(config.read_bytes())
+    except OSError as exc:
+        raise ApiError("config_unreadable", f"{config} cannot be read.") from exc
+    folders: dict[str, Path] = {}
     for dataset in _datasets(document):
         if dataset.get("dataset_path") and not dataset.get("folder_path"):
             dataset["folder_path"] = dataset.pop("dataset_path")
         for key in ("folder_path", "mask_path"):
             folder = _local_folder(str(dataset[key]), config) if dataset.get(key) else None
-            if folder is None:
-                continue
-            name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(folder.parts[-2:])).strip("-.")[:100] or "dataset"
-            upload_folder(client, folder, name, on_upload=on_upload)
-            dataset[key] = name
-    return document
+            if folder is not None:
+                name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(folder.parts[-2:])).strip("-.")[:100] or "dataset"
+                folders[name] = folder
+                dataset[key] = name
+    return LocalTraining(document, folders)
 
 
-def check_training(config: Path) -> ConfigCheck:
-    """What each key of the file would do, read here: nothing is sent or started. Raises ApiError."""
-    try:
-        text = config.read_bytes()
-    except OSError as exc:
-        raise ApiError("config_unreadable", f"{config} cannot be read.") from exc
-    return check_train_yaml(text, datasets_are_local=True)
+def _asked(client: ApiClient, training: LocalTraining) -> dict[str, Any]:
+    """The server's report, with the data sets that are neither here nor there. Raises ApiError."""
+    report = client.call("train", config=training.document, check=True)
+    datasets = (report["run"] or {}).get("datasets", [])
+    named = {entry[field] for entry in datasets for field in ("name", "mask_dataset") if entry.get(field)}
+    missing = [name for name in sorted(named - training.folders.keys()) if not client.has_dataset(name)]
+    notes = [
+        {"path": "datasets", "verdict": "invalid", "note": f"'{name}' is neither a folder here nor a data set there"}
+        for name in missing
+    ]
+    accepted = report["accepted"] and not notes
+    return {**report, "accepted": accepted, "keys": [*report["keys"], *notes]}
+
+
+def _unusable(config: Path, problems: list[tuple[str, str]]) -> ApiError:
+    lines = "\n".join(f"  {path or config.name}: {message}" for path, message in problems)
+    return ApiError("config_invalid", f"{config} cannot be used:\n{lines}")
 
 
 def _datasets(document: Any) -> Iterator[dict[str, Any]]:
@@ -74,18 +136,39 @@ def _local_folder(named: str, config: Path) -> Path | None:
 
 def upload_folder(client: ApiClient, folder: Path, name: str, *, on_upload: Callable[[str], None]) -> None:
     """Upload the pictures and captions of a folder as data set ``name``. Raises ApiError where there are none."""
-    files = sorted(f for f in folder.iterdir() if f.is_file() and f.suffix.lower() in UPLOADED_SUFFIXES)
+    files = sorted(
+        f
+        for f in folder.iterdir()
+        if f.is_file() and f.suffix.lower() in UPLOADED_SUFFIXES and not f.name.startswith(".")
+    )
     if not files:
         raise ApiError("dataset_empty", f"{folder} holds no pictures. Put .png, .jpg or .webp files there.")
+    names = _stored_names(files)
     for index, batch in enumerate(_batches(files)):
         client.call(
             "upload_training_data",
             training_name=re.sub(r"[^a-zA-Z0-9_-]", "-", name),
             dataset_folder=name,
             cleanup_existing=index == 0,
-            files=[{"filename": file.name, "content": base64.b64encode(file.read_bytes()).decode()} for file in batch],
+            files=[
+                {"filename": names[file], "content": base64.b64encode(file.read_bytes()).decode()} for file in batch
+            ],
         )
     on_upload(f"uploaded {len(files)} files as data set {name}")
+
+
+def _stored_names(files: list[Path]) -> dict[Path, str]:
+    """What each file is called on the server, which takes no emoji, `#` or the like; captions stay with their pictures.
+
+    Stems that would become the same are told apart by a number.
+    """
+    stems: dict[str, str] = {}
+    for stem in sorted({file.stem for file in files}, key=lambda stem: (stem != storable_stem(stem), stem)):
+        wanted = storable_stem(stem)
+        taken = {name.casefold() for name in stems.values()}
+        numbered = (wanted if number == 1 else f"{wanted}_{number}" for number in count(1))
+        stems[stem] = next(name for name in numbered if name.casefold() not in taken)
+    return {file: stems[file.stem] + file.suffix for file in files}
 
 
 def _batches(files: list[Path]) -> Iterator[list[Path]]:

@@ -17,14 +17,31 @@ from serve_app.cli.main import app
 
 
 class RecordingServer:
-    """Answers /runsync like the server does and keeps what was asked."""
+    """Answers /runsync like the server does and keeps what was asked. `keys`: what a check finds; `datasets`: what is
+    stored."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: list[dict[str, str]] | None = None, datasets: tuple[str, ...] = ()) -> None:
         self.inputs: list[dict[str, Any]] = []
+        self.checked: list[dict[str, Any]] = []
+        self._keys = keys or []
+        self._datasets = datasets
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
-        self.inputs.append(json.loads(request.content)["input"])
-        return httpx.Response(200, json={"id": "sync-1", "status": "COMPLETED", "output": {"ok": True}})
+        if request.method == "GET":
+            found = request.url.path.removeprefix("/v1/datasets/") in self._datasets
+            return httpx.Response(200, json={}) if found else httpx.Response(404, json={"code": "dataset_not_found"})
+        asked = json.loads(request.content)["input"]
+        if not asked.get("check"):
+            self.inputs.append(asked)
+            return self._completed({"ok": True})
+        self.checked.append(asked)
+        processes = asked["config"]["config"]["process"]
+        names = [dataset["folder_path"] for dataset in processes[0]["datasets"]]
+        run = {"datasets": [{"name": name} for name in names]}
+        return self._completed({"accepted": not self._keys, "counts": {}, "keys": self._keys, "run": run})
+
+    def _completed(self, output: dict[str, Any]) -> httpx.Response:
+        return httpx.Response(200, json={"id": "sync-1", "status": "COMPLETED", "output": output})
 
 
 def client_of(handler: Callable[[httpx.Request], httpx.Response]) -> ApiClient:
@@ -57,7 +74,7 @@ def test_a_folder_beside_the_configuration_is_uploaded_and_replaced_by_its_name(
 
 
 def test_a_name_that_is_no_local_folder_is_left_for_the_server(tmp_path: Path) -> None:
-    server = RecordingServer()
+    server = RecordingServer(datasets=("uploaded-before",))
     with client_of(server) as client:
         body = trainings.prepare_training(client, write_config(tmp_path, "uploaded-before"), on_upload=lambda _: None)
     assert body["config"]["process"][0]["datasets"][0]["folder_path"] == "uploaded-before"
@@ -126,7 +143,10 @@ def test_what_validation_found_is_shown_line_by_line() -> None:
 
 
 @pytest.mark.parametrize(("change", "status"), [("", 0), ("do_cfg: true", 2)])
-def test_a_config_is_checked_without_a_server(tmp_path: Path, change: str, status: int) -> None:
+def test_a_config_is_checked_without_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, status: int
+) -> None:
+    monkeypatch.setenv("RAYLORA_HOME", str(tmp_path))
     file = tmp_path / "train.yaml"
     file.write_text(
         "job: extension\nconfig: {name: n, process: [{type: sd_trainer, network: {type: lora},"
@@ -135,8 +155,10 @@ def test_a_config_is_checked_without_a_server(tmp_path: Path, change: str, statu
     result = CliRunner().invoke(app, ["train", str(file), "--check", "--json"])
     assert result.exit_code == status, result.output
     assert json.loads(result.stdout)["accepted"] == (status == 0)
-    plain = CliRunner().invoke(app, ["train", str(file), "--check"]).stdout
-    assert "honoured  config.process[0].train.steps" in plain
+    assert "No API key" in json.loads(result.stdout)["unchecked"]
+    plain = CliRunner().invoke(app, ["train", str(file), "--check"])
+    assert "honoured  config.process[0].train.steps" in plain.stdout
+    assert "not checked: the server's models, data sets and limits. No API key" in plain.stderr
 
 
 def test_masks_and_validation_pictures_beside_the_configuration_are_uploaded_too(tmp_path: Path) -> None:
@@ -156,3 +178,73 @@ def test_masks_and_validation_pictures_beside_the_configuration_are_uploaded_too
     assert sent["datasets"] == [{"folder_path": "pets-images", "mask_path": "pets-masks"}]
     assert sent["validation"] == {"folder_path": "pets-held"}
     assert {request["dataset_folder"] for request in server.inputs} == {"pets-images", "pets-masks", "pets-held"}
+
+
+def test_a_name_that_is_neither_a_folder_nor_a_data_set_is_refused(tmp_path: Path) -> None:
+    server = RecordingServer()
+    with client_of(server) as client, pytest.raises(ApiError, match="'nowhere' is neither a folder here"):
+        trainings.prepare_training(client, write_config(tmp_path, "nowhere"), on_upload=lambda _: None)
+    assert server.inputs == []
+
+
+def test_a_configuration_that_the_server_refuses_is_not_uploaded_for(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"png")
+    server = RecordingServer(keys=[{"path": "model", "verdict": "refused", "note": "'x' is not served here"}])
+    with client_of(server) as client, pytest.raises(ApiError, match="model: 'x' is not served here"):
+        trainings.prepare_training(client, write_config(tmp_path, "images"), on_upload=lambda _: None)
+    assert server.inputs == []
+
+
+def test_a_check_asks_the_server_where_one_answers_and_uploads_nothing(tmp_path: Path) -> None:
+    (tmp_path / "pets" / "images").mkdir(parents=True)
+    server = RecordingServer(keys=[{"path": "model", "verdict": "refused", "note": "'x' is not served here"}])
+    report = trainings.check_training(write_config(tmp_path, "pets/images"), lambda: client_of(server))
+    assert (report.unchecked, report.found["accepted"]) == (None, False)
+    assert server.checked[0]["config"]["config"]["process"][0]["datasets"] == [{"folder_path": "pets-images"}]
+    assert server.inputs == []
+
+
+def test_local_masks_are_no_fault_in_a_check_without_a_server(tmp_path: Path) -> None:
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    file = tmp_path / "train.yaml"
+    process = {
+        "type": "sd_trainer", "network": {"type": "lora"}, "model": {"name_or_path": "m"}, "train": {"steps": 5},
+        "datasets": [{"folder_path": "images", "mask_path": "masks"}],
+    }  # fmt: skip
+    file.write_text(yaml.safe_dump({"job": "extension", "config": {"name": "n", "process": [process]}}))
+
+    def silent() -> ApiClient:
+        raise Unreachable("http://testserver")
+
+    report = trainings.check_training(file, silent)
+    assert report.found["accepted"], report.found["keys"]
+
+
+def test_names_that_the_server_does_not_take_are_made_plain_and_stay_apart(tmp_path: Path) -> None:
+    for stem in ("a #1", "a _1", "cafe\u0301", "\U0001f525"):
+        (tmp_path / f"{stem}.png").write_bytes(b"png")
+        (tmp_path / f"{stem}.txt").write_text(stem)
+    (tmp_path / "._a.png").write_bytes(b"what macOS leaves")
+    server = RecordingServer()
+    with client_of(server) as client:
+        trainings.upload_folder(client, tmp_path, "d", on_upload=lambda _: None)
+    sent = {f["filename"]: base64.b64decode(f["content"]).decode() for f in server.inputs[0]["files"]}
+    captions = {name: text for name, text in sent.items() if name.endswith(".txt")}
+    assert captions == {
+        "a _1.txt": "a _1", "a _1_2.txt": "a #1", "caf\xe9.txt": "cafe\u0301", "_.txt": "\U0001f525"
+    }  # fmt: skip
+    assert sent.keys() == {name.removesuffix(".txt") + end for name in captions for end in (".txt", ".png")}
+
+
+def test_a_list_of_problems_is_not_shown_twice() -> None:
+    def refused(_: httpx.Request) -> httpx.Response:
+        problems = [{"path": "width", "message": "is too small"}, {"path": "seed", "message": "is missing"}]
+        return httpx.Response(
+            400, json={"error": "Invalid request: width: is too small; seed: is missing", "validation_errors": problems}
+        )
+
+    with client_of(refused) as client, pytest.raises(ApiError) as caught:
+        client.call("generate")
+    assert str(caught.value) == "Invalid request:\n  width: is too small\n  seed: is missing"

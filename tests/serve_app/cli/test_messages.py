@@ -1,0 +1,54 @@
+"""What a user reads: no stack trace for a mistake, and nothing cut that the next command needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from serve_app.cli.keys import keys_table
+from serve_app.cli.main import app
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        (None, "", "RAYLORA_MODELS is not valid JSON"),
+        ("c.toml", 'port = "x\n', "c.toml is not valid TOML"),
+        ("c.yaml", "a: [\n", "c.yaml is not valid YAML"),
+        ("c.toml", "prot = 1\n", "RAYLORA_PROT"),
+    ],
+)
+def test_a_broken_setting_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | None, text: str, said: str
+) -> None:
+    monkeypatch.setenv("RAYLORA_HOME", str(tmp_path))
+    if name is None:
+        monkeypatch.setenv("RAYLORA_MODELS", '{"secret')
+    else:
+        (tmp_path / name).write_text(text)
+        monkeypatch.setenv("RAYLORA_CONFIG", str(tmp_path / name))
+    result = CliRunner().invoke(app, ["jobs"])
+    assert result.exit_code == 2, result.output
+    assert said in " ".join(result.stderr.split())
+    assert "secret" not in result.output
+
+
+def test_a_picture_that_could_not_be_put_anywhere_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYLORA_HOME", str(tmp_path))
+    monkeypatch.setenv("RAYLORA_API_KEY", "rl_test")
+    # Nothing listens there: had the server been asked, the status would be 3.
+    monkeypatch.setenv("RAYLORA_PORT", "1")
+    result = CliRunner().invoke(app, ["generate", "a cat", "-o", str(tmp_path / "none" / "x.png")])
+    assert result.exit_code == 2, result.output
+    assert "There is no folder" in result.stderr
+
+
+def test_the_id_of_a_key_is_whole_on_a_narrow_terminal() -> None:
+    key = {"id": "key_c115d5016dc4a0e4", "tenant": "default", "name": "a" * 60, "created_at": "2026-11-26T19:28:22Z"}
+    console = Console(width=80)
+    with console.capture() as shown:
+        console.print(keys_table([key]))
+    assert key["id"] in shown.get()
