@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import yaml
@@ -26,6 +27,7 @@ _FLOAT = re.compile(
     |\.(?:nan|NaN|NAN))$""",
     re.X,
 )
+_WINDOWS_PATH = re.compile(r'"[A-Za-z]:\\(?!\\)')
 _INT = re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$")
 _EventLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -77,7 +79,7 @@ def read_mapping(config: str | bytes | Mapping[str, Any]) -> dict[str, Any]:
         _check_events(text)
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
     except yaml.YAMLError as broken:
-        raise _refuse(_where(broken), "invalid_yaml") from None
+        raise _refuse(_where(broken, text), "invalid_yaml") from None
     except (ValueError, RecursionError):
         raise _refuse("a value in the file cannot be read", "invalid_yaml") from None
     if not isinstance(value, dict):
@@ -123,10 +125,23 @@ def _plain(config: Mapping[Any, Any]) -> dict[str, Any]:
     return plain
 
 
-def _where(broken: yaml.YAMLError) -> str:
+def _where(broken: yaml.YAMLError, text: str) -> str:
     mark = getattr(broken, "problem_mark", None)
     problem = getattr(broken, "problem", None) or "it cannot be parsed"
-    return f"the YAML is broken: {problem}" + (f" (line {mark.line + 1}, column {mark.column + 1})" if mark else "")
+    if mark is None:
+        return f"the YAML is broken: {problem}"
+    line = next(islice(text.splitlines(), mark.line, None), "")
+    return f"the YAML is broken: {_known_cause(line) or problem} (line {mark.line + 1}, column {mark.column + 1})"
+
+
+def _known_cause(line: str) -> str | None:
+    """What the parser's own words do not say about the two mistakes that are made most."""
+    indent = line[: len(line) - len(line.lstrip())]
+    if "\t" in indent:
+        return "the line is indented by a tab, and YAML takes spaces only"
+    if _WINDOWS_PATH.search(line):
+        return "in double quotes a backslash begins an escape; write the path in single quotes, or with /"
+    return None
 
 
 def _refuse(message: str, code: str) -> ConfigInvalid:

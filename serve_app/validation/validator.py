@@ -119,7 +119,7 @@ class Validator:
         return GenerationPlan(parsed.spec.model_dump(mode="json"), (), warnings, from_config=True)
 
     def _from_prompt(self, payload: dict[str, Any]) -> GenerationPlan:
-        request = parse_payload(GeneratePayload, payload)
+        request = _prompt_form(payload)
         if request.init_image is None:
             _refuse_given(request.model_dump(include=set(OF_PICTURES)), OF_PICTURES, "needs an init_image")
         values = {name: getattr(request, name) for name in SPEC_FIELDS if getattr(request, name) is not None}
@@ -180,13 +180,30 @@ def _refuse_given(fields: Mapping[str, Any], names: Sequence[str], reason: str) 
         raise InvalidRequest(given)
 
 
+def _prompt_form(payload: dict[str, Any]) -> GeneratePayload:
+    """Raises InvalidRequest, also with what the fields that can be read hold beyond their bounds."""
+    try:
+        return parse_payload(GeneratePayload, payload)
+    except InvalidRequest as invalid:
+        wrong = {problem.path.partition("[")[0].partition(".")[0] for problem in invalid.problems}
+        readable = {name: payload[name] for name in SPEC_FIELDS if payload.get(name) is not None and name not in wrong}
+        try:
+            # Any prompt: the one that was given is judged above.
+            _generate_spec({**readable, "prompts": ["-"]})
+        except InvalidRequest as beyond:
+            raise InvalidRequest([*invalid.problems, *beyond.problems]) from None
+        raise
+
+
 def _generate_spec(values: dict[str, Any]) -> GenerateSpec:
     """Problems are reported by the names of the prompt form."""
     try:
         return spec_from_json(GenerateSpec, values)
     except ConfigInvalid as invalid:
         raise InvalidRequest(
-            Problem("prompt" if p.path.startswith("prompts") else p.path, p.message, p.code) for p in invalid.problems
+            # A rule about all prompts has no path of its own.
+            Problem("prompt" if not p.path or p.path.startswith("prompts") else p.path, p.message, p.code)
+            for p in invalid.problems
         ) from None
 
 

@@ -78,3 +78,17 @@ def test_workers_are_asked_for_in_the_process_of_a_config(written: Any, pictures
     process["workers"] = {"min": 0, "max": 1}
     refused = check_train_yaml({"job": "extension", "config": {"name": "a", "process": [process]}})
     assert [key.path for key in refused.keys if key.verdict == "invalid"] == ["config.process[0].workers.min"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("job: x\nconfig:\n\tname: y\n", "indented by a tab"),
+        ('job: x\nconfig: {folder_path: "C:\\Users\\anna"}\n', "in single quotes"),
+        ("job: x\nconfig: [\n", "the YAML is broken: "),
+    ],
+)
+def test_the_mistakes_that_are_made_most_are_named(text: str, said: str) -> None:
+    [found] = check_train_yaml(text).keys
+    assert said in found.note
+    assert "(line 3, column 1)" in found.note or "(line 2, column " in found.note

@@ -226,6 +226,18 @@ async def test_an_unknown_field_is_a_warning(server: LocalServer) -> None:
     assert output["warnings"] == ["Unknown field 'stepz' was ignored"]
 
 
+async def test_a_wrong_kind_does_not_hide_a_wrong_number(server: LocalServer) -> None:
+    wrong = {"prompt": "a cat", "height": "x", "seed": [], "width": -1, "num_images": 99, "loras": [{"id": 5}]}
+    output = await refused(server, wrong)
+    found = [problem["path"] for problem in output["validation_errors"]]
+    assert sorted(found) == ["height", "loras[0].id", "num_images", "seed", "width"]
+
+
+async def test_an_empty_prompt_is_named(server: LocalServer) -> None:
+    output = await refused(server, {"type": "generate", "prompt": "  "})
+    assert [problem["path"] for problem in output["validation_errors"]] == ["prompt"]
+
+
 async def test_a_generate_config_is_accepted_at_once(server: LocalServer) -> None:
     process = {
         "type": "to_folder",
