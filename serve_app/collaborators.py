@@ -123,8 +123,8 @@ class Inference(Protocol):
     """A replica that makes pictures."""
 
     def generate(self, work: GenerationWork) -> AsyncGenerator[dict[str, Any], None]:
-        """Yields `{"progress": {...}}` while at work and `{"output": {...}}` at the end; across Ray, first of all an
-        empty event when a replica has taken it.
+        """Yields `{"progress": {...}}` while at work and `{"output": {...}}` at the end; across Ray, first of all
+        `{"worker_id": ...}` when a replica has taken it.
 
         Raises errors of `diffusion`, `storage` and `serve_app`. Closing the iterator, or cancelling its consumer,
         stops the work at the next denoising step.

@@ -83,7 +83,7 @@ class GenerationAttempt:
         output: dict[str, Any] | None = None
         async with aclosing(self._inference.generate(work)) as events:
             async for event in events:
-                await self._start()
+                await self._start(event.get("worker_id"))
                 if "progress" in event:
                     self._note(event["progress"])
                 output = event.get("output", output)
@@ -91,9 +91,9 @@ class GenerationAttempt:
             raise RuntimeError("the replica ended without a result")
         return output
 
-    async def _start(self) -> None:
+    async def _start(self, worker_id: str | None = None) -> None:
         if not self._started:
-            await self._jobs.start(self._record.id, self._owner, lease_s=self._lease_s)
+            await self._jobs.start(self._record.id, self._owner, worker_id=worker_id, lease_s=self._lease_s)
             self._started = True
 
     def _note(self, progress: dict[str, Any]) -> None:

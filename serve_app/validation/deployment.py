@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from serve_app.outbound import Outbound
+from serve_app.refusals import log_refusals_in_one_line
 from serve_app.settings import Settings
 from serve_app.validation.service import ValidationService
 from serve_app.validation.sources import FETCH_TIMEOUT_S
@@ -16,6 +17,7 @@ from storage.keys import Keys
 
 class Validation(ValidationService):
     def __init__(self, settings: Settings) -> None:
+        log_refusals_in_one_line()
         s3 = settings.s3()
         super().__init__(
             Validator(

@@ -1,7 +1,7 @@
 """The dispatcher over real records and a scripted replica. `Ticks` stands in for time."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 from diffusion.errors import LoraMismatch
 from serve_app.dispatch.dispatcher import GenerationDispatcher
 from serve_app.errors import ServiceUnavailable
-from serve_app.inference.plan import GenerationRequest
+from serve_app.inference.plan import GenerationRequest, GenerationWork
 from serve_app.testing import ScriptedInference
 from storage.async_jobs import AsyncJobs
 from storage.errors import JobsUnavailable, StorageFailed
@@ -38,11 +38,13 @@ class Ticks:
 
 
 class Scene:
-    def __init__(self, world: JobsWorld, slots: int = 2, drain_s: float = 0.0) -> None:
+    def __init__(
+        self, world: JobsWorld, slots: int = 2, drain_s: float = 0.0, inference: ScriptedInference | None = None
+    ) -> None:
         self.world = world
         self.jobs = AsyncJobs(world.jobs)
         self.ticks = Ticks()
-        self.inference = ScriptedInference(InMemoryStore(now=world.clock))
+        self.inference = inference or ScriptedInference(InMemoryStore(now=world.clock))
         self.dispatcher = GenerationDispatcher(
             self.jobs, self.inference, owner="dispatcher-1", slots=slots, drain_s=drain_s, sleep=self.ticks.sleep
         )
@@ -98,6 +100,21 @@ async def test_a_queued_generation_is_made_and_its_record_completed(scene: Scene
     [image] = record.output["images"]
     assert await scene.inference.store.exists(image["key"])
     assert image["seed"] == 1
+
+
+class OnAWorker(ScriptedInference):
+    """Says first who works, as a replica does across Ray."""
+
+    async def generate(self, work: GenerationWork) -> AsyncGenerator[dict[str, Any], None]:
+        yield {"worker_id": "gpu-1"}
+        async for event in super().generate(work):
+            yield event
+
+
+async def test_the_record_names_the_worker(world: JobsWorld) -> None:
+    scene = Scene(world, inference=OnAWorker(InMemoryStore(now=world.clock)))
+    async with scene.running():
+        assert (await scene.ended(await scene.submit())).worker_id == "gpu-1"
 
 
 async def test_work_that_was_queued_before_the_start_is_found(scene: Scene) -> None:
