@@ -15,6 +15,7 @@
     +-- ProcessNotFound         unknown or another tenant's process
     +-- ProcessNotCancellable   unknown, another tenant's or already ended
     +-- ProcessNotCompleted     its files do not exist yet
+    +-- TrainingNotEnded        what has not ended cannot be continued by another
     +-- LoraNotUsable           the request names an adapter that cannot be applied
     +-- LoraFileInvalid         an imported adapter's file is not one
     +-- GenerationRefused       a generation failed for what was asked
@@ -111,6 +112,10 @@ class RunpodJobNotFound(ServeError):
 
 class RunpodJobNotRetryable(ServeError):
     code = "job_not_retryable"
+
+
+class TrainingNotEnded(ServeError):
+    code = "training_not_ended"
 
 
 class IdempotencyKeyReused(ServeError):

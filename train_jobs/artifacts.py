@@ -24,15 +24,26 @@ logger = logging.getLogger(__name__)
 class Artifacts:
     """One training's objects. Every method blocks and raises StorageError.
 
-    `scratch` is a folder on this node, which the node's storage actor reads and writes too.
+    `scratch` is a folder on this node, which the node's storage actor reads and writes too. `continues` is the training
+    whose checkpoints count where this one has none of its own.
     """
 
-    def __init__(self, store: ObjectStore, runner: Runner, keys: Keys, process_id: str, scratch: Path) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        runner: Runner,
+        keys: Keys,
+        process_id: str,
+        scratch: Path,
+        *,
+        continues: str | None = None,
+    ) -> None:
         self._store = store
         self._runner = runner
         self._keys = keys
         self._process_id = process_id
         self._scratch = scratch
+        self._continues = continues
 
     def dataset(self, spec: DatasetSpec, index: int, pinned_upload: str | None) -> tuple[Path, DatasetManifest]:
         """Download a dataset into a folder of its own, each file verified by its sha256.
@@ -59,9 +70,25 @@ class Artifacts:
             logger.warning("the upload this training began with is gone; its dataset's newest upload is used")
             return self._runner.run_blocking(latest_manifest(self._store, self._keys, name))
 
+    def newest_checkpoint(self) -> Path | None:
+        """Where to go on from, in a folder.
+
+        Raises CheckpointInvalid, and ConfigInvalid where the training that this one continues has none.
+        """
+        own = self.checkpoint_steps()
+        if own or self._continues is None:
+            return self.fetch_checkpoint(own[-1]) if own else None
+        steps = self._steps_of(self._continues)
+        if not steps:
+            raise ConfigInvalid([Problem("continues", "is not a training of yours with a checkpoint", "not_found")])
+        return self.fetch_checkpoint(steps[-1])
+
     def checkpoint_steps(self) -> list[int]:
-        """Steps of the whole checkpoints, ascending: those whose last file is there."""
-        prefix = self._keys.checkpoints_prefix(self._process_id)
+        """Steps of the whole checkpoints of its own, ascending: those whose last file is there."""
+        return self._steps_of(self._process_id)
+
+    def _steps_of(self, process_id: str) -> list[int]:
+        prefix = self._keys.checkpoints_prefix(process_id)
         names: dict[int, set[str]] = {}
         for info in self._runner.run_blocking(self._store.list(prefix)):
             step, _, name = info.key.removeprefix(prefix).partition("/")
@@ -70,12 +97,18 @@ class Artifacts:
         return sorted(step for step, found in names.items() if found >= set(checkpoint.FILES))
 
     def fetch_checkpoint(self, step: int) -> Path:
-        """Download one into a folder, the weights verified. Raises CheckpointInvalid for a damaged state."""
+        """Download one into a folder, the weights verified; one that is not its own is the continued training's.
+
+        Raises CheckpointInvalid for a damaged state.
+        """
+        holder = self._process_id
+        if self._continues is not None and step not in self.checkpoint_steps():
+            holder = self._continues
         folder = self._scratch / f"checkpoint-{step}"
         folder.mkdir(parents=True, exist_ok=True)
         expected: dict[str, str] = {}
         for name in reversed(checkpoint.FILES):
-            key = self._keys.checkpoint_file(self._process_id, step, name)
+            key = self._keys.checkpoint_file(holder, step, name)
             digest = expected.get(name)
             self._runner.run_blocking(self._store.download_file(key, folder / name, expected_sha256=digest))
             if name == checkpoint.STATE:

@@ -280,8 +280,7 @@ class Preparation:
 
     def _read(self) -> tuple[Pictures, Path | None]:
         """The pictures, and the folder of the newest checkpoint."""
-        steps = self._artifacts.checkpoint_steps()
-        folder = self._artifacts.fetch_checkpoint(steps[-1]) if steps else None
+        folder = self._artifacts.newest_checkpoint()
         return read_pictures(self._spec, self._artifacts, pinned_uploads(facts_of(folder))), folder
 
     def _load(self, pictures: Pictures, checkpoint_folder: Path | None) -> _Loaded:

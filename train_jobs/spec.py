@@ -339,7 +339,8 @@ class TrainSpec(Spec):
     """A whole LoRA training. `model` is an alias the server knows or a Hugging Face id `org/name`.
 
     `family` is what the author takes the model for; a model of another family is then refused. Without `workers` there
-    are as many as the instance is set to.
+    are as many as the instance is set to. `continues` is the id of a training of the same owner, from whose newest
+    checkpoint this one goes on, to `train.steps` in all.
     """
 
     name: str = Field(pattern=NAME_PATTERN)
@@ -357,6 +358,7 @@ class TrainSpec(Spec):
     family: str | None = Field(default=None, pattern=r"^[a-z0-9_]{1,40}$")
     trigger_word: str | None = Field(default=None, max_length=100)
     subject_id: str | None = Field(default=None, pattern=DATASET_PATTERN)
+    continues: str | None = Field(default=None, pattern=r"^train_[0-9a-f]{12}$")
 
     @model_validator(mode="after")
     def _can_be_quantized(self) -> "TrainSpec":

@@ -79,7 +79,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
             tell=reporter.waiting,
         )
         keys = Keys(config.s3.prefix, config.tenant, reads_older=config.reads_older)
-        artifacts = Artifacts(store, runner, keys, config.process_id, scratch)
+        artifacts = Artifacts(store, runner, keys, config.process_id, scratch, continues=config.spec.get("continues"))
         device = ray.train.torch.get_device() if config.use_gpu else torch.device("cpu")
         if device.type == "cpu":
             torch.set_num_threads(threads_of_worker(context.get_local_world_size()))

@@ -84,6 +84,13 @@ class ApiClient:
     def revoke_key(self, key_id: str) -> dict[str, Any]:
         return self._send("DELETE", f"/v1/keys/{quote(key_id, safe='')}")
 
+    def continue_training(self, training_id: str, steps: int | None) -> dict[str, Any]:
+        """The new training, which goes on from that one's newest checkpoint, to `steps` in all."""
+        body = {} if steps is None else {"steps": steps}
+        accepted = self._send("POST", f"/v1/trainings/{quote(training_id, safe='')}/continue", json=body)
+        training: dict[str, Any] = accepted["training"]
+        return training
+
     def has_dataset(self, name: str) -> bool:
         try:
             self.get(f"/v1/datasets/{quote(name, safe='')}")

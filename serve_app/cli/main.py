@@ -236,6 +236,28 @@ def train(
             out.print(f"{process_id}: {process['status']}. `raylora download {process_id}` fetches the LoRA.")
 
 
+@app.command("continue")
+def continue_(
+    process_id: str,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps in all, those that are done included; else the training's own.")
+    ] = None,
+    detach: Annotated[bool, typer.Option("-d", "--detach", help="Return once it is queued.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train on from the newest checkpoint of a training that has ended: for more steps, or the rest of a cancelled one."""
+    with reported(as_json), _connect(Settings()) as client:
+        training = client.continue_training(process_id, steps)
+        if not as_json:
+            err.print(f"training {training['id']}")
+        if detach:
+            _emit(as_json, training)
+            return
+        process = _follow(client, training["id"], as_json)
+        if not as_json:
+            out.print(f"{training['id']}: {process['status']}. `raylora download {training['id']}` fetches the LoRA.")
+
+
 def _show_check(config: Path, as_json: bool) -> None:
     """One line a key, then the run; exit status 2 for a file that would be refused."""
     with reported(as_json):

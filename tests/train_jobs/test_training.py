@@ -108,11 +108,12 @@ def train(
         *,
         reports: list[Any] | None = None,
         objects: ObjectStore = store,
+        process_id: str = JOB,
     ) -> dict[str, Any]:
         scratch = tmp_path / f"scratch-{next(count)}"
         scratch.mkdir()
         config = WorkerConfig(
-            process_id=JOB,
+            process_id=process_id,
             tenant="default",
             spec=spec.model_dump(mode="json"),
             models={"tiny": str(model_folder)},
@@ -123,7 +124,7 @@ def train(
         )
         return Training(
             config,
-            Artifacts(objects, runner, KEYS, JOB, scratch),
+            Artifacts(objects, runner, KEYS, process_id, scratch, continues=spec.continues),
             scratch,
             torch.device("cpu"),
             Alone(),
@@ -240,6 +241,33 @@ def test_a_stopped_training_keeps_its_last_step_and_continues_from_it(
         (tmp_path / f"{name}.safetensors").write_bytes(data)
     a, b = (read_lora(tmp_path / f"{name}.safetensors").state for name in "ab")
     assert max(float((a[name] - b[name]).abs().max()) for name in b) <= 1e-3
+
+
+def test_more_steps_of_a_training_equal_one_that_had_them_from_the_start(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec, store: InMemoryStore
+) -> None:
+    quiet = spec.model_copy(update={"sample": spec.sample.model_copy(update={"previews": ()})})
+    short = quiet.model_copy(update={"train": quiet.train.model_copy(update={"steps": 2})})
+    unbroken = train(quiet, process_id="train_00000000000a")["output"]
+    first = train(short, process_id="train_00000000000b")["output"]
+    told = Told()
+    more = quiet.model_copy(update={"continues": "train_00000000000b"})
+    output = train(more, told, process_id="train_00000000000c")["output"]
+
+    assert told.steps == [3, 4]
+    assert _get(store, output["loras"][0]["key"]) != _get(store, first["loras"][0]["key"])
+    ours, theirs = (load(_get(store, found["loras"][0]["key"])) for found in (output, unbroken))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert [checkpoint["step"] for checkpoint in output["checkpoints"]] == [4]
+
+
+def test_a_training_that_continues_one_without_a_checkpoint_says_so(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec
+) -> None:
+    failure = train(spec.model_copy(update={"continues": "train_00000000000b"}))["failure"]
+    assert failure["code"] == "config_invalid"
+    assert "continues" in failure["message"]
 
 
 def test_a_training_continues_on_the_upload_it_began_with(

@@ -95,6 +95,14 @@ class TrainingCreate(PolicyFields):
         return self
 
 
+class TrainingContinue(PolicyFields):
+    """`steps` is the number of steps in all, those that are done included; left out, it is the first training's own."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"steps": 400}]})
+
+    steps: int | None = Field(default=None, ge=1, le=1_000_000)
+
+
 FIRST_BLOCK_CACHE = (
     "Lossy and faster: a step whose first block adds nearly what it added in the last whole step, up to this relative "
     "difference (0.05 to 0.2 are usual), reuses the other blocks' work of then. 0 is exact; left out, the server's own "

@@ -20,13 +20,12 @@ from serve_app.ingress.native.views import (
     progress_of,
 )
 from serve_app.job_types.context import Services
+from serve_app.job_types.continuing import whole_checkpoints
 from storage.errors import ObjectNotFound
 from storage.job_record import JobRecord
 from storage.job_state import JobKind
 from storage.objects import ObjectInfo
 
-CHECKPOINT_LAST_FILE = "state.json"
-"""Written last: a checkpoint that has it is whole."""
 LOSS_LOG = "loss.json"
 _SAMPLE = re.compile(r"(\d+)_(\d+)\.[A-Za-z0-9]+")
 
@@ -38,13 +37,7 @@ def training_files_router(services: Services) -> APIRouter:
     async def list_checkpoints(request: Request, training_id: str) -> Files[Checkpoint]:
         """The whole checkpoints that are kept, by step."""
         record = await record_of(services, request, training_id, JobKind.TRAINING)
-        prefix = services.keys_of(record.tenant).checkpoints_prefix(record.id)
-        steps: dict[int, list[tuple[str, ObjectInfo]]] = {}
-        for info in await services.store.list(prefix):
-            step, _, name = info.key.removeprefix(prefix).partition("/")
-            if step.isdigit():
-                steps.setdefault(int(step), []).append((name, info))
-        whole = {s: found for s, found in sorted(steps.items()) if CHECKPOINT_LAST_FILE in {name for name, _ in found}}
+        whole = await whole_checkpoints(services.store, services.keys_of(record.tenant), record.id)
         return Files(items=[await _checkpoint(services, step, found) for step, found in whole.items()])
 
     @router.get("/samples")

@@ -8,12 +8,13 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from fastapi.routing import APIRoute
 
-from serve_app.ingress.native.bodies import TrainingCreate, reads, takes
+from serve_app.ingress.native.bodies import TrainingContinue, TrainingCreate, reads, takes
 from serve_app.ingress.native.calls import check_id, context_of, record_of, tenant_of
 from serve_app.ingress.native.events import EventStream, last_event_id, version_of
 from serve_app.ingress.native.views import Page, State, Training, TrainingAccepted, training_view
 from serve_app.ingress.native.waiting import Waited
 from serve_app.job_types.context import Services
+from serve_app.job_types.continuing import continue_from
 from serve_app.job_types.train import queue_training
 from storage.job_state import JobKind, JobState
 
@@ -92,5 +93,19 @@ def trainings_router(services: Services, route_class: type[APIRoute]) -> APIRout
         check_id(training_id, TRAINING)
         record = await services.jobs.retry(training_id, tenant=tenant_of(request))
         return training_view(record, services.clock())
+
+    @router.post("/{training_id}/continue", status_code=202, openapi_extra=takes(TrainingContinue))
+    async def continue_training(
+        request: Request, training_id: str, asked: Annotated[TrainingContinue, Depends(reads(TrainingContinue))]
+    ) -> TrainingAccepted:
+        """Queue a new training that goes on from the newest checkpoint of one that has ended, however it ended.
+
+        It has that one's configuration, data and optimizer state. For more steps of a completed training, or the rest
+        of a cancelled one.
+        """
+        record = await record_of(services, request, training_id, TRAINING)
+        context = await context_of(request, asked.policy())
+        queued = await continue_from(services, context, record, asked.steps)
+        return TrainingAccepted(training=training_view(queued.record, services.clock()), ignored=[], warnings=[])
 
     return router

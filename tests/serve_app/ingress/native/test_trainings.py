@@ -135,6 +135,66 @@ async def test_a_failed_training_is_resumed_as_the_same_training(server: LocalSe
     assert (resumed["id"], resumed["state"], resumed["attempt"]) == (training.id, "QUEUED", 2)
 
 
+async def checkpoint(server: LocalServer, training_id: str, step: int) -> None:
+    for name in ("adapter.safetensors", "optimizer.safetensors", "state.json"):
+        await server.store.put(keys_of(TENANT).checkpoint_file(training_id, step, name), b"1")
+
+
+async def test_a_completed_training_gets_more_steps_as_a_training_of_its_own(server: LocalServer) -> None:
+    async with server.client() as http:
+        await upload(http)
+        first = await create(http, spec=SPEC | {"train": {"steps": 20}, "network": {"rank": 3}})
+        await settle(server, {"loras": []})
+        await checkpoint(server, first["id"], 10)
+        await checkpoint(server, first["id"], 20)
+        reply = await http.post(f"/v1/trainings/{first['id']}/continue", json={"steps": 50})
+        more = reply.json()["training"]
+        assert (await http.get(f"/v1/trainings/{first['id']}")).json()["state"] == "COMPLETED"
+    assert reply.status_code == 202
+    assert (more["state"], more["spec"]["train"]["steps"], more["spec"]["continues"]) == ("QUEUED", 50, first["id"])
+    assert more["id"] != first["id"]
+    assert more["spec"]["network"] == first["spec"]["network"]
+    assert more["spec"]["datasets"] == first["spec"]["datasets"]
+
+
+async def test_a_cancelled_training_goes_on_to_its_own_number_of_steps(server: LocalServer) -> None:
+    async with server.client() as http:
+        await upload(http)
+        first = await create(http)
+        await http.post(f"/v1/trainings/{first['id']}/cancel")
+        await checkpoint(server, first["id"], 10)
+        reply = await http.post(f"/v1/trainings/{first['id']}/continue", json={})
+    assert reply.json()["training"]["spec"]["train"]["steps"] == 1000
+
+
+async def test_what_cannot_be_continued_says_why(server: LocalServer, world: JobsWorld) -> None:
+    async with server.client() as http:
+        await upload(http)
+        running = await create(http)
+        early = await http.post(f"/v1/trainings/{running['id']}/continue", json={})
+        await http.post(f"/v1/trainings/{running['id']}/cancel")
+        empty = await http.post(f"/v1/trainings/{running['id']}/continue", json={})
+        await checkpoint(server, running["id"], 10)
+        done = await http.post(f"/v1/trainings/{running['id']}/continue", json={"steps": 10})
+    async with server.client(OTHER_KEY) as http:
+        foreign = await http.post(f"/v1/trainings/{running['id']}/continue", json={})
+    assert (early.status_code, early.json()["code"]) == (409, "training_not_ended")
+    assert [problem["code"] for problem in empty.json()["validation_errors"]] == ["no_checkpoint"]
+    assert [problem["path"] for problem in done.json()["validation_errors"]] == ["steps"]
+    assert (foreign.status_code, foreign.json()["code"]) == (404, "job_not_found")
+
+
+async def test_a_training_that_ended_early_goes_on_without_that_patience(server: LocalServer) -> None:
+    async with server.client() as http:
+        await upload(http)
+        first = await create(http, spec=SPEC | {"train": {"steps": 20}, "validation": {"patience": 2}})
+        await settle(server, {"loras": []})
+        await checkpoint(server, first["id"], 12)
+        reply = await http.post(f"/v1/trainings/{first['id']}/continue", json={})
+    more = reply.json()["training"]["spec"]
+    assert (more["train"]["steps"], more["validation"]["patience"]) == (20, None)
+
+
 async def test_what_a_training_stored_so_far_is_listed(server: LocalServer, world: JobsWorld) -> None:
     training, keys = world.running(OWNER, JobKind.TRAINING, tenant=TENANT), keys_of(TENANT)
     for step, names in ((10, ("adapter.safetensors", "optimizer.safetensors", "state.json")), (20, ("adapter",))):
