@@ -7,7 +7,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from serve_app.cli import main
+from serve_app.cli import main, operating
 from serve_app.cli.client import ApiClient
 
 KEY = {"id": "key_1", "tenant": "ada", "name": "studio", "created_at": "2026-01-02T03:04:05Z", "revoked_at": None}
@@ -27,7 +27,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, Any]]:
         return httpx.Response(200, json=KEY | ({"key": "rl_secret"} if request.method == "POST" else {}))
 
     transport = httpx.MockTransport(answer)
-    monkeypatch.setattr(main, "_connect", lambda settings: ApiClient("http://test", "k", transport=transport))
+    monkeypatch.setattr(operating, "connect", lambda settings: ApiClient("http://test", "k", transport=transport))
     return asked
 
 
