@@ -93,13 +93,16 @@ class SlotTable:
     def _copy(self, slot: int, first: int, part: Packed, scale: float) -> None:
         A, B = self._A[slot, first : first + part.rank], self._B[slot, first : first + part.rank]
         a_runs, b_runs = part.runs(self.layout)
+        A_own, B_own = part.A, part.B
         if part.layout.a_width < self.layout.a_width:
             A.zero_()
             B.zero_()
+            # Each goes to the device in one copy and is spread there: torch makes copies of columns wait for the host.
+            A_own, B_own = (matrix.to(A.device, non_blocking=True) for matrix in (A_own, B_own))
         for start, to, width in a_runs:
-            A[:, to : to + width].copy_(part.A[:, start : start + width], non_blocking=True)
+            A[:, to : to + width].copy_(A_own[:, start : start + width], non_blocking=True)
         for start, to, width in b_runs:
-            B[:, to : to + width].copy_(part.B[:, start : start + width], non_blocking=True)
+            B[:, to : to + width].copy_(B_own[:, start : start + width], non_blocking=True)
         if scale != 1.0:
             B.mul_(scale)
 
