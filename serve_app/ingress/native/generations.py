@@ -11,7 +11,7 @@ from fastapi.routing import APIRoute
 from serve_app.ingress.native.bodies import GenerationCreate, reads, takes
 from serve_app.ingress.native.calls import check_id, context_of, record_of, tenant_of
 from serve_app.ingress.native.events import EventStream, last_event_id, version_of
-from serve_app.ingress.native.trainings import EVENT_STREAM, NO_MORE, Cursor, Limit
+from serve_app.ingress.native.trainings import EVENT_STREAM, NO_MORE, Cursor, Limit, Replies
 from serve_app.ingress.native.views import Generation, Image, Page, State, generation_view
 from serve_app.ingress.native.waiting import Waited
 from serve_app.ingress.pictures import start_generation
@@ -21,20 +21,25 @@ from storage.job_state import JobKind, JobState
 
 GENERATION = JobKind.GENERATION
 IMAGE_FIELDS = ("filename", "size_bytes", "content_type", "sha256", "seed", "width", "height", "prompt")
+ENDED: Replies = {200: {"model": Generation, "description": "The generation that was waited for, ended."}}
 
 
 def generations_router(services: Services, route_class: type[APIRoute]) -> APIRouter:
     router = APIRouter(prefix="/v1/generations", tags=["generations"], route_class=route_class)
 
-    @router.post("", status_code=202, openapi_extra=takes(GenerationCreate))
+    @router.post("", status_code=202, responses=ENDED, openapi_extra=takes(GenerationCreate))
     async def create_generation(
         request: Request,
+        response: Response,
         asked: Annotated[GenerationCreate, Depends(reads(GenerationCreate))],
         wait: Waited = 0.0,
     ) -> Generation:
         """Queue a generation. With `wait`, answers when its pictures are there, or after so many seconds."""
         record = await start_generation(services, await context_of(request, asked.policy()), asked.payload())
-        return await _view(services, await _waited(services, record, wait))
+        record = await _waited(services, record, wait)
+        if record.state.is_terminal:
+            response.status_code = 200
+        return await _view(services, record)
 
     @router.get("")
     async def list_generations(
