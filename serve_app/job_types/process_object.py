@@ -7,7 +7,7 @@ from typing import Any
 
 from serve_app.job_types.context import public_runpod_id
 from storage.job_record import JobRecord
-from storage.job_state import JobState
+from storage.job_state import JobKind, JobState
 from storage.keys import Keys
 
 OLDER_STATUS = {
@@ -26,9 +26,17 @@ def process_status(record: JobRecord) -> str:
     return OLDER_STATUS[record.state]
 
 
+def steps_of(record: JobRecord) -> tuple[int | None, int | None]:
+    """The steps that are done, and how many there are in all."""
+    step, total = _count(record.progress.get("step")), _count(record.progress.get("total_steps"))
+    # What a generation reports last is some step before its end; a training may end before its last step.
+    is_whole = record.kind is JobKind.GENERATION and record.state is JobState.COMPLETED
+    return (total, total) if is_whole and total is not None else (step, total)
+
+
 def live_fields(record: JobRecord, now: datetime) -> dict[str, Any]:
     """How far the work is. `elapsed_time` and `eta` in seconds, `progress` in percent."""
-    step, total = _count(record.progress.get("step")), _count(record.progress.get("total_steps"))
+    step, total = steps_of(record)
     return {
         "progress": progress_percent(record, step, total),
         "step": step,

@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app.job_types.files import latest_lora
-from serve_app.job_types.process_object import elapsed_s, error_text, progress_percent
+from serve_app.job_types.process_object import elapsed_s, error_text, progress_percent, steps_of
 from storage.job_record import JobRecord
 from storage.job_state import JobState
 
@@ -325,7 +325,7 @@ def job_fields(record: JobRecord, now: datetime) -> dict[str, Any]:
 
 def progress_of(record: JobRecord) -> Progress:
     known = record.progress
-    step, total = _whole(known.get("step")), _whole(known.get("total_steps"))
+    step, total = steps_of(record)
     return Progress(
         percent=progress_percent(record, step, total),
         step=step,

@@ -161,6 +161,19 @@ async def test_a_client_that_goes_away_cancels_what_it_waited_for(server: LocalS
     assert made["state"] == "CANCELLED"
 
 
+async def test_a_completed_generation_has_done_all_its_steps(server: LocalServer, world: JobsWorld) -> None:
+    record = world.running("dispatcher-1", JobKind.GENERATION, tenant=TENANT)
+    last_heard = {"step": 19, "total_steps": 30, "stage": "denoising"}
+    world.jobs.heartbeat(record.id, "dispatcher-1", progress=last_heard)
+    world.jobs.complete(record.id, "dispatcher-1", {"images": []})
+    async with server.client() as http:
+        view = (await http.get(f"/v1/generations/{record.id}")).json()
+        body = {"input": {"type": "process_status", "process_id": record.id}}
+        process = (await http.post("/v2/ep/runsync", json=body)).json()["output"]
+    assert (view["progress"]["step"], view["progress"]["total_steps"]) == (30, 30)
+    assert (process["step"], process["total_steps"]) == (30, 30)
+
+
 async def test_a_whole_number_may_be_written_with_a_point(server: LocalServer) -> None:
     body = '{"prompt": "a red circle", "seed": 7.0, "width": 6.4e1, "height": 64.0, "guidance_scale": 1.5}'
     async with server.client() as http:
