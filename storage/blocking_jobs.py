@@ -72,6 +72,9 @@ class BlockingJobs:
     def retried(self, tenant: str | None = None, *, kind: JobKind | None = None) -> int:
         return self._call(Jobs.retried, tenant, kind=kind)
 
+    def excuse_attempts(self, kind: JobKind) -> JobList:
+        return self._call(Jobs.excuse_attempts, kind)
+
     def request_cancel(self, job_id: str, *, tenant: str | None) -> JobRecord:
         return self._call(Jobs.request_cancel, job_id, tenant=tenant)
 

@@ -115,6 +115,11 @@ def hand_back(record: JobRecord, now: datetime, *, by: str) -> JobRecord:
     return _moved(record, JobState.QUEUED, now, **_UNSTARTED)
 
 
+def excuse(record: JobRecord, now: datetime) -> JobRecord:
+    """The attempt under way will not be counted, however it ends: one more may follow."""
+    return _touched(record, now, attempts_max=record.attempts_max + 1)
+
+
 def sweep(record: JobRecord, now: datetime, *, cancel_grace_s: float, timeout_grace_s: float) -> JobRecord:
     """What becomes of a job that nobody moves any more. Returns the same record where there is nothing to do."""
     if record.state.is_terminal:

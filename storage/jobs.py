@@ -342,6 +342,16 @@ class Jobs(JobStreams, KeptReplies, IssuedKeys):
 
     # --- supervision
 
+    def excuse_attempts(self, kind: JobKind) -> JobList:
+        """Do not count the attempts under way: whoever calls is about to end them all. Returns what changed."""
+        now = self._clock()
+        with self._records.write("excuse_attempts") as tx:
+            excused = [job_steps.excuse(record, now) for record in tx.leased(kind)]
+            for record in excused:
+                tx.save(record)
+        self._announce(excused)
+        return excused
+
     def reap(self) -> JobList:
         """Settle or requeue what nobody moves any more, and forget old keys and events. Returns what changed."""
         now = self._clock()

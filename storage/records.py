@@ -202,6 +202,12 @@ class RecordsTx(StreamsTx):
         query = sa.select(jobs).where(jobs.c.kind == kind.value, jobs.c.state.in_(states), jobs.c.lease_owner == owner)
         return self._all(query.order_by(jobs.c.seq))
 
+    def leased(self, kind: JobKind) -> list[JobRecord]:
+        """The jobs that anybody works on, oldest first."""
+        states = [state.value for state in LEASED_STATES]
+        query = sa.select(jobs).where(jobs.c.kind == kind.value, jobs.c.state.in_(states)).with_for_update()
+        return self._all(query.order_by(jobs.c.seq))
+
     # --- queue
 
     def next_queued(self, kind: JobKind, limit: int) -> list[JobRecord]:

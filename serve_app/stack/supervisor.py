@@ -38,6 +38,7 @@ from storage.objects import StoreMaintenance
 logger = logging.getLogger("raylora.supervisor")
 
 FREE_DISK_MIN_MB = 1024
+EXCUSE_WITHIN_S = 5.0
 # Unix socket paths end at 107 bytes and Ray puts about 70 of its own behind this folder.
 RAY_FOLDER_MAX_CHARS = 36
 
@@ -226,8 +227,23 @@ class Supervisor:
         serve.start(http_options={"host": host, "port": settings.port})
         serve.run(build(settings, doors=self._doors), name="raylora", route_prefix="/", blocking=False)
         self._cleanup.callback(serve.shutdown)
+        if settings.ray_address is None:
+            self._cleanup.callback(self._excuse_trainings)
         self._start_probe(storage)
         self._start_sweeps()
+
+    def _excuse_trainings(self) -> None:
+        """They end with the cluster and go on in the next one; a planned stop uses up none of their attempts."""
+        from storage.blocking_jobs import BlockingJobs
+        from storage.job_state import JobKind
+        from storage.jobs_client import JobsClient
+
+        jobs = BlockingJobs(JobsClient(unavailable_after_s=EXCUSE_WITHIN_S))
+        try:
+            for record in jobs.excuse_attempts(JobKind.TRAINING):
+                logger.info("%s is stopped in attempt %d, which is not counted", record.id, record.attempt)
+        finally:
+            jobs.close()
 
     def _start_probe(self, storage: StoreMaintenance) -> None:
         probe = Background("capabilities", CapabilityProbe(storage.capabilities, self._note_capabilities).run)
