@@ -72,8 +72,11 @@ class BlockingJobs:
     def retried(self, tenant: str | None = None, *, kind: JobKind | None = None) -> int:
         return self._call(Jobs.retried, tenant, kind=kind)
 
-    def excuse_attempts(self, kind: JobKind) -> JobList:
-        return self._call(Jobs.excuse_attempts, kind)
+    def leased(self, kind: JobKind) -> JobList:
+        return self._call(Jobs.leased, kind)
+
+    def allow_attempts(self, job_id: str, attempts_max: int) -> JobRecord:
+        return self._call(Jobs.allow_attempts, job_id, attempts_max)
 
     def request_cancel(self, job_id: str, *, tenant: str | None) -> JobRecord:
         return self._call(Jobs.request_cancel, job_id, tenant=tenant)

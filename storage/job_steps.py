@@ -115,9 +115,11 @@ def hand_back(record: JobRecord, now: datetime, *, by: str) -> JobRecord:
     return _moved(record, JobState.QUEUED, now, **_UNSTARTED)
 
 
-def excuse(record: JobRecord, now: datetime) -> JobRecord:
-    """The attempt under way will not be counted, however it ends: one more may follow."""
-    return _touched(record, now, attempts_max=record.attempts_max + 1)
+def allow_attempts(record: JobRecord, now: datetime, attempts_max: int) -> JobRecord:
+    """At least so many attempts in all. Returns the same record where it may have them already."""
+    if record.attempts_max >= attempts_max:
+        return record
+    return _touched(record, now, attempts_max=attempts_max)
 
 
 def sweep(record: JobRecord, now: datetime, *, cancel_grace_s: float, timeout_grace_s: float) -> JobRecord:

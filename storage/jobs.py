@@ -342,15 +342,17 @@ class Jobs(JobStreams, KeptReplies, IssuedKeys):
 
     # --- supervision
 
-    def excuse_attempts(self, kind: JobKind) -> JobList:
-        """Do not count the attempts under way: whoever calls is about to end them all. Returns what changed."""
+    def leased(self, kind: JobKind) -> JobList:
+        """The jobs that anybody works on, oldest first."""
+        with self._records.read("leased") as tx:
+            return tx.leased(kind)
+
+    def allow_attempts(self, job_id: str, attempts_max: int) -> JobRecord:
+        """Let the job have at least so many attempts in all. Repeated, it changes nothing more."""
         now = self._clock()
-        with self._records.write("excuse_attempts") as tx:
-            excused = [job_steps.excuse(record, now) for record in tx.leased(kind)]
-            for record in excused:
-                tx.save(record)
-        self._announce(excused)
-        return excused
+        return self._change(
+            "allow_attempts", job_id, lambda record: job_steps.allow_attempts(record, now, attempts_max)
+        )
 
     def reap(self) -> JobList:
         """Settle or requeue what nobody moves any more, and forget old keys and events. Returns what changed."""

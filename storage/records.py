@@ -205,7 +205,7 @@ class RecordsTx(StreamsTx):
     def leased(self, kind: JobKind) -> list[JobRecord]:
         """The jobs that anybody works on, oldest first."""
         states = [state.value for state in LEASED_STATES]
-        query = sa.select(jobs).where(jobs.c.kind == kind.value, jobs.c.state.in_(states)).with_for_update()
+        query = sa.select(jobs).where(jobs.c.kind == kind.value, jobs.c.state.in_(states))
         return self._all(query.order_by(jobs.c.seq))
 
     # --- queue

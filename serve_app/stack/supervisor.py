@@ -240,7 +240,8 @@ class Supervisor:
 
         jobs = BlockingJobs(JobsClient(unavailable_after_s=EXCUSE_WITHIN_S))
         try:
-            for record in jobs.excuse_attempts(JobKind.TRAINING):
+            for record in jobs.leased(JobKind.TRAINING):
+                jobs.allow_attempts(record.id, record.attempts_max + 1)
                 logger.info("%s is stopped in attempt %d, which is not counted", record.id, record.attempt)
         finally:
             jobs.close()

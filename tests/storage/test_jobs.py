@@ -348,18 +348,21 @@ def test_a_job_that_is_handed_back_out_of_time_has_timed_out(world: JobsWorld):
     assert world.jobs.hand_back(job_id, "w1").state is JobState.TIMED_OUT
 
 
-def test_an_attempt_that_is_excused_is_not_counted(world: JobsWorld):
+def test_one_more_attempt_is_given_once_however_often_it_is_asked_for(world: JobsWorld):
     running = world.running("w1", attempts_max=1)
-    waiting = world.create(attempts_max=1)
+    world.create(attempts_max=1)
     other = world.running("driver", JobKind.TRAINING, attempts_max=1)
 
-    assert [record.id for record in world.jobs.excuse_attempts(GENERATION)] == [running.id]
+    assert [record.id for record in world.jobs.leased(GENERATION)] == [running.id]
+    given = [world.jobs.allow_attempts(running.id, 2) for _ in range(2)]
+    assert [record.attempts_max for record in given] == [2, 2]
+    assert given[0] == given[1]
+    assert world.jobs.allow_attempts(running.id, 1).attempts_max == 2
 
     world.clock.advance(60)
     world.jobs.reap()
     again = world.jobs.get(running.id)
-    assert (again.state, again.attempt, again.attempts_max) == (JobState.QUEUED, 2, 2)
-    assert world.jobs.get(waiting.id).attempts_max == 1
+    assert (again.state, again.attempt) == (JobState.QUEUED, 2)
     assert world.jobs.get(other.id).state is JobState.FAILED
 
 
