@@ -21,6 +21,7 @@ from serve_app.stack.instance import Instance
 from serve_app.stack.ports import any_free
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+LOG_TOLD_CHARS = 8000
 EXAMPLE = REPOSITORY / "examples" / "zib" / "train.yaml"
 
 
@@ -63,7 +64,13 @@ class Home:
         (folder / "user").mkdir(parents=True)
 
     def start(self, extra: Mapping[str, str] | None = None) -> Running:
-        state = control.start(self.instance, while_pid=os.getpid(), environment={**self.environment, **(extra or {})})
+        environment = {**self.environment, **(extra or {})}
+        try:
+            state = control.start(self.instance, while_pid=os.getpid(), environment=environment)
+        except control.ReportedFailure as error:
+            # The home is gone before anybody could read it there.
+            error.add_note(self.instance.log_file.read_text()[-LOG_TOLD_CHARS:])
+            raise
         key, _ = self.instance.ensure_api_key(None)
         return Running(
             self.instance,
