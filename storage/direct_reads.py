@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 from storage.errors import JobError, RecordsError, RecordsUnavailable
 from storage.jobs import RESTORED_FLAG, Jobs
 from storage.records import Records, RecordsTx
 from storage.records_engine import mapped_errors
+from storage.row_lookups import RowLookups
 
 logger = logging.getLogger(__name__)
 
@@ -66,16 +67,6 @@ class _OneView:
             yield self._tx
 
 
-class _LookUp:
-    """Each read of a method of `Jobs` by itself, where it reads once."""
-
-    def __init__(self, records: Records) -> None:
-        self._records = records
-
-    def read(self, operation: str) -> contextlib.AbstractContextManager[RecordsTx]:
-        return self._records.look_up(operation)
-
-
 class _Rows:
     """Reads of one row.
 
@@ -87,7 +78,8 @@ class _Rows:
 
     def __init__(self, records: Records) -> None:
         self._records = records
-        self._here = Jobs(cast(Records, _LookUp(records))) if records.file is not None else None
+        self.lookups = None if records.file is None else RowLookups(records.file)
+        self._here = None if self.lookups is None else Jobs(cast(Records, self.lookups))
         self._waiting: list[_Read] = []
         self._reading: asyncio.Task[None] | None = None
 
@@ -102,6 +94,10 @@ class _Rows:
         if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(self._read())
         return await read.answer
+
+    def close(self) -> None:
+        if self.lookups is not None:
+            self.lookups.close()
 
     async def _read(self) -> None:
         while self._waiting:
@@ -142,7 +138,7 @@ class DirectReads:
         self._records: Records | None = None
         self._jobs: Jobs | None = None
         self._rows: _Rows | None = None
-        self._file: tuple[Path, int] | None = None
+        self._file: tuple[str, int] | None = None
 
     @property
     def is_open(self) -> bool:
@@ -167,6 +163,8 @@ class DirectReads:
         self._let_go()
 
     def _let_go(self) -> None:
+        if self._rows is not None:
+            self._rows.close()
         self._jobs = self._rows = None
         if self._records is not None:
             self._records.close()
@@ -178,7 +176,7 @@ class DirectReads:
             return False
         path, inode = self._file
         try:
-            return path.stat().st_ino != inode
+            return os.stat(path).st_ino != inode
         except OSError:
             return True
 
@@ -207,6 +205,6 @@ class DirectReads:
                 records.close()
                 return False
         file = records.file
-        self._file = None if file is None else (file, file.stat().st_ino)
+        self._file = None if file is None else (str(file), file.stat().st_ino)
         self._records, self._jobs, self._rows = records, Jobs(records), _Rows(records)
         return True

@@ -20,7 +20,7 @@ from storage.errors import RecordConflict
 from storage.job_record import JobRecord, Submission
 from storage.job_state import LEASED_STATES, TERMINAL_STATES, JobKind, JobState
 from storage.key_rows import KeyRows
-from storage.records_engine import WRITES, mapped_errors, open_engine, open_lookups
+from storage.records_engine import WRITES, mapped_errors, open_engine
 from storage.records_streams import StreamsTx
 from storage.records_tables import (
     FIXED,
@@ -77,10 +77,8 @@ class Records:
                 metadata.create_all(self._writer)
         # Databases let one writer in and make the others poll or wait in line; a lock hands over at once.
         self._write_lock = threading.Lock()
-        self._lookups: sa.Connection | None = None
 
     def close(self) -> None:
-        self._close_lookups()
         self._engine.dispose()
 
     @property
@@ -100,26 +98,6 @@ class Records:
         """One consistent view of the database that waits for no writer."""
         with mapped_errors(operation), self._engine.begin() as connection:
             yield RecordsTx(connection)
-
-    @contextlib.contextmanager
-    def look_up(self, operation: str) -> Iterator[RecordsTx]:
-        """For one statement of SQLite, from one thread only: a tenth of what a transaction of its own costs.
-
-        It sees what was committed before, and waits for nothing: raises RecordsUnavailable where it would have to.
-        """
-        with mapped_errors(operation):
-            if self._lookups is None:
-                self._lookups = open_lookups(self._engine)
-            try:
-                yield RecordsTx(self._lookups)
-            except sa.exc.SQLAlchemyError:
-                self._close_lookups()
-                raise
-
-    def _close_lookups(self) -> None:
-        if self._lookups is not None:
-            self._lookups.close()
-            self._lookups = None
 
 
 class RecordsTx(StreamsTx):

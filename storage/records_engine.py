@@ -17,8 +17,7 @@ POSTGRES_DRIVER = "postgresql+psycopg"
 # Any number that no other program uses in the same database.
 WRITERS_LOCK = 0x7261796C
 WRITES = "raylora_writes"
-LOOKS_UP = "raylora_looks_up"
-"""Execution options: of connections that write, and of one whose every statement is a view of its own."""
+"""Execution option of connections that write."""
 
 
 def map_error(error: sa_exc.SQLAlchemyError, operation: str) -> JobError:
@@ -63,19 +62,6 @@ def open_engine(url: str, *, read_only: bool) -> sa.Engine:
     return engine
 
 
-def open_lookups(engine: sa.Engine) -> sa.Connection:
-    """A connection of SQLite for single statements, outside of transactions: each sees what was committed before it.
-
-    It waits for no lock. Raises sqlalchemy's errors.
-    """
-    connection = engine.connect()
-    # For the pool it is gone, with a setting that others must not have.
-    connection.detach()
-    connection = connection.execution_options(**{LOOKS_UP: True})
-    connection.exec_driver_sql("PRAGMA busy_timeout=0").close()
-    return connection
-
-
 def _open_postgres(url: sa.URL) -> sa.Engine:
     if url.drivername == "postgresql":
         url = url.set(drivername=POSTGRES_DRIVER)
@@ -107,6 +93,5 @@ def _prepare_sqlite_reader(connection: Any, _: object) -> None:
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:
-    options = connection.get_execution_options()
-    if not options.get(LOOKS_UP):
-        connection.exec_driver_sql(f"BEGIN {'IMMEDIATE' if options.get(WRITES) else 'DEFERRED'}")
+    writes = connection.get_execution_options().get(WRITES)
+    connection.exec_driver_sql(f"BEGIN {'IMMEDIATE' if writes else 'DEFERRED'}")

@@ -24,8 +24,9 @@ from serve_app.ingress.rate_limits import RateGate, RateLimit
 from serve_app.ingress.readiness import DiskSpace, check_readiness, disk_of
 from serve_app.ingress.reference import reference_router
 from serve_app.ingress.replies import PlainJson, error_response
-from serve_app.ingress.runpod import runpod_router, short_ways
+from serve_app.ingress.runpod import runpod_router
 from serve_app.ingress.runpod_jobs import RunpodJobs
+from serve_app.ingress.short_ways import OftenCalled, ShortWays
 from serve_app.job_types.context import Services
 from storage.jobs import Jobs
 from train_jobs.errors import Problem
@@ -49,6 +50,7 @@ def create_app(
     `door` is open from the application's start until its end.
     """
     jobs = RunpodJobs(services)
+    often = OftenCalled(jobs, services.limits)
     keys.learn(
         KnownKeys(
             lambda: services.jobs.call(Jobs.issued_keys, valid_only=True),
@@ -79,13 +81,13 @@ def create_app(
             Middleware(Authentication, keys=keys),
             Middleware(RateLimit, gate=gate),
             Middleware(BodyLimit, limits=services.limits),
+            Middleware(ShortWays, calls=often),
         ],
         exception_handlers={HTTPException: _routing_error, RequestValidationError: _parameter_error},
         redirect_slashes=False,
+        # The door tells of requests; to look whether anybody else listens takes as long as a layer for each.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-
-    # Routes are tried in this order: what is asked most comes first.
-    app.router.routes.extend(short_ways(jobs, services.limits))
 
     @app.get("/livez", tags=["server"])
     async def livez() -> Response:
@@ -99,7 +101,7 @@ def create_app(
         ready = all(check["ok"] for check in checks.values())
         return JSONResponse({"ready": ready, "checks": checks}, status_code=200 if ready else 503)
 
-    app.include_router(runpod_router(jobs, services.limits))
+    app.include_router(runpod_router(jobs, often, services.limits))
     app.include_router(native_router(services, keys))
     app.include_router(reference_router(app))
     app.openapi = document(app)  # type: ignore[method-assign]

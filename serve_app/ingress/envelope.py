@@ -36,7 +36,7 @@ class RunEnvelope(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     input: dict[str, Any]
-    policy: PolicyFields = Field(default_factory=PolicyFields)
+    policy: PolicyFields | None = None
     webhook: str | None = None
     s3Config: dict[str, Any] | None = None
 
@@ -45,6 +45,8 @@ class RunEnvelope(BaseModel):
 
     def job_policy(self) -> Policy:
         fields = self.policy
+        if fields is None:
+            return Policy()
         return Policy(
             execution_timeout_s=None if fields.executionTimeout is None else fields.executionTimeout / 1000,
             ttl_s=None if fields.ttl is None else fields.ttl / 1000,

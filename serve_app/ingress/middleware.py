@@ -1,8 +1,9 @@
 """What happens to every request before a route sees it, as plain ASGI layers.
 
 Outermost first: EdgeHeaders -> Guard -> Authentication -> RateLimit (`serve_app.ingress.rate_limits`) -> BodyLimit ->
-routes. `proxy_middlewares` puts EdgeHeaders in front of Serve's own proxy too, because the proxy obeys the two headers
-that clients must not set before any replica sees the request, and ProxyErrors. Serve's environment must have
+ShortWays (`serve_app.ingress.short_ways`) -> routes. `proxy_middlewares` puts EdgeHeaders in front of Serve's own
+proxy too, because the proxy obeys the two headers that clients must not set before any replica sees the request, and
+ProxyErrors. Serve's environment must have
 RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.ingress.middleware:proxy_middlewares when it starts.
 """
 
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.errors import BodyTooLarge, ServiceUnavailable
@@ -109,6 +111,9 @@ class Guard:
 
         try:
             await self._app(scope, receive, tracked_send)
+        except ClientDisconnect:
+            # There is nobody left to answer. The access log tells of it by its status.
+            logger.info("The client of request %s went away before the end of its body", request_id_of(scope))
         except Exception as error:
             if describe(error).code == INTERNAL.code:
                 log_unexpected(error, request_id_of(scope))

@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 MESSAGE_MAX = 256
 MESSAGE_BYTES_MAX = 8 * 1024 * 1024
-PAUSE_S = 0.05
+# A message costs as much as a dozen of these replies, however many are in it.
+PAUSE_S = 0.25
 RETRY_S = 1.0
 WAITING_MAX = 2000
 WAITING_BYTES_MAX = 64 * 1024 * 1024
@@ -74,7 +75,8 @@ class NearReplies:
 
     async def _send(self) -> None:
         while self._waiting:
-            await self._sleep(PAUSE_S)
+            if len(self._waiting) < MESSAGE_MAX:
+                await self._sleep(PAUSE_S)
             if not await self._send_some():
                 await self._sleep(RETRY_S)
 

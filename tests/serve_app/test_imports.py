@@ -10,6 +10,7 @@ INGRESS = [
     "serve_app.ingress.middleware",
     "serve_app.ingress.replies",
     "serve_app.ingress.runpod",
+    "serve_app.ingress.job_runner",
     "serve_app.ingress.runpod_jobs",
     "serve_app.ingress.runpod_view",
     "serve_app.app",

@@ -15,6 +15,7 @@ from storage.job_state import JobKind, JobState
 from storage.jobs import RESTORED_FLAG
 from storage.jobs_testing import JobsWorld
 from storage.records import Records
+from storage.row_lookups import RowLookups
 from tests.storage.postgres import database
 
 
@@ -56,7 +57,7 @@ def has_to_wait(reads: DirectReads, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise RecordsUnavailable("look_up")
 
-    monkeypatch.setattr(reads._records, "look_up", refuse)
+    monkeypatch.setattr(RowLookups, "read", refuse)
 
 
 async def test_what_was_committed_is_read_at_once(world: JobsWorld) -> None:
@@ -115,18 +116,18 @@ async def test_rows_are_read_without_a_thread_and_in_one_where_they_have_to_be_w
 async def test_a_lookup_waits_for_no_lock_and_the_next_one_is_answered(tmp_path: Path) -> None:
     world = JobsWorld(tmp_path)
     record = world.create(tenant="a")
-    reads = Records(world.url, read_only=True)
-    file = reads.file
+    file = world.records.file
     assert file is not None
+    reads = RowLookups(file)
     world.close()
     # Alone with the file, a connection can keep it for itself.
     other = sqlite3.connect(file, isolation_level=None)
     other.execute("PRAGMA locking_mode=EXCLUSIVE").close()
     other.execute("BEGIN IMMEDIATE").close()
-    with pytest.raises(RecordsUnavailable), reads.look_up("test") as tx:
+    with pytest.raises(RecordsUnavailable), reads.read("test") as tx:
         tx.get(record.id)
     other.close()
-    with reads.look_up("test") as tx:
+    with reads.read("test") as tx:
         assert tx.get(record.id) == record
     reads.close()
 

@@ -1,16 +1,18 @@
 """Request ids, refused headers, slashes, sizes, errors of the router."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.ingress.middleware import EdgeHeaders, ProxyErrors, proxy_middlewares
 from serve_app.settings import RequestLimits
-from serve_app.testing import LocalServer, local_server
+from serve_app.testing import KEY, LocalServer, local_server
 from storage.jobs_testing import JobsWorld
 
 HEALTH = {"input": {"type": "health"}}
@@ -161,6 +163,71 @@ async def test_what_the_router_refuses_is_json_too(server: LocalServer, method: 
     assert reply.status_code == status
     assert "json" in reply.headers["content-type"]
     assert "status" not in reply.json()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("HEAD", "/v2/ep/status/x", 405),
+        ("DELETE", "/v2/ep/runsync", 405),
+        ("GET", "/v2/ep/runsync", 405),
+        ("POST", "/v2//run", 404),
+        ("POST", "/v2/ep/run/", 404),
+        ("GET", "/v2/ep/status", 404),
+        ("GET", "/v2/ep/status/", 404),
+        ("GET", "/v2/ep/status/a/b", 404),
+        ("POST", "/v3/ep/run", 404),
+    ],
+)
+async def test_what_is_nearly_an_often_made_call_is_not_taken_for_one(
+    server: LocalServer, method: str, path: str, status: int
+) -> None:
+    async with server.client() as http:
+        reply = await http.request(method, path)
+    assert reply.status_code == status
+    if status == 405:
+        assert reply.headers["allow"] == ("GET, POST" if "/status/" in path else "POST")
+
+
+@pytest.mark.parametrize("call", ["run", "runsync", "runsync?wait=2000"])
+async def test_the_often_made_calls_are_answered_below_another_path_too(server: LocalServer, call: str) -> None:
+    async with server.client() as http:
+        here = await http.post(f"/v2/ep/{call}", json={"input": {"type": "health"}})
+    mounted = Starlette(routes=[Mount("/sub", app=server.app)])
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(mounted), base_url="http://test/sub", headers={"Authorization": f"Bearer {KEY}"}
+    ) as http:
+        there = await http.post(f"/v2/ep/{call}", json={"input": {"type": "health"}})
+    assert (there.status_code, there.json().keys()) == (here.status_code, here.json().keys())
+
+
+async def test_a_client_that_goes_away_within_its_body_is_no_fault_of_the_server(
+    server: LocalServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    messages: Iterator[Message] = iter(
+        [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+    )
+
+    async def receive() -> Message:
+        return next(messages)
+
+    async def send(_: Message) -> None:
+        return
+
+    scope = {"type": "http", "method": "POST", "path": "/v2/ep/runsync", "query_string": b"", "root_path": ""}
+    scope |= {"headers": [(b"authorization", KEY.encode())]}
+    await server.app(scope, receive, send)
+    assert [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
+
+
+async def test_a_body_may_come_in_parts(server: LocalServer) -> None:
+    async def parts(*found: bytes) -> AsyncIterator[bytes]:
+        for part in found:
+            yield part
+
+    async with server.client() as http:
+        reply = await http.post("/v2/ep/runsync", content=parts(b'{"input": ', b'{"type": "health"}', b"}"))
+    assert (reply.status_code, reply.json()["status"]) == (200, "COMPLETED")
 
 
 @pytest.mark.parametrize(
