@@ -114,6 +114,10 @@ class RunpodJobNotRetryable(ServeError):
     code = "job_not_retryable"
 
 
+class RunpodJobNotKept(ServeError):
+    code = "job_not_kept"
+
+
 class TrainingNotEnded(ServeError):
     code = "training_not_ended"
 
@@ -197,11 +201,14 @@ class ModelNotServed(ServeError):
 
 
 class RequestTimedOut(ServeError):
+    """`by_policy`: within the time that the client itself gave the job."""
+
     code = "timeout"
 
-    def __init__(self, timeout_s: float) -> None:
-        super().__init__(timeout_s)
+    def __init__(self, timeout_s: float, by_policy: bool = False) -> None:
+        super().__init__(timeout_s, by_policy)
         self.timeout_s = timeout_s
+        self.by_policy = by_policy
 
 
 class TooManyRequests(ServeError):

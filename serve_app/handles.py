@@ -20,7 +20,7 @@ from serve_app.collaborators import (
     Workers,
 )
 from serve_app.dispatch.rates import Grant, Rate
-from serve_app.dispatch.replies import EndedReply, Fingerprint, Reply
+from serve_app.dispatch.replies import Beginning, EndedReply, Ending, Fingerprint, Reply
 from serve_app.errors import ServiceUnavailable
 from serve_app.inference.plan import GenerationWork
 from serve_app.ingress.errors import unwrapped
@@ -37,7 +37,8 @@ DISPATCH, INFERENCE, VALIDATION = "dispatch", "inference", "validation"
 
 
 async def answer(part: str, response: Any, timeout_s: float) -> Any:
-    """The response's value. Raises the replica's own error, or ServiceUnavailable where no replica answered in time."""
+    """The response's value; who is cancelled cancels the call too. Raises the replica's own error, or
+    ServiceUnavailable where no replica answered in time."""
     try:
         async with asyncio.timeout(timeout_s):
             return await response
@@ -47,6 +48,10 @@ async def answer(part: str, response: Any, timeout_s: float) -> Any:
     except TimeoutError:
         response.cancel()
         raise ServiceUnavailable(part) from None
+    except asyncio.CancelledError:
+        # Whoever wanted it has gone, or cancelled the job that it was for.
+        response.cancel()
+        raise
     except (RayError, RayServeException):
         raise ServiceUnavailable(part) from None
 
@@ -118,27 +123,59 @@ class HandleDispatch:
         return load
 
     async def open_reply(
-        self, tenant: str, runpod_id: str, *, kept_s: float, fingerprint: Fingerprint | None, owner: str
+        self,
+        tenant: str,
+        runpod_id: str,
+        *,
+        kept_s: float,
+        fingerprint: Fingerprint | None,
+        owner: str,
+        status: Beginning,
+        instead_of: str | None = None,
     ) -> str:
         response = self._handle.open_reply.remote(
-            tenant, runpod_id, kept_s=kept_s, fingerprint=fingerprint, owner=owner
+            tenant,
+            runpod_id,
+            kept_s=kept_s,
+            fingerprint=fingerprint,
+            owner=owner,
+            status=status,
+            instead_of=instead_of,
         )
         return str(await answer(DISPATCH, response, CALL_TIMEOUT_S))
 
-    async def hear_from(self, owner: str) -> None:
-        await answer(DISPATCH, self._handle.hear_from.remote(owner), CALL_TIMEOUT_S)
+    async def hear_from(self, owner: str) -> list[tuple[str, str]]:
+        stopped: list[tuple[str, str]] = await answer(DISPATCH, self._handle.hear_from.remote(owner), CALL_TIMEOUT_S)
+        return stopped
 
     async def settle_reply(
-        self, tenant: str, runpod_id: str, *, output: dict[str, Any] | None = None, error: str | None = None
-    ) -> None:
-        response = self._handle.settle_reply.remote(tenant, runpod_id, output=output, error=error)
-        await answer(DISPATCH, response, CALL_TIMEOUT_S)
+        self,
+        tenant: str,
+        runpod_id: str,
+        *,
+        output: dict[str, Any] | None = None,
+        error: str | None = None,
+        status: Ending | None = None,
+    ) -> Beginning | Ending | None:
+        response = self._handle.settle_reply.remote(tenant, runpod_id, output=output, error=error, status=status)
+        ended: Beginning | Ending | None = await answer(DISPATCH, response, CALL_TIMEOUT_S)
+        return ended
+
+    async def cancel_reply(self, tenant: str, runpod_id: str) -> Reply | None:
+        response = self._handle.cancel_reply.remote(tenant, runpod_id)
+        reply: Reply | None = await answer(DISPATCH, response, CALL_TIMEOUT_S)
+        return reply
+
+    async def count_replies(self, tenant: str) -> dict[str, int]:
+        counts: dict[str, int] = await answer(DISPATCH, self._handle.count_replies.remote(tenant), CALL_TIMEOUT_S)
+        return counts
 
     async def keep_replies(self, ended: Sequence[EndedReply]) -> None:
         await answer(DISPATCH, self._handle.keep_replies.remote(list(ended)), CALL_TIMEOUT_S)
 
-    async def hand_over_reply(self, tenant: str, runpod_id: str, *, to: str) -> None:
-        await answer(DISPATCH, self._handle.hand_over_reply.remote(tenant, runpod_id, to=to), CALL_TIMEOUT_S)
+    async def hand_over_reply(self, tenant: str, runpod_id: str, *, to: str) -> bool:
+        response = self._handle.hand_over_reply.remote(tenant, runpod_id, to=to)
+        return bool(await answer(DISPATCH, response, CALL_TIMEOUT_S))
 
     async def wait_reply(self, tenant: str, runpod_id: str, timeout_s: float) -> Reply | None:
         response = self._handle.wait_reply.remote(tenant, runpod_id, timeout_s)

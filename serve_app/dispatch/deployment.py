@@ -11,7 +11,7 @@ from typing import Any
 from serve_app.collaborators import DispatchLoad
 from serve_app.dispatch.dispatcher import GenerationDispatcher
 from serve_app.dispatch.rates import Grant, Rate, RateLedger
-from serve_app.dispatch.replies import EndedReply, Fingerprint, Reply, ReplyTable
+from serve_app.dispatch.replies import Beginning, EndedReply, Ending, Fingerprint, Reply, ReplyTable
 from serve_app.dispatch.webhooks import WebhookSender
 from serve_app.handles import HandleInference
 from serve_app.job_types.results import Presenter
@@ -59,24 +59,52 @@ class Dispatcher:
         return self._dispatcher.load()
 
     async def open_reply(
-        self, tenant: str, runpod_id: str, *, kept_s: float, fingerprint: Fingerprint | None, owner: str
+        self,
+        tenant: str,
+        runpod_id: str,
+        *,
+        kept_s: float,
+        fingerprint: Fingerprint | None,
+        owner: str,
+        status: Beginning,
+        instead_of: str | None = None,
     ) -> str:
-        return self._replies.open(tenant, runpod_id, kept_s=kept_s, fingerprint=fingerprint, owner=owner)
+        return self._replies.open(
+            tenant,
+            runpod_id,
+            kept_s=kept_s,
+            fingerprint=fingerprint,
+            owner=owner,
+            status=status,
+            instead_of=instead_of,
+        )
 
-    async def hear_from(self, owner: str) -> None:
-        self._replies.hear_from(owner)
+    async def hear_from(self, owner: str) -> list[tuple[str, str]]:
+        return self._replies.hear_from(owner)
 
     async def settle_reply(
-        self, tenant: str, runpod_id: str, *, output: dict[str, Any] | None = None, error: str | None = None
-    ) -> None:
-        self._replies.settle(tenant, runpod_id, output=output, error=error)
+        self,
+        tenant: str,
+        runpod_id: str,
+        *,
+        output: dict[str, Any] | None = None,
+        error: str | None = None,
+        status: Ending | None = None,
+    ) -> Beginning | Ending | None:
+        return self._replies.settle(tenant, runpod_id, output=output, error=error, status=status)
+
+    async def cancel_reply(self, tenant: str, runpod_id: str) -> Reply | None:
+        return self._replies.cancel(tenant, runpod_id)
+
+    async def count_replies(self, tenant: str) -> dict[str, int]:
+        return self._replies.counts(tenant)
 
     async def keep_replies(self, ended: Sequence[EndedReply]) -> None:
         for one in ended:
             self._replies.keep(one)
 
-    async def hand_over_reply(self, tenant: str, runpod_id: str, *, to: str) -> None:
-        self._replies.hand_over(tenant, runpod_id, to=to)
+    async def hand_over_reply(self, tenant: str, runpod_id: str, *, to: str) -> bool:
+        return self._replies.hand_over(tenant, runpod_id, to=to)
 
     async def wait_reply(self, tenant: str, runpod_id: str, timeout_s: float) -> Reply | None:
         return await self._replies.wait(tenant, runpod_id, timeout_s)

@@ -3,37 +3,41 @@
 A record is made for trainings and generations only; every other job type ends within its own request, and its reply is
 kept here for as long as RunPod keeps results. The table is bounded and lives in memory: after a restart of the
 dispatcher these ids answer 404, like expired ones. A job ends with the ingress process that does it: one whose process
-has not been heard of for a while is FAILED.
+has not been heard of for a while is FAILED. Who cancels one is told so at once; its process hears of it the next time
+that it is heard from.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections import OrderedDict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+from serve_app.dispatch.fair_store import FairStore
 from serve_app.errors import IdempotencyKeyReused, JobInterrupted
 from serve_app.ingress.errors import describe
 
 SWEEP_INTERVAL = timedelta(seconds=1)
 WAIT_SLICE_S = 5.0
 OWNER_SILENT_MAX = timedelta(seconds=30)
-ReplyStatus = Literal["IN_QUEUE", "COMPLETED", "FAILED"]
+Beginning = Literal["IN_QUEUE", "IN_PROGRESS"]
+Ending = Literal["COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"]
 
 
 @dataclass(frozen=True)
 class Reply:
-    """How a job without a record stands. `error` is set exactly where `status` is FAILED.
+    """How a job without a record stands. `error` is set exactly where `status` is FAILED or TIMED_OUT.
 
-    Until it ends it is IN_QUEUE: should a record take over, the status then never goes backwards. `is_interrupted`: its
-    process was lost, which may have happened after it had made a record and before it could say so here.
+    A job of which a record may take over is IN_QUEUE until then, so that its status never goes backwards; any other is
+    IN_PROGRESS. `is_interrupted`: its process was lost, which may have happened after it had made a record and before
+    it could say so here.
     """
 
-    status: ReplyStatus
+    status: Beginning | Ending
     created_at: datetime
     finished_at: datetime | None = None
     output: dict[str, Any] | None = None
@@ -42,7 +46,7 @@ class Reply:
 
     @property
     def is_final(self) -> bool:
-        return self.status != "IN_QUEUE"
+        return self.status not in ("IN_QUEUE", "IN_PROGRESS")
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,7 @@ class _Entry:
     kept_s: float
     expires_at: datetime
     owner: str | None = None
-    size_bytes: int = 0
-    fingerprint: tuple[str, str] | None = None
+    fingerprint: str | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     is_drained: bool = False
 
@@ -90,7 +93,11 @@ class _Seen:
 
 
 class ReplyTable:
-    """Bounded, single-owner. All times come from `clock` (aware, UTC)."""
+    """Bounded, single-owner. All times come from `clock` (aware, UTC).
+
+    Beyond the bounds, a tenant with many or large replies loses its own oldest, and no job under way before those that
+    have ended.
+    """
 
     def __init__(
         self,
@@ -101,13 +108,16 @@ class ReplyTable:
         pending_max_s: float = 660.0,
     ) -> None:
         self._clock = clock
-        self._entries_max = entries_max
-        self._bytes_max = bytes_max
         self._pending_max_s = pending_max_s
-        self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
-        self._seen: OrderedDict[tuple[str, str], _Seen] = OrderedDict()
+        self._entries: FairStore[_Entry] = FairStore(
+            entries_max=entries_max,
+            bytes_max=bytes_max,
+            may_go=lambda entry: entry.reply.is_final,
+            dropped=lambda entry: entry.settled.set(),
+        )
+        self._seen: FairStore[_Seen] = FairStore(entries_max=entries_max)
         self._heard: dict[str, datetime] = {}
-        self._bytes = 0
+        self._to_stop: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
         self._swept_at = clock()
 
     def open(
@@ -118,98 +128,136 @@ class ReplyTable:
         kept_s: float,
         fingerprint: Fingerprint | None,
         owner: str | None = None,
+        status: Beginning = "IN_QUEUE",
+        instead_of: str | None = None,
     ) -> str:
         """Note a job that begins now. Returns `runpod_id`, or the id of the same request that came before.
 
         `owner` is the process that does it, which must be heard from until it has ended; None is believed for ever.
-        Raises IdempotencyKeyReused where the client's key came with another body.
+        `instead_of` is the id of an earlier same request that does not count any more. Raises IdempotencyKeyReused
+        where the client's key came with another body.
         """
         now = self._clock()
         self._sweep(now)
-        mark = None
         if fingerprint is not None:
-            mark = (tenant, fingerprint.key)
-            earlier = self._seen.get(mark)
-            if earlier is not None and earlier.expires_at > now:
+            earlier = self._seen.get(tenant, fingerprint.key)
+            if earlier is not None and earlier.expires_at > now and earlier.runpod_id != instead_of:
                 if earlier.body_sha256 != fingerprint.body_sha256:
                     raise IdempotencyKeyReused
                 return earlier.runpod_id
-            self._seen[mark] = _Seen(
-                runpod_id,
-                fingerprint.body_sha256,
-                now + timedelta(seconds=fingerprint.kept_s),
-                fingerprint.named_by_client,
-            )
+            expires_at = now + timedelta(seconds=fingerprint.kept_s)
+            seen = _Seen(runpod_id, fingerprint.body_sha256, expires_at, fingerprint.named_by_client)
+            self._seen.put(tenant, fingerprint.key, seen)
         if (tenant, runpod_id) in self._entries:
             # It ended on its way here.
             return runpod_id
-        expires_at = now + timedelta(seconds=self._pending_max_s)
-        reply = Reply(status="IN_QUEUE", created_at=now)
-        self._entries[tenant, runpod_id] = _Entry(reply, kept_s, expires_at, owner, fingerprint=mark)
+        reply = Reply(status, created_at=now)
+        mark = None if fingerprint is None else fingerprint.key
+        ends_at = now + timedelta(seconds=self._pending_max_s)
+        self._entries.put(tenant, runpod_id, _Entry(reply, kept_s, ends_at, owner, mark))
         if owner is not None:
             self._heard[owner] = now
-        self._shrink()
         return runpod_id
 
-    def hear_from(self, owner: str) -> None:
-        """That process is still there, and so are the jobs that it opened."""
+    def hear_from(self, owner: str) -> list[tuple[str, str]]:
+        """That process is still there, and so are the jobs that it opened. Returns those of them, by tenant and id,
+        that were cancelled since it was last heard from."""
         self._heard[owner] = self._clock()
         self._sweep(self._clock())
+        return self._to_stop.pop(owner, [])
 
     def settle(
-        self, tenant: str, runpod_id: str, *, output: dict[str, Any] | None = None, error: str | None = None
-    ) -> None:
-        """Note how the job ended; a second ending is ignored. `error` makes it FAILED."""
-        entry = self._entries.get((tenant, runpod_id))
-        if entry is not None and not entry.reply.is_final:
-            self._settle(entry, output, error)
+        self,
+        tenant: str,
+        runpod_id: str,
+        *,
+        output: dict[str, Any] | None = None,
+        error: str | None = None,
+        status: Ending | None = None,
+    ) -> Beginning | Ending | None:
+        """Note how the job ended; a second ending is ignored. Without a `status`, `error` makes it FAILED.
+
+        Returns the status that it ended with, None where nothing is known of it.
+        """
+        entry = self._entries.get(tenant, runpod_id)
+        if entry is None:
+            return None
+        if not entry.reply.is_final:
+            self._settle(
+                tenant, runpod_id, entry, status or ("COMPLETED" if error is None else "FAILED"), output, error
+            )
+        return entry.reply.status
 
     def _settle(
-        self, entry: _Entry, output: dict[str, Any] | None, error: str | None, *, is_interrupted: bool = False
+        self,
+        tenant: str,
+        runpod_id: str,
+        entry: _Entry,
+        status: Ending,
+        output: dict[str, Any] | None,
+        error: str | None,
+        *,
+        is_interrupted: bool = False,
     ) -> None:
         now = self._clock()
-        entry.reply = Reply(
-            status="COMPLETED" if error is None else "FAILED",
-            created_at=entry.reply.created_at,
-            finished_at=now,
-            output=output,
-            error=error,
-            is_interrupted=is_interrupted,
-        )
+        entry.reply = Reply(status, entry.reply.created_at, now, output, error, is_interrupted)
         entry.expires_at = now + timedelta(seconds=entry.kept_s)
-        entry.size_bytes = len(json.dumps(output)) if output is not None else 0
-        self._bytes += entry.size_bytes
-        if error is not None:
-            self._forget_unnamed(entry)
+        if status != "COMPLETED":
+            self._forget_unnamed(tenant, entry)
         entry.settled.set()
-        self._shrink()
+        self._entries.put(tenant, runpod_id, entry, size_bytes=len(json.dumps(output)) if output is not None else 0)
+
+    def cancel(self, tenant: str, runpod_id: str) -> Reply | None:
+        """A job that has not ended is CANCELLED from now on. Returns how it stands, None where nothing is known of
+        it."""
+        entry = self._entries.get(tenant, runpod_id)
+        if entry is None:
+            return None
+        if not entry.reply.is_final:
+            self._settle(tenant, runpod_id, entry, "CANCELLED", None, None)
+            if entry.owner is not None:
+                self._to_stop[entry.owner].append((tenant, runpod_id))
+        return entry.reply
+
+    def counts(self, tenant: str) -> dict[str, int]:
+        """The tenant's jobs that are known here, by status."""
+        self._sweep(self._clock())
+        return dict(Counter(entry.reply.status for entry in self._entries.of(tenant)))
 
     def keep(self, ended: EndedReply) -> None:
         """Note a job that has ended, whether it was opened before or not; a second ending is ignored."""
-        key = (ended.tenant, ended.runpod_id)
-        if key not in self._entries:
+        if (ended.tenant, ended.runpod_id) not in self._entries:
             expires_at = self._clock() + timedelta(seconds=ended.kept_s)
-            self._entries[key] = _Entry(Reply("IN_QUEUE", ended.reply.created_at), ended.kept_s, expires_at)
-        self.settle(*key, output=ended.reply.output, error=ended.reply.error)
+            begun = _Entry(Reply("IN_PROGRESS", ended.reply.created_at), ended.kept_s, expires_at)
+            self._entries.put(ended.tenant, ended.runpod_id, begun)
+        reply = ended.reply
+        self.settle(
+            ended.tenant, ended.runpod_id, output=reply.output, error=reply.error, status=cast(Ending, reply.status)
+        )
 
-    def hand_over(self, tenant: str, runpod_id: str, *, to: str) -> None:
-        """A job record answers from now on, under the id `to`; the same request sent again is told that id."""
-        entry = self._entries.get((tenant, runpod_id))
-        seen = None if entry is None or entry.fingerprint is None else self._seen.get(entry.fingerprint)
-        if entry is not None and entry.fingerprint is not None and seen is not None:
-            self._seen[entry.fingerprint] = replace(seen, runpod_id=to)
-        self._drop((tenant, runpod_id))
+    def hand_over(self, tenant: str, runpod_id: str, *, to: str) -> bool:
+        """A job record answers from now on, under the id `to`; the same request sent again is told that id.
+
+        Returns whether the job was cancelled before.
+        """
+        entry = self._entries.get(tenant, runpod_id)
+        if entry is not None and entry.fingerprint is not None:
+            seen = self._seen.get(tenant, entry.fingerprint)
+            if seen is not None:
+                self._seen.put(tenant, entry.fingerprint, replace(seen, runpod_id=to))
+        self._entries.pop(tenant, runpod_id)
+        return entry is not None and entry.reply.status == "CANCELLED"
 
     def get(self, tenant: str, runpod_id: str) -> Reply | None:
         """How the job stands, or None where it is unknown here: expired, another tenant's, or held by a record."""
         now = self._clock()
         self._sweep(now)
-        entry = self._entries.get((tenant, runpod_id))
+        entry = self._entries.get(tenant, runpod_id)
         return None if entry is None or entry.expires_at <= now else entry.reply
 
     def drain(self, tenant: str, runpod_id: str) -> bool:
         """Whether the final output is still to be streamed; True once."""
-        entry = self._entries.get((tenant, runpod_id))
+        entry = self._entries.get(tenant, runpod_id)
         if entry is None or not entry.reply.is_final or entry.is_drained:
             return False
         entry.is_drained = True
@@ -217,7 +265,7 @@ class ReplyTable:
 
     async def wait(self, tenant: str, runpod_id: str, timeout_s: float) -> Reply | None:
         """Like `get`, after the job ended, was handed over, or `timeout_s` passed."""
-        entry = self._entries.get((tenant, runpod_id))
+        entry = self._entries.get(tenant, runpod_id)
         until = asyncio.get_running_loop().time() + timeout_s
         while entry is not None and not entry.reply.is_final:
             left_s = until - asyncio.get_running_loop().time()
@@ -232,16 +280,10 @@ class ReplyTable:
                 break
         return self.get(tenant, runpod_id)
 
-    def _forget_unnamed(self, entry: _Entry) -> None:
-        seen = None if entry.fingerprint is None else self._seen.get(entry.fingerprint)
+    def _forget_unnamed(self, tenant: str, entry: _Entry) -> None:
+        seen = None if entry.fingerprint is None else self._seen.get(tenant, entry.fingerprint)
         if seen is not None and entry.fingerprint is not None and not seen.named_by_client:
-            del self._seen[entry.fingerprint]
-
-    def _drop(self, key: tuple[str, str]) -> None:
-        entry = self._entries.pop(key, None)
-        if entry is not None:
-            self._bytes -= entry.size_bytes
-            entry.settled.set()
+            self._seen.pop(tenant, entry.fingerprint)
 
     def _sweep(self, now: datetime) -> None:
         """Forget what has expired. Looks at everything, so not at every call: that would cost each one milliseconds."""
@@ -249,10 +291,12 @@ class ReplyTable:
             return
         self._swept_at = now
         self._interrupt(now)
-        for key in [key for key, entry in self._entries.items() if entry.expires_at <= now]:
-            self._drop(key)
-        for mark in [mark for mark, seen in self._seen.items() if seen.expires_at <= now]:
-            del self._seen[mark]
+        for tenant, runpod_id, entry in self._entries.items():
+            if entry.expires_at <= now:
+                self._entries.pop(tenant, runpod_id)
+        for tenant, mark, seen in self._seen.items():
+            if seen.expires_at <= now:
+                self._seen.pop(tenant, mark)
 
     def _interrupt(self, now: datetime) -> None:
         """End the jobs whose owner is silent."""
@@ -260,16 +304,10 @@ class ReplyTable:
         if not silent:
             return
         told = describe(JobInterrupted())
-        for entry in list(self._entries.values()):
+        for tenant, runpod_id, entry in self._entries.items():
             if entry.owner in silent and not entry.reply.is_final:
                 output = {"error": told.message, "error_type": told.code}
-                self._settle(entry, output, told.message, is_interrupted=True)
+                self._settle(tenant, runpod_id, entry, "FAILED", output, told.message, is_interrupted=True)
         for owner in silent:
             del self._heard[owner]
-
-    def _shrink(self) -> None:
-        """Drop the oldest beyond the bounds; the newest always stays."""
-        while len(self._entries) > self._entries_max or (self._bytes > self._bytes_max and len(self._entries) > 1):
-            self._drop(next(iter(self._entries)))
-        while len(self._seen) > self._entries_max:
-            self._seen.popitem(last=False)
+            self._to_stop.pop(owner, None)

@@ -87,6 +87,7 @@ TABLE: dict[type[BaseException], Row] = {
     s.UnknownJobType: Row(400, lambda e: f"Unknown job type: {e.name}"),
     s.RunpodJobNotFound: Row(404, "job not found"),
     s.TrainingNotEnded: Row(409, "This training has not ended yet. Wait for its end, or cancel it."),
+    s.RunpodJobNotKept: Row(409, "What was sent for this job is not kept. Send the request again instead."),
     s.RunpodJobNotRetryable: Row(409, "Only a job that failed or timed out can be retried."),
     s.IdempotencyKeyReused: Row(422, "This Idempotency-Key was used with another request."),
     s.ProcessNotFound: Row(404, "Process not found"),

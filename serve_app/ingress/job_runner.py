@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import logging
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from serve_app.dispatch.replies import EndedReply, Fingerprint, Reply
+from serve_app.dispatch.replies import Beginning, EndedReply, Ending, Fingerprint, Reply
 from serve_app.errors import RequestTimedOut, ServiceUnavailable
-from serve_app.ingress.envelope import RunEnvelope, read_envelope
+from serve_app.ingress.envelope import read_envelope
 from serve_app.ingress.errors import INTERNAL, describe
 from serve_app.ingress.middleware import log_unexpected
 from serve_app.ingress.near_replies import NearReplies
 from serve_app.ingress.replies import runpod_error
 from serve_app.ingress.runpod_output import within_limit
+from serve_app.ingress.runpod_records import find_record
 from serve_app.ingress.runpod_view import SYNC_PREFIX, reply_view, stamped
 from serve_app.job_types import HANDLERS, STARTS_WORK, job_type_of
 from serve_app.job_types.context import (
@@ -31,12 +33,16 @@ from serve_app.job_types.context import (
 from serve_app.job_types.results import accepted_message
 from storage.errors import JobError
 from storage.job_record import JobRecord
-from storage.job_state import JobKind
+from storage.job_state import JobKind, JobState
 
 logger = logging.getLogger(__name__)
 
 # Several of these are within the silence after which the reply table gives a process up.
 KEEP_INTERVAL_S = 5.0
+TAKEN_OVER = frozenset({"train", "train_with_yaml", "generate"})
+"""Job types for which a record answers in the end."""
+
+Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -50,20 +56,31 @@ class Submission:
     wait_s: float | None
 
 
+@dataclass
+class _Job:
+    """A job under way. `is_untold`: no client knows its id yet, and nothing but this process knows of it until it is
+    `telling` the shared table. `is_handling`: what it does can still be stopped."""
+
+    status: Beginning
+    kept_s: float
+    is_untold: bool
+    telling: asyncio.Task[str] | None = None
+    reply: Reply | None = None
+    is_handling: bool = False
+    is_cancelled: bool = False
+
+
 class JobRunner:
     """One per ingress process. Work that was begun goes on when its client has gone."""
 
     def __init__(self, services: Services, new_uuid: Callable[[], uuid.UUID]) -> None:
         self._services = services
         self._new_uuid = new_uuid
-        self._tasks: set[asyncio.Task[str]] = set()
+        self._jobs: dict[Key, _Job] = {}
+        self._tasks: dict[Key, asyncio.Task[str]] = {}
         self._owner = f"ingress-{uuid.uuid4().hex[:12]}"
         self._keeping: asyncio.Task[None] | None = None
         self.near = NearReplies(services.dispatch, is_only_one=services.ingress_replicas == 1)
-        # Of jobs that a request of this process waits for: None until they have ended.
-        self._awaited: dict[tuple[str, str], Reply | None] = {}
-        # Of jobs whose ids no client knows yet: None until the shared table is told of them.
-        self._untold: dict[tuple[str, str], asyncio.Task[str] | None] = {}
 
     async def run(self, call: Submission, timeout_s: float) -> tuple[str, Reply | None]:
         """The id under which the job is found, and its reply where it ended within `timeout_s` without a record.
@@ -71,18 +88,23 @@ class JobRunner:
         Raises BodyInvalid, InvalidRequest (envelope), IdempotencyKeyReused, ServiceUnavailable.
         """
         until = asyncio.get_running_loop().time() + timeout_s
-        runpod_id, task = await self._begin(call)
-        if task is None:
+        runpod_id, is_new = await self._begin(call)
+        if not is_new:
             return runpod_id, None
         key = (call.tenant, runpod_id)
-        self._awaited[key] = None
-        try:
-            await asyncio.wait({task}, timeout=max(0.0, until - asyncio.get_running_loop().time()))
-        finally:
-            reply = self._awaited.pop(key)
-        if not task.done() and key in self._untold:
-            await self._told(key)
-        return (task.result() if task.done() else runpod_id), reply
+        job, task = self._jobs[key], self._tasks[key]
+        await asyncio.wait({task}, timeout=max(0.0, until - asyncio.get_running_loop().time()))
+        if task.done():
+            return task.result(), job.reply
+        await self._told(key, job)
+        return runpod_id, None
+
+    def stop(self, tenant: str, runpod_id: str) -> None:
+        """End what is done here for a job that was cancelled, where that is still possible."""
+        job = self._jobs.get((tenant, runpod_id))
+        if job is not None and job.is_handling and not job.is_cancelled:
+            job.is_cancelled = True
+            self._tasks[tenant, runpod_id].cancel()
 
     async def wake_for(self, record: JobRecord) -> None:
         if record.kind is not JobKind.GENERATION:
@@ -95,36 +117,36 @@ class JobRunner:
 
     async def close(self) -> None:
         """Give work under way its chance to end, then stop it."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=self._services.limits.run_answer_s)
-        for task in list(self._tasks):
+        tasks = list(self._tasks.values())
+        if tasks:
+            await asyncio.wait(tasks, timeout=self._services.limits.run_answer_s)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self.near.close()
         if self._keeping is not None:
             self._keeping.cancel()
             await asyncio.gather(self._keeping, return_exceptions=True)
 
-    async def _begin(self, call: Submission) -> tuple[str, asyncio.Task[str] | None]:
-        """The job's id, and its task; no task where the same request was sent before."""
+    async def _begin(self, call: Submission) -> tuple[str, bool]:
+        """The job's id, and whether it is a new one: where the same request was sent before, it is that one's."""
         services, limits = self._services, self._services.limits
         envelope = read_envelope(call.body, services.webhooks)
-        sync = call.wait_s is not None
-        runpod_id = f"{SYNC_PREFIX if sync else ''}{self._new_uuid()}-u1"
+        is_sync = call.wait_s is not None
+        runpod_id = f"{SYNC_PREFIX if is_sync else ''}{self._new_uuid()}-u1"
         digest = hashlib.sha256(call.body).hexdigest()
-        fingerprint = self._fingerprint(call, envelope, digest)
-        if sync and fingerprint is None:
-            self._untold[call.tenant, runpod_id] = None
-        else:
-            known = await services.dispatch.open_reply(
-                call.tenant,
-                runpod_id,
-                kept_s=limits.runsync_result_kept_s if sync else limits.run_result_kept_s,
-                fingerprint=fingerprint,
-                owner=self._owner,
-            )
+        name = envelope.input.get("type", "generate" if "prompt" in envelope.input else None)
+        fingerprint = self._fingerprint(call, name, digest)
+        job = _Job(
+            status="IN_QUEUE" if name in TAKEN_OVER else "IN_PROGRESS",
+            kept_s=limits.runsync_result_kept_s if is_sync else limits.run_result_kept_s,
+            is_untold=is_sync and fingerprint is None,
+        )
+        key = (call.tenant, runpod_id)
+        if not job.is_untold:
+            known = await self._open(key, job, fingerprint)
             if known != runpod_id:
-                return known, None
+                return known, False
         context = JobContext(
             tenant=call.tenant,
             request_id=call.request_id,
@@ -134,97 +156,144 @@ class JobRunner:
             policy=envelope.job_policy(),
             webhook=envelope.new_webhook(),
         )
-        task = asyncio.create_task(self._execute(context, envelope.input))
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        task.add_done_callback(lambda _: self._untold.pop((call.tenant, runpod_id), None))
+        self._jobs[key] = job
+        task = self._tasks[key] = asyncio.create_task(self._execute(context, job, envelope.input))
+        task.add_done_callback(functools.partial(self._ended, key))
         if self._keeping is None or self._keeping.done():
             self._keeping = asyncio.create_task(self._keep())
-        return runpod_id, task
+        return runpod_id, True
 
-    async def _told(self, key: tuple[str, str]) -> None:
+    async def _open(self, key: Key, job: _Job, fingerprint: Fingerprint | None) -> str:
+        """Have the shared table note the job. Returns its id, or that of the same request before it."""
+        opening = functools.partial(
+            self._services.dispatch.open_reply,
+            *key,
+            kept_s=job.kept_s,
+            fingerprint=fingerprint,
+            owner=self._owner,
+            status=job.status,
+        )
+        tenant, runpod_id = key
+        known = await opening()
+        if known == runpod_id or fingerprint is None or fingerprint.named_by_client:
+            return known
+        record = await find_record(self._services.jobs, tenant, known)
+        if record is None or not record.state.is_terminal or record.state is JobState.COMPLETED:
+            return known
+        # Sent again because that one came to nothing, and not by a client that had waited too short.
+        return await opening(instead_of=known)
+
+    async def _told(self, key: Key, job: _Job) -> None:
         """Tell the shared table of a job that goes on when its request has ended. Raises ServiceUnavailable."""
-        telling = self._untold[key]
-        if telling is None:
-            opened = self._services.dispatch.open_reply(
-                *key, kept_s=self._services.limits.runsync_result_kept_s, fingerprint=None, owner=self._owner
-            )
-            telling = self._untold[key] = asyncio.ensure_future(opened)
-        await asyncio.shield(telling)
+        if not job.is_untold:
+            return
+        if job.telling is None:
+            job.telling = asyncio.ensure_future(self._open(key, job, None))
+        await asyncio.shield(job.telling)
 
-    async def _is_told(self, key: tuple[str, str]) -> bool:
+    async def _is_told(self, job: _Job) -> bool:
         """Whether the shared table knows of this job. It is not told any more of one that it does not know."""
-        if key not in self._untold:
+        if not job.is_untold:
             return True
-        telling = self._untold[key]
-        if telling is None:
-            del self._untold[key]
+        if job.telling is None:
+            job.is_untold = False
             return False
         # What arrived after the job was handed over would stand before its record.
-        await asyncio.wait({telling})
+        await asyncio.wait({job.telling})
         return True
 
     async def _keep(self) -> None:
         """Tell the reply table, while there is work, that this process is still at it."""
-        while self._tasks:
+        while self._jobs:
             await asyncio.sleep(KEEP_INTERVAL_S)
             try:
-                await self._services.dispatch.hear_from(self._owner)
+                for tenant, runpod_id in await self._services.dispatch.hear_from(self._owner):
+                    self.stop(tenant, runpod_id)
             except ServiceUnavailable:
-                logger.warning("The dispatcher could not be told that %d jobs are under way", len(self._tasks))
+                logger.warning("The dispatcher could not be told that %d jobs are under way", len(self._jobs))
 
-    def _ended(self, task: asyncio.Task[str]) -> None:
-        self._tasks.discard(task)
+    def _ended(self, key: Key, task: asyncio.Task[str]) -> None:
+        del self._jobs[key], self._tasks[key]
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.warning("The reply of a job could not be kept: %s", describe(error).code)
 
-    def _fingerprint(self, call: Submission, envelope: RunEnvelope, digest: str) -> Fingerprint | None:
+    def _fingerprint(self, call: Submission, name: Any, digest: str) -> Fingerprint | None:
         """The client's key; else, for /run of types that start work, the body itself for a short time."""
         limits = self._services.limits
         if call.idempotency_key is not None:
             key = f"key:{call.idempotency_key}"
             return Fingerprint(key, digest, limits.idempotency_kept_s, named_by_client=True)
-        name = envelope.input.get("type", "generate" if "prompt" in envelope.input else None)
-        if call.wait_s is None and name in STARTS_WORK and limits.same_body_window_s > 0:
+        if call.wait_s is None and isinstance(name, str) and name in STARTS_WORK and limits.same_body_window_s > 0:
             return Fingerprint(f"body:{digest}", digest, limits.same_body_window_s, named_by_client=False)
         return None
 
-    async def _execute(self, context: JobContext, payload: dict[str, Any]) -> str:
+    async def _execute(self, context: JobContext, job: _Job, payload: dict[str, Any]) -> str:
         """Run the job type and keep its reply. Returns the id under which the job is found."""
         services = self._services
         began = services.clock()
+        status: Ending = "COMPLETED"
         error: str | None = None
+        output: dict[str, Any] | None
+        job.is_handling = True
         try:
             outcome = await self._handled(context, payload)
+        except asyncio.CancelledError:
+            if not job.is_cancelled:
+                raise
+            status, output = "CANCELLED", None
         except Exception as failure:  # noqa: BLE001 whatever went wrong, the client polls this id for an answer
             public = describe(failure)
             if public.code == INTERNAL.code:
                 log_unexpected(failure, context.request_id)
             output, error = runpod_error(public, context.request_id), public.message
+            status = "TIMED_OUT" if isinstance(failure, RequestTimedOut) and failure.by_policy else "FAILED"
         else:
+            job.is_handling = False
             if isinstance(outcome, Following) and not is_accepted_only(outcome.record):
-                return await self._followed(context, outcome.record)
+                return await self._followed(context, job, outcome.record)
             output = await self._output_of(outcome)
+        job.is_handling = False
         now = services.clock()
-        output = stamped(
-            output,
-            request_id=context.request_id,
-            worker_id=services.worker_id,
-            runpod_id=context.runpod_id,
-            duration_ms=round((now - began).total_seconds() * 1000),
-            timestamp=now,
-        )
-        reply = Reply("COMPLETED" if error is None else "FAILED", began, now, output, error)
-        key = (context.tenant, context.runpod_id)
-        if key in self._untold:
-            await self.near.keep(EndedReply(*key, reply, services.limits.runsync_result_kept_s))
-        else:
-            await services.dispatch.settle_reply(*key, output=output, error=error)
-        if key in self._awaited:
-            # Whoever waits for this job in this process need not ask for what was just sent.
-            self._awaited[key] = reply
-        await self._tell(context, reply)
+        if output is not None:
+            output = stamped(
+                output,
+                request_id=context.request_id,
+                worker_id=services.worker_id,
+                runpod_id=context.runpod_id,
+                duration_ms=round((now - began).total_seconds() * 1000),
+                timestamp=now,
+            )
+        job.reply = await self._kept(context, job, Reply(status, began, now, output, error))
+        if job.reply.status == "CANCELLED":
+            await self._cancel_record(context)
+        await self._tell(context, job.reply)
         return context.runpod_id
+
+    async def _kept(self, context: JobContext, job: _Job, reply: Reply) -> Reply:
+        """The reply that the job's id has from now on: another one where the job was cancelled meanwhile."""
+        key = (context.tenant, context.runpod_id)
+        ended = EndedReply(*key, reply, job.kept_s)
+        if not await self._is_told(job):
+            await self.near.keep(ended)
+            return reply
+        dispatch = self._services.dispatch
+        known = await dispatch.settle_reply(
+            *key, output=reply.output, error=reply.error, status=cast(Ending, reply.status)
+        )
+        if known is None:
+            # The table was lost, and knows nothing of what it had been told.
+            await self.near.keep(ended)
+        return reply if known in (None, reply.status) else Reply("CANCELLED", reply.created_at, reply.finished_at)
+
+    async def _cancel_record(self, context: JobContext) -> None:
+        """Stop what the job had begun by the time that it was cancelled."""
+        jobs = self._services.jobs
+        try:
+            record = await find_record(jobs, context.tenant, context.runpod_id)
+            if record is not None:
+                await jobs.request_cancel(record.id, tenant=context.tenant)
+        except JobError as error:
+            logger.warning("The record of cancelled job %s was not looked at: %s", context.runpod_id, error.code)
 
     async def _tell(self, context: JobContext, reply: Reply) -> None:
         """The end of a job without a record, to the address that the client named."""
@@ -239,8 +308,11 @@ class JobRunner:
             logger.warning("The webhook of request %s was not noted: %s", context.request_id, error.code)
 
     async def _handled(self, context: JobContext, payload: dict[str, Any]) -> Finished | Following:
-        timeout_s = self._services.limits.quick_job_timeout_s
-        handler = HANDLERS[job_type_of(payload)]
+        name = job_type_of(payload)
+        handler, policy_s = HANDLERS[name], context.policy.execution_timeout_s
+        # A record keeps the policy's time by itself; what is limited here is its acceptance.
+        is_policys = policy_s is not None and name not in TAKEN_OVER
+        timeout_s = policy_s if policy_s is not None and is_policys else self._services.limits.quick_job_timeout_s
         try:
             async with asyncio.timeout(timeout_s) as limit:
                 outcome = await handler(self._services, context, payload)
@@ -249,7 +321,7 @@ class JobRunner:
                 return outcome
         except TimeoutError:
             if limit.expired():
-                raise RequestTimedOut(timeout_s) from None
+                raise RequestTimedOut(timeout_s, is_policys) from None
             raise
 
     async def _output_of(self, outcome: Finished | Following) -> dict[str, Any]:
@@ -258,11 +330,12 @@ class JobRunner:
         await self.wake_for(outcome.record)
         return {**accepted_message(outcome.record), **outcome.notes}
 
-    async def _followed(self, context: JobContext, record: JobRecord) -> str:
+    async def _followed(self, context: JobContext, job: _Job, record: JobRecord) -> str:
         """From here on the record answers for the job, under the id of the request that first made it."""
         found_as = public_runpod_id(record) or context.runpod_id
-        key = (context.tenant, context.runpod_id)
-        if await self._is_told(key):
-            await self._services.dispatch.hand_over_reply(*key, to=found_as)
+        if await self._is_told(job):
+            dispatch = self._services.dispatch
+            if await dispatch.hand_over_reply(context.tenant, context.runpod_id, to=found_as):
+                await self._cancel_record(context)
         await self.wake_for(record)
         return found_as

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from serve_app.dispatch.replies import Reply
-from serve_app.errors import RunpodJobNotFound, RunpodJobNotRetryable
+from serve_app.errors import RunpodJobNotFound, RunpodJobNotKept, RunpodJobNotRetryable
 from serve_app.ingress.job_runner import JobRunner, Submission
+from serve_app.ingress.runpod_records import find_record
 from serve_app.ingress.runpod_status import status_object
 from serve_app.ingress.runpod_stream import record_stream, reply_stream
 from serve_app.ingress.runpod_view import is_expired, reply_view, runpod_status
 from serve_app.ingress.watched import WatchedRecords
 from serve_app.job_types.context import (
-    ACCEPTED_PREFIX,
     Services,
     is_accepted_only,
-    public_runpod_id,
 )
-from storage.errors import JobNotCancellable, JobNotFound
+from storage.errors import JobNotCancellable
 from storage.job_record import JobRecord
 from storage.job_state import JobState
+
+# Within what the JavaScript client waits for an answer to /cancel.
+TAKE_OVER_S = 1.5
 
 
 class RunpodJobs:
@@ -85,7 +88,7 @@ class RunpodJobs:
 
     async def cancel(self, tenant: str, runpod_id: str) -> dict[str, Any]:
         """Asks the job to stop. A job that has ended is told as it ended. Raises RunpodJobNotFound."""
-        reply = await self._reply(tenant, runpod_id, 0.0)
+        reply = await self._cancelled_reply(tenant, runpod_id)
         if reply is not None:
             return {"id": runpod_id, "status": reply.status}
         record = await self._record(tenant, runpod_id)
@@ -101,8 +104,10 @@ class RunpodJobs:
 
     async def retry(self, tenant: str, runpod_id: str) -> dict[str, Any]:
         """Queues a FAILED or TIMED_OUT job again. Raises RunpodJobNotFound, RunpodJobNotRetryable, JobNotRetryable."""
-        if await self._reply(tenant, runpod_id, 0.0) is not None:
-            raise RunpodJobNotRetryable
+        reply = await self._reply(tenant, runpod_id, 0.0)
+        if reply is not None:
+            # What was sent with it, an upload for example, is not kept.
+            raise RunpodJobNotKept if reply.status in ("FAILED", "TIMED_OUT") else RunpodJobNotRetryable
         record = await self._record(tenant, runpod_id)
         if is_accepted_only(record):
             raise RunpodJobNotRetryable
@@ -114,17 +119,22 @@ class RunpodJobs:
         return {"removed": await self._services.jobs.purge_queue(tenant), "status": "completed"}
 
     async def health(self, tenant: str) -> dict[str, Any]:
-        """Counted, not estimated: the tenant's records by state, the replicas as Serve knows them."""
+        """Counted, not estimated: the tenant's records by state, its jobs without one whose status is still known, the
+        replicas as Serve knows them."""
         jobs = self._services.jobs
-        counts, retried, workers = await asyncio.gather(
-            jobs.counts(tenant), jobs.retried(tenant), self._services.workers.counts()
+        counts, retried, quick, workers = await asyncio.gather(
+            jobs.counts(tenant),
+            jobs.retried(tenant),
+            self._services.dispatch.count_replies(tenant),
+            self._services.workers.counts(),
         )
+        quick = Counter(quick)
         return {
             "jobs": {
-                "completed": counts[JobState.COMPLETED],
-                "failed": counts[JobState.FAILED] + counts[JobState.TIMED_OUT],
-                "inProgress": counts[JobState.STARTING] + counts[JobState.RUNNING],
-                "inQueue": counts[JobState.QUEUED],
+                "completed": counts[JobState.COMPLETED] + quick["COMPLETED"],
+                "failed": counts[JobState.FAILED] + counts[JobState.TIMED_OUT] + quick["FAILED"] + quick["TIMED_OUT"],
+                "inProgress": counts[JobState.STARTING] + counts[JobState.RUNNING] + quick["IN_PROGRESS"],
+                "inQueue": counts[JobState.QUEUED] + quick["IN_QUEUE"],
                 "retried": retried,
             },
             "workers": {
@@ -145,26 +155,33 @@ class RunpodJobs:
         near = self._runner.near.get(tenant, runpod_id)
         return near or await self._shared_reply(tenant, runpod_id, wait_s)
 
+    async def _cancelled_reply(self, tenant: str, runpod_id: str) -> Reply | None:
+        """How a job without a record stands, once it was asked to stop. None where a record answers, or nobody."""
+        reply = await self._reply(tenant, runpod_id, 0.0)
+        if reply is not None and reply.status == "IN_QUEUE":
+            # A record is to take over in a moment, and can be cancelled with all that it stands for.
+            reply = await self._shared_reply(tenant, runpod_id, TAKE_OVER_S)
+        if reply is None or reply.is_final:
+            return reply
+        reply = await self._services.dispatch.cancel_reply(tenant, runpod_id)
+        if reply is not None and reply.status == "CANCELLED":
+            self._runner.stop(tenant, runpod_id)
+        return reply
+
     async def _shared_reply(self, tenant: str, runpod_id: str, wait_s: float) -> Reply | None:
         """What the shared table has. None where a record answers for the job, or nobody knows it."""
         reply = await self._services.dispatch.wait_reply(tenant, runpod_id, wait_s)
-        if reply is not None and reply.is_interrupted and await self._found(tenant, runpod_id) is not None:
+        if (
+            reply is not None
+            and reply.is_interrupted
+            and await find_record(self._services.jobs, tenant, runpod_id) is not None
+        ):
             return None
         return reply
 
     async def _record(self, tenant: str, runpod_id: str) -> JobRecord:
         """Raises RunpodJobNotFound: unknown, another tenant's, or no longer kept."""
-        record = await self._found(tenant, runpod_id)
+        record = await find_record(self._services.jobs, tenant, runpod_id)
         if record is None or is_expired(record, self._services.clock(), self._services.limits):
             raise RunpodJobNotFound
         return record
-
-    async def _found(self, tenant: str, runpod_id: str) -> JobRecord | None:
-        for name in (runpod_id, f"{ACCEPTED_PREFIX}{runpod_id}"):
-            try:
-                record = await self._services.jobs.get_by_runpod_id(name, tenant=tenant)
-            except JobNotFound:
-                continue
-            # An id that spells out the prefix is not one that was given to anybody.
-            return record if public_runpod_id(record) == runpod_id else None
-        return None

@@ -25,7 +25,12 @@ STILL_AT_WORK = RUNPOD_STATUS[JobState.RUNNING]
 
 
 def reply_stream(reply: Reply, *, is_first: bool) -> dict[str, Any]:
-    """Of a job without a record, which reports nothing but its end. `is_first`: that was not told yet."""
+    """Of a job without a record, which reports nothing but its end. `is_first`: that was not told yet.
+
+    Raises RunpodJobNotFound.
+    """
+    if reply.status == "CANCELLED" and not is_first:
+        raise RunpodJobNotFound
     chunks = [reply.output] if is_first and reply.output is not None else []
     return {"status": reply.status, "stream": _chunks(chunks)}
 

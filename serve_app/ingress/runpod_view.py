@@ -87,11 +87,11 @@ def stamped(
     duration_ms: int,
     timestamp: datetime,
 ) -> dict[str, Any]:
-    """What every output carries beside its own fields."""
+    """What every output carries beside its own fields. A process object's `worker_id` is that of its own worker."""
     return {
+        "worker_id": worker_id,
         **output,
         "request_id": request_id,
-        "worker_id": worker_id,
         "runpod_job_id": runpod_id,
         "timing": {"duration_ms": duration_ms, "timestamp": timestamp.isoformat()},
     }

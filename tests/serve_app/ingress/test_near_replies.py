@@ -150,7 +150,7 @@ async def test_a_job_that_outlasts_its_request_is_told_before_its_id_is(world: J
     server.jobs.get = slow  # type: ignore[method-assign]
     async with server.client() as http:
         reply = (await http.post("/v2/ep/runsync?wait=10", json=NOTHING)).json()
-        assert reply["status"] == "IN_QUEUE"
+        assert reply["status"] == "IN_PROGRESS"
         assert server.dispatch.replies.get("matt", reply["id"]) is not None
         held.set()
         status = await ended_status(http, reply["id"])

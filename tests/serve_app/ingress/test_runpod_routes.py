@@ -371,6 +371,6 @@ async def test_run_answers_while_its_job_type_is_still_at_work(world: JobsWorld)
     held = server.store.hold("put")
     async with server.client() as http:
         reply = await post(http, "run", json={"input": upload_payload("cats")})
-        assert (await status(http, reply["id"]))["status"] == "IN_QUEUE"
+        assert (await status(http, reply["id"]))["status"] == "IN_PROGRESS"
         held.set()
         assert (await post(http, f"status-sync/{reply['id']}"))["status"] == "COMPLETED"

@@ -1,0 +1,165 @@
+"""RunPod jobs without a record: cancelled, timed out, counted, sent again."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.ingress import job_runner
+from serve_app.settings import RequestLimits
+from serve_app.testing import TENANT, LocalServer, local_server, upload_payload
+from storage.job_state import JobKind, JobState
+from storage.jobs_testing import JobsWorld
+
+PROMPT = {"input": {"prompt": "a red circle"}}
+UPLOAD = {"input": upload_payload("cats")}
+
+
+@pytest.fixture
+async def quick(world: JobsWorld) -> LocalServer:
+    """A server whose /run answers at once."""
+    return local_server(world.jobs, world.clock, RequestLimits(run_answer_s=0.01))
+
+
+async def post(http: httpx.AsyncClient, path: str, **options: Any) -> dict[str, Any]:
+    reply = await http.post(f"/v2/ep/{path}", **options)
+    assert reply.status_code == 200, reply.text
+    body: dict[str, Any] = reply.json()
+    return body
+
+
+async def test_a_cancelled_upload_stops_and_says_so_once(quick: LocalServer, world: JobsWorld) -> None:
+    held = quick.store.hold("put")
+    async with quick.client() as http:
+        body = UPLOAD | {"webhook": "https://example.com/told"}
+        job_id = (await post(http, "run", json=body))["id"]
+        assert await post(http, f"cancel/{job_id}") == {"id": job_id, "status": "CANCELLED"}
+        assert await post(http, f"cancel/{job_id}") == {"id": job_id, "status": "CANCELLED"}
+        ended = await post(http, f"status-sync/{job_id}")
+        assert (ended["status"], "error" in ended, "output" in ended) == ("CANCELLED", False, False)
+        async with asyncio.timeout(20):
+            while not (told := await quick.jobs.take_webhooks()):  # noqa: ASYNC110 - the job's task ends by itself
+                await asyncio.sleep(0.01)
+        held.set()
+        assert quick.store.keys() == []
+        assert (await post(http, f"status/{job_id}"))["status"] == "CANCELLED"
+    assert len(told) == 1
+
+
+async def test_the_stream_of_a_cancelled_job_ends(quick: LocalServer) -> None:
+    quick.store.hold("put")
+    async with quick.client() as http:
+        job_id = (await post(http, "run", json=UPLOAD))["id"]
+        await post(http, f"cancel/{job_id}")
+        assert await post(http, f"stream/{job_id}") == {"status": "CANCELLED", "stream": []}
+        # RunPod's Python client never stops asking for more of a cancelled job.
+        assert (await http.post(f"/v2/ep/stream/{job_id}")).status_code == 404
+
+
+async def test_what_another_replica_cancelled_stops_here(
+    quick: LocalServer, world: JobsWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_runner, "KEEP_INTERVAL_S", 0.01)
+    held = quick.store.hold("put")
+    async with quick.client() as http:
+        job_id = (await post(http, "run", json=UPLOAD))["id"]
+        cancelled = quick.dispatch.replies.cancel(TENANT, job_id)
+        assert cancelled is not None
+        await asyncio.sleep(0.2)
+        held.set()
+        await asyncio.sleep(0.05)
+        assert (await post(http, f"status/{job_id}"))["status"] == "CANCELLED"
+    assert quick.store.keys() == []
+
+
+async def test_a_generation_cancelled_while_it_is_accepted_does_not_run(
+    quick: LocalServer, world: JobsWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, create = asyncio.Event(), quick.jobs.create
+
+    async def slow(*args: Any, **kwargs: Any) -> Any:
+        record = await create(*args, **kwargs)
+        await made.wait()
+        return record
+
+    monkeypatch.setattr(quick.jobs, "create", slow)
+    monkeypatch.setattr("serve_app.ingress.runpod_jobs.TAKE_OVER_S", 0.01)
+    async with quick.client() as http:
+        job_id = (await post(http, "run", json=PROMPT))["id"]
+        assert (await post(http, f"status/{job_id}"))["status"] == "IN_QUEUE"
+        assert (await post(http, f"cancel/{job_id}"))["status"] == "CANCELLED"
+        await asyncio.sleep(0.05)
+        made.set()
+        assert (await post(http, f"status/{job_id}"))["status"] == "CANCELLED"
+    [record] = world.jobs.list(TENANT).records
+    assert record.state is JobState.CANCELLED
+    assert await quick.jobs.claim(JobKind.GENERATION, "dispatcher-1") == []
+
+
+async def test_a_generation_that_is_accepted_in_time_is_cancelled_by_its_record(quick: LocalServer) -> None:
+    async with quick.client() as http:
+        job_id = (await post(http, "run", json=PROMPT))["id"]
+        assert (await post(http, f"cancel/{job_id}"))["status"] == "CANCELLED"
+        assert (await post(http, f"status/{job_id}"))["status"] == "CANCELLED"
+
+
+async def test_the_clients_time_limit_is_kept_and_is_no_failure(quick: LocalServer, monkeypatch: Any) -> None:
+    monkeypatch.setattr("serve_app.ingress.envelope.POLICY_MIN_MS", 1)
+    quick.store.hold("put")
+    async with quick.client() as http:
+        job_id = (await post(http, "run", json=UPLOAD | {"policy": {"executionTimeout": 5000}}))["id"]
+        ended = await post(http, f"status-sync/{job_id}?wait=20000")
+        assert ended["status"] == "TIMED_OUT"
+        assert ended["error"] == "Request timeout after 5 seconds"
+        assert ended["output"]["timeout"] is True
+        refused = await http.post(f"/v2/ep/retry/{job_id}")
+    assert (refused.status_code, refused.json()["error_type"]) == (409, "job_not_kept")
+
+
+async def test_health_counts_jobs_without_a_record_too(quick: LocalServer) -> None:
+    quick.store.hold("put")
+    async with quick.client() as http:
+        before = (await http.get("/v2/ep/health")).json()["jobs"]
+        await post(http, "runsync", json={"input": {"type": "health"}})
+        await post(http, "run", json={"input": {"type": "list_models"}})
+        failed = await post(http, "runsync", json={"input": {"type": "nonsense"}})
+        assert failed["status"] == "FAILED"
+        await post(http, "run", json=UPLOAD)
+        await asyncio.sleep(0.4)
+        after = (await http.get("/v2/ep/health")).json()["jobs"]
+    assert {name: after[name] - before[name] for name in before} == {
+        "completed": 2,
+        "failed": 1,
+        "inProgress": 1,
+        "inQueue": 0,
+        "retried": 0,
+    }
+
+
+@pytest.mark.parametrize("wait", [True, False])
+async def test_the_same_body_after_a_cancel_is_a_new_job(quick: LocalServer, wait: bool) -> None:
+    body = {"input": {**PROMPT["input"], "wait": wait}}
+    async with quick.client() as http:
+        first = (await post(http, "run", json=body))["id"]
+        async with asyncio.timeout(20):
+            while not (records := (await quick.jobs.list(TENANT)).records):  # noqa: ASYNC110 - accepted by itself
+                await asyncio.sleep(0.01)
+        assert (await post(http, "run", json=body))["id"] == first
+        await quick.jobs.request_cancel(records[0].id, tenant=TENANT)
+        again, twice = await asyncio.gather(post(http, "run", json=body), post(http, "run", json=body))
+        assert again["id"] == twice["id"] != first
+        assert len((await quick.jobs.list(TENANT)).records) == 2
+
+
+async def test_the_same_body_after_it_was_done_is_the_job_that_was_done(quick: LocalServer) -> None:
+    async with quick.client() as http:
+        first = (await post(http, "run", json=PROMPT))["id"]
+        async with asyncio.timeout(20):
+            while not (claimed := await quick.jobs.claim(JobKind.GENERATION, "d")):  # noqa: ASYNC110 - queued by itself
+                await asyncio.sleep(0.01)
+        await quick.jobs.start(claimed[0].id, "d", worker_id="gpu-0")
+        await quick.jobs.complete(claimed[0].id, "d", {"images": []})
+        assert (await post(http, "run", json=PROMPT))["id"] == first
