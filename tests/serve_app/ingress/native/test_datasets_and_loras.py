@@ -67,7 +67,7 @@ async def test_decomposed_names_in_a_body_are_stored_composed(server: LocalServe
         body["files"].append({**PICTURE, "filename": name})
         refused = await http.post("/v1/datasets", json=body)
     assert (refused.status_code, refused.json()["code"]) == (400, "invalid_request")
-    [problem] = refused.json()["errors"]
+    [problem] = refused.json()["validation_errors"]
     assert (problem["path"], problem["code"]) == ("files[1].filename", "duplicate")
 
 
