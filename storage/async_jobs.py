@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
+from storage.job_changes import JobList
 from storage.job_record import DEFAULT_LEASE_S, Drained, Heartbeat, JobRecord, JobsHealth, NewJob, Page
 from storage.job_state import JobKind, JobState
 from storage.job_streams import DRAIN_MAX, EventList, WebhookList
-from storage.jobs import JobList, Jobs, new_job_id
+from storage.jobs import Jobs, new_job_id
 from storage.webhook_record import Webhook
 
 P = ParamSpec("P")

@@ -7,9 +7,10 @@ from datetime import datetime
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from storage.async_jobs import Until
+from storage.job_changes import JobList
 from storage.job_record import DEFAULT_LEASE_S, Heartbeat, JobRecord, JobsHealth, NewJob, Page
 from storage.job_state import JobKind, JobState
-from storage.jobs import JobList, Jobs
+from storage.jobs import Jobs
 from storage.jobs_client import JobsClient
 from storage.jobs_config import JobsConfig
 from storage.loop_thread import LoopThread

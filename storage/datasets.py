@@ -84,7 +84,7 @@ class DatasetFile(BaseModel):
 
 
 class DatasetManifest(BaseModel):
-    """What one upload of a dataset holds."""
+    """What one upload of a dataset holds. `notes` are what its sender was told about it, for when they ask again."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -95,6 +95,7 @@ class DatasetManifest(BaseModel):
     trigger_word: str | None = None
     created_at: AwareDatetime
     files: tuple[DatasetFile, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -126,6 +127,7 @@ async def write_dataset(
     training_name: str | None = None,
     trigger_word: str | None = None,
     base: DatasetManifest | None = None,
+    notes: Sequence[str] = (),
 ) -> DatasetManifest:
     """Store `files` as (filename, bytes or a local path, content type), then the manifest.
 
@@ -153,6 +155,7 @@ async def write_dataset(
         training_name=training_name,
         trigger_word=trigger_word,
         base=base,
+        notes=notes,
     )
 
 
@@ -167,6 +170,7 @@ async def commit_manifest(
     training_name: str | None = None,
     trigger_word: str | None = None,
     base: DatasetManifest | None = None,
+    notes: Sequence[str] = (),
 ) -> DatasetManifest:
     """Make files that are already stored into an upload of the dataset. From here on it exists."""
     merged = {file.filename: file for file in (base.files if base else ())} | {f.filename: f for f in files}
@@ -177,6 +181,7 @@ async def commit_manifest(
         trigger_word=trigger_word,
         created_at=now,
         files=tuple(merged[name] for name in sorted(merged)),
+        notes=tuple(notes),
     )
     body = manifest.model_dump_json(indent=1).encode()
     await store.put(keys.dataset_manifest(folder, upload_id), body, content_type="application/json")

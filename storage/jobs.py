@@ -1,12 +1,13 @@
-"""The life cycle of jobs over their records. Runs without Ray; `storage.jobs_actor` is the shell around it."""
+"""The life cycle of jobs over their records. Runs without Ray; `storage.jobs_actor` is the shell around it.
+
+What clients do is here, what the owners of jobs do is in `job_ownership`, and watching over them in `job_supervision`.
+"""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeAlias
 
 from storage import job_steps
 from storage.errors import (
@@ -14,14 +15,13 @@ from storage.errors import (
     IdempotencyInFlight,
     JobNotCancellable,
     JobNotRetryable,
-    LeaseLost,
     RecordConflict,
 )
 from storage.issued_keys import IssuedKeys
+from storage.job_changes import JobsPolicy
 from storage.job_cursor import cursor_after, read_cursor
+from storage.job_ownership import JobOwnership
 from storage.job_record import (
-    DEFAULT_LEASE_S,
-    SETTLED_BY_SUPERVISOR,
     SETTLED_BY_USER,
     Heartbeat,
     JobFailure,
@@ -29,10 +29,10 @@ from storage.job_record import (
     JobsHealth,
     NewJob,
     Page,
-    Submission,
 )
 from storage.job_state import JobKind, JobState
-from storage.job_streams import JobStreams, new_webhook_id, progress_events, visible
+from storage.job_streams import JobStreams, new_webhook_id, visible
+from storage.job_supervision import JobSupervision
 from storage.kept_replies import KeptReplies
 from storage.records import IdempotencyEntry, Records, RecordsTx
 from storage.webhook_record import Webhook
@@ -53,22 +53,7 @@ __all__ = [
 
 RESTORED_FLAG = "restored"
 PAGE_MAX = 1000
-SWEEP_MAX = 500
 RETRYABLE = frozenset({JobState.FAILED, JobState.TIMED_OUT})
-
-JobList: TypeAlias = list[JobRecord]
-SubmissionList: TypeAlias = list[Submission]
-Step: TypeAlias = Callable[[JobRecord], JobRecord]
-
-
-@dataclass(frozen=True)
-class JobsPolicy:
-    """`cancel_grace_s` and `timeout_grace_s` are what an owner gets to save its work and settle the job itself."""
-
-    cancel_grace_s: float = 120.0
-    timeout_grace_s: float = 60.0
-    idempotency_ttl_s: float = 24 * 3600.0
-    events_kept_s: float = 24 * 3600.0
 
 
 def utc_now() -> datetime:
@@ -79,7 +64,7 @@ def new_job_id(kind: JobKind) -> str:
     return f"{kind.id_prefix}{secrets.token_hex(6)}"
 
 
-class Jobs(JobStreams, KeptReplies, IssuedKeys):
+class Jobs(JobOwnership, JobSupervision, JobStreams, KeptReplies, IssuedKeys):
     """Every method is one transaction: it happens as a whole or not at all, and is safe to call from many threads.
 
     All methods raise RecordsError when the database fails. Methods that take an `owner` raise LeaseLost when that
@@ -100,8 +85,6 @@ class Jobs(JobStreams, KeptReplies, IssuedKeys):
         self._policy = policy or JobsPolicy()
         self._clock = clock
         self.on_change = on_change
-
-    # --- clients
 
     def create(self, job: NewJob) -> JobRecord:
         """The new record, or the one that the same id, or the same idempotency key and body, made before.
@@ -213,193 +196,9 @@ class Jobs(JobStreams, KeptReplies, IssuedKeys):
         self._announce(purged)
         return len(purged)
 
-    # --- owners
-
-    def claim(self, kind: JobKind, owner: str, *, limit: int = 1, lease_s: float = DEFAULT_LEASE_S) -> JobList:
-        """Take up to `limit` queued jobs: highest priority first, tenants in turn, each tenant's oldest first."""
-        now = self._clock()
-        with self._records.write("claim") as tx:
-            claimed = [job_steps.lease(record, owner, now, lease_s) for record in tx.next_queued(kind, limit)]
-            for record in claimed:
-                tx.save(record)
-                tx.take_turn(kind, record.tenant)
-        self._announce(claimed)
-        return claimed
-
-    def adopt(
-        self, job_id: str, owner: str, lease_s: float = DEFAULT_LEASE_S, *, submission_id: str | None = None
-    ) -> JobRecord:
-        """The process that does the work takes the lease: from the training queue, from a queued job, or from an
-        owner whose lease ran out. `submission_id` is the Ray job it runs in, if it does.
-
-        Raises LeaseLost when the job has ended, has another owner, or has moved on to another Ray job.
-        """
-        now = self._clock()
-
-        def step(record: JobRecord) -> JobRecord:
-            if not job_steps.may_adopt(record, owner, submission_id, now):
-                raise LeaseLost(job_id, owner)
-            leased = job_steps.lease(record, owner, now, lease_s)
-            if submission_id is None or submission_id == record.submission_id:
-                return leased
-            return job_steps.submit(leased, now, submission_id)
-
-        return self._change("adopt", job_id, step, submission_id=submission_id)
-
-    def attach(self, job_id: str, *, owner: str, submission_id: str) -> JobRecord:
-        """Note the Ray job of the current attempt, before it is submitted, so that it is watched whatever happens."""
-        now = self._clock()
-
-        def step(record: JobRecord) -> JobRecord:
-            job_steps.check_owner(record, owner)
-            if record.submission_id == submission_id:
-                return record
-            return job_steps.submit(record, now, submission_id)
-
-        return self._change("attach", job_id, step, submission_id=submission_id)
-
-    def start(
-        self, job_id: str, owner: str, *, worker_id: str | None = None, lease_s: float = DEFAULT_LEASE_S
-    ) -> JobRecord:
-        """STARTING to RUNNING. The time limit of the attempt counts from here."""
-        now = self._clock()
-
-        def step(record: JobRecord) -> JobRecord:
-            job_steps.check_owner(record, owner)
-            if record.state is JobState.RUNNING:
-                return record
-            return job_steps.start(record, now, worker_id, lease_s)
-
-        return self._change("start", job_id, step)
-
-    def heartbeat(
-        self,
-        job_id: str,
-        owner: str,
-        *,
-        progress: dict[str, Any] | None = None,
-        events: Sequence[dict[str, Any]] | None = None,
-        lease_s: float = DEFAULT_LEASE_S,
-    ) -> Heartbeat:
-        """Keep the lease for another `lease_s` and replace the progress if it is given.
-
-        `events` go to the job's stream, for owners that report more often than they send heartbeats; without them a
-        progress that differs from the last one is an event.
-        """
-        now = self._clock()
-
-        with self._records.write("heartbeat") as tx:
-            record = visible(tx.get(job_id, lock=True), job_id, None)
-            job_steps.check_owner(record, owner)
-            renewed = job_steps.lease(record, owner, now, lease_s)
-            if progress is not None:
-                renewed = job_steps.report(renewed, now, progress)
-            # The mirror holds transitions; it would otherwise cost one object write per heartbeat.
-            tx.save(renewed, mirror=False)
-            if events is None:
-                tx.add_events(job_id, now, progress_events(record.progress, renewed.progress))
-            else:
-                tx.add_events(job_id, now, [job_steps.finite(event) for event in events])
-        if progress is not None:
-            self._announce([renewed])
-        return Heartbeat(cancel_requested=record.cancel_requested, timed_out=job_steps.out_of_time(record, now))
-
-    def complete(
-        self, job_id: str, owner: str, output: dict[str, Any], *, events: Sequence[dict[str, Any]] = ()
-    ) -> JobRecord:
-        """`events`: what was reported since the last heartbeat."""
-        return self._settle(job_id, owner, JobState.COMPLETED, output=output, events=events)
-
-    def fail(self, job_id: str, owner: str, error_code: str, message: str, *, retryable: bool = False) -> JobRecord:
-        """FAILED; or, when `retryable` and attempts are left, queued for the next one. `message` is for the client."""
-        if not retryable:
-            return self._settle(job_id, owner, JobState.FAILED, error=JobFailure(code=error_code, message=message))
-        now = self._clock()
-
-        def step(record: JobRecord) -> JobRecord:
-            job_steps.check_owner(record, owner)
-            return job_steps.interrupt(record, now, by=owner, code=error_code, message=message)
-
-        return self._change("fail", job_id, step)
-
-    def hand_back(self, job_id: str, owner: str) -> JobRecord:
-        """Queue the job again without counting an attempt, because its owner is told to stop. One that was asked to
-        cancel, or is out of time, ends instead."""
-        now = self._clock()
-
-        def step(record: JobRecord) -> JobRecord:
-            job_steps.check_owner(record, owner)
-            return job_steps.hand_back(record, now, by=owner)
-
-        return self._change("hand_back", job_id, step)
-
-    def cancelled(self, job_id: str, owner: str, output: dict[str, Any] | None = None) -> JobRecord:
-        """`output` names what was kept, such as the last checkpoint."""
-        return self._settle(job_id, owner, JobState.CANCELLED, output=output)
-
-    def timed_out(self, job_id: str, owner: str, output: dict[str, Any] | None = None) -> JobRecord:
-        return self._settle(job_id, owner, JobState.TIMED_OUT, output=output)
-
-    # --- supervision
-
-    def leased(self, kind: JobKind) -> JobList:
-        """The jobs that anybody works on, oldest first."""
-        with self._records.read("leased") as tx:
-            return tx.leased(kind)
-
-    def allow_attempts(self, job_id: str, attempts_max: int) -> JobRecord:
-        """Let the job have at least so many attempts in all. Repeated, it changes nothing more."""
-        now = self._clock()
-        return self._change(
-            "allow_attempts", job_id, lambda record: job_steps.allow_attempts(record, now, attempts_max)
-        )
-
-    def reap(self) -> JobList:
-        """Settle or requeue what nobody moves any more, and forget old keys and events. Returns what changed."""
-        now = self._clock()
-        grace = {"cancel_grace_s": self._policy.cancel_grace_s, "timeout_grace_s": self._policy.timeout_grace_s}
-        with self._records.write("reap") as tx:
-            tx.drop_keys(now - timedelta(seconds=self._policy.idempotency_ttl_s))
-            tx.drop_streams(now - timedelta(seconds=self._policy.events_kept_s))
-            overdue = tx.overdue(now, **grace, limit=SWEEP_MAX)
-            swept = [job_steps.sweep(record, now, **grace) for record in overdue]
-            for record in swept:
-                tx.save(record)
-        self._announce(swept)
-        return swept
-
-    def interrupt(self, job_id: str, submission_id: str, error_code: str, message: str) -> JobRecord:
-        """The Ray job of the current attempt ended, or never came to work: queue the job again or give it up.
-
-        Raises LeaseLost when the job has ended or has moved on to another Ray job.
-        """
-        now = self._clock()
-
-        def step(record: JobRecord) -> JobRecord:
-            if not record.state.is_leased or record.submission_id != submission_id:
-                raise LeaseLost(job_id, submission_id)
-            return job_steps.interrupt(record, now, by=SETTLED_BY_SUPERVISOR, code=error_code, message=message)
-
-        return self._change("interrupt", job_id, step)
-
-    def submissions(self) -> SubmissionList:
-        """The Ray jobs that are not known to have ended."""
-        with self._records.read("submissions") as tx:
-            return tx.submissions()
-
-    def close_submission(self, submission_id: str) -> None:
-        with self._records.write("close_submission") as tx:
-            tx.close_submission(submission_id)
-
-    def leased_by(self, kind: JobKind, owner: str) -> JobList:
-        with self._records.read("leased_by") as tx:
-            return tx.leased_by(kind, owner)
-
     def health(self) -> JobsHealth:
         with self._records.read("health") as tx:
             return JobsHealth(mirror_pending=tx.outbox_size(), restored=tx.has_flag(RESTORED_FLAG))
-
-    # --- inside
 
     def _create(self, job: NewJob) -> JobRecord:
         now = self._clock()
@@ -434,51 +233,3 @@ class Jobs(JobStreams, KeptReplies, IssuedKeys):
         if entry.body_sha256 != job.body_sha256:
             raise IdempotencyConflict(job.idempotency_key)
         return visible(tx.get(entry.job_id), entry.job_id, job.tenant)
-
-    def _settle(
-        self,
-        job_id: str,
-        owner: str,
-        state: JobState,
-        *,
-        output: dict[str, Any] | None = None,
-        error: JobFailure | None = None,
-        events: Sequence[dict[str, Any]] = (),
-    ) -> JobRecord:
-        now = self._clock()
-
-        def step(record: JobRecord) -> JobRecord:
-            if record.state is state and record.settled_by == owner:
-                return record
-            job_steps.check_owner(record, owner)
-            if state is JobState.TIMED_OUT:
-                return job_steps.time_out(record, now, by=owner, output=output)
-            return job_steps.settle(record, state, now, by=owner, output=output, error=error)
-
-        return self._change(state.value.lower(), job_id, step, events=[job_steps.finite(event) for event in events])
-
-    def _change(
-        self,
-        operation: str,
-        job_id: str,
-        step: Step,
-        *,
-        submission_id: str | None = None,
-        events: Sequence[dict[str, Any]] = (),
-    ) -> JobRecord:
-        with self._records.write(operation) as tx:
-            before = visible(tx.get(job_id, lock=True), job_id, None)
-            after = step(before)
-            if after is not before:
-                tx.save(after)
-                tx.add_events(job_id, after.updated_at, events)
-            if submission_id is not None:
-                tx.open_submission(submission_id, job_id)
-        if after is not before:
-            self._announce([after])
-        return after
-
-    def _announce(self, records: Sequence[JobRecord]) -> None:
-        if self.on_change is not None:
-            for record in records:
-                self.on_change(record)

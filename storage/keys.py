@@ -48,16 +48,21 @@ def check_name(value: str, what: str) -> str:
     return _bounded(value, what)
 
 
+def composed(name: str) -> str:
+    """A name in Unicode's composed form (NFC), for where names enter: macOS sends them decomposed (NFD)."""
+    return unicodedata.normalize("NFC", name)
+
+
 def check_filename(value: str) -> str:
     """A file's name as one segment: letters and digits of any script, plain punctuation, no leading dot.
 
-    Compatibility forms (full-width dots and slashes) are refused: some servers write them for the plain ones.
-    Raises InvalidKey.
+    It is to be `composed` already, and is not changed here. Compatibility forms (full-width dots and slashes) are
+    refused: some servers write them for the plain ones. Raises InvalidKey.
     """
     if not value or value != value.strip() or value.startswith("."):
         raise InvalidKey(value, "a filename must not be empty, start with a dot or have spaces around it")
     if unicodedata.normalize("NFKC", value) != value:
-        raise InvalidKey(value, "a filename must be in its normal Unicode form")
+        raise InvalidKey(value, _not_normal(value))
     refused = next((character for character in value if not _allowed_in_filename(character)), None)
     if refused is not None:
         raise InvalidKey(
@@ -105,6 +110,13 @@ def _is_key(text: str) -> bool:
     except InvalidKey:
         return False
     return True
+
+
+def _not_normal(value: str) -> str:
+    if unicodedata.normalize("NFC", value) != value:
+        return "a filename must be in Unicode's composed form (NFC)"
+    special = next((character for character in value if unicodedata.normalize("NFKC", character) != character), value)
+    return f"a filename must not hold {special!r}, a special form of plain characters: write those"
 
 
 def _allowed_in_filename(character: str) -> bool:

@@ -17,22 +17,15 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import tenacity
 
-from storage.breaker import (
-    BreakerMode,
-    BreakerOpenError,
-    BreakerSnapshot,
-    BreakerState,
-    CircuitBreaker,
-    Outcome,
-    Permit,
-)
+from storage.breaker import BreakerOpenError, BreakerState, Outcome
 from storage.congestion import Lateness, Window
 from storage.counters import ATTEMPTS, BREAKER_STATE, OPERATIONS, RETRIES, Counters, Tally
 from storage.errors import StorageError, StorageFailed, StorageTimeout, StorageUnavailable
+from storage.gate import Admission, Gate
 from storage.settings import S3Settings
 
 T = TypeVar("T")
@@ -61,63 +54,6 @@ class TransientFaultError(Exception):
         self.counts = counts
         self.timed_out = timed_out
         self.final = final
-
-
-class Admission(Protocol):
-    """Leave for one attempt. Settled once."""
-
-    @property
-    def is_probe(self) -> bool:
-        """Whether this attempt decides if the breaker closes."""
-        ...
-
-    def settle(self, outcome: Outcome) -> None: ...
-
-
-class Gate(Protocol):
-    """Who decides whether an attempt may be made, and hears how it went. Nothing is held while it runs."""
-
-    async def admit(self) -> Admission:
-        """Raises BreakerOpenError."""
-        ...
-
-    def snapshot(self) -> BreakerSnapshot: ...
-
-    async def force(self, mode: BreakerMode) -> BreakerSnapshot:
-        """An operator's setting. Raises StorageUnavailable where it cannot be made known."""
-        ...
-
-
-class LocalGate:
-    """The breaker of this process alone."""
-
-    def __init__(self, breaker: CircuitBreaker) -> None:
-        self._breaker = breaker
-
-    async def admit(self) -> LocalAdmission:
-        return LocalAdmission(self._breaker, self._breaker.admit())
-
-    def snapshot(self) -> BreakerSnapshot:
-        return self._breaker.snapshot()
-
-    async def force(self, mode: BreakerMode) -> BreakerSnapshot:
-        self._breaker.force(mode)
-        return self._breaker.snapshot()
-
-
-@dataclass(frozen=True)
-class LocalAdmission:
-    """Implements `Admission`."""
-
-    breaker: CircuitBreaker
-    permit: Permit
-
-    @property
-    def is_probe(self) -> bool:
-        return self.permit.probe is not None
-
-    def settle(self, outcome: Outcome) -> None:
-        self.breaker.settle(self.permit, outcome)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from storage.breaker import BreakerMode, BreakerSnapshot, CircuitBreaker
 from storage.counters import Counts, Tally
 from storage.digests import digest_bytes
 from storage.errors import ObjectNotFound, StorageError, StorageMisconfigured, StorageRefused, StorageUnavailable
+from storage.gate import Gate, LocalGate
 from storage.keys import check_key, check_prefix
 from storage.objects import (
     PRESIGN_EXPIRES_S_MAX,
@@ -36,7 +37,7 @@ from storage.objects import (
     PutOutcome,
     StorageHealth,
 )
-from storage.resilience import Attempt, Gate, LocalGate, Policy, Resilience, RetryBudget, TransientFaultError
+from storage.resilience import Attempt, Policy, Resilience, RetryBudget, TransientFaultError
 from storage.s3_bodies import Bodies
 from storage.s3_calls import Answer, S3Calls, corrupted, info_of
 from storage.s3_client import S3Clients

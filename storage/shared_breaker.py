@@ -113,7 +113,7 @@ class Remote(Protocol):
 
 
 class SharedGate:
-    """Implements `storage.resilience.Gate`. Belongs to one event loop, on which `run` has to run as a task.
+    """Implements `storage.gate.Gate`. Belongs to one event loop, on which `run` has to run as a task.
 
     `timeout_s` bounds each call to the remote.
     """
@@ -251,7 +251,7 @@ class SharedGate:
 
 @dataclass(frozen=True)
 class SharedAdmission:
-    """Implements `storage.resilience.Admission`. `shared` None: the shared breaker was not there to ask."""
+    """Implements `storage.gate.Admission`. `shared` None: the shared breaker was not there to ask."""
 
     gate: SharedGate
     local: Permit

@@ -1,7 +1,7 @@
 """ai-toolkit YAML, accepted unchanged, as a `TrainSpec`; `aitoolkit_generate.py` is its other half.
 
-What each key does is the table in `aitoolkit_keys.py`. All problems are reported at once, each with its path in the
-file. No torch here: the HTTP side imports this module.
+What each key does is the table in `aitoolkit_keys.py`, what values are called here that of `aitoolkit_values.py`. All
+problems are reported at once, each with its path in the file. No torch here: the HTTP side imports this module.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from train_jobs import aitoolkit_keys as keys
+from train_jobs import aitoolkit_values as values
 from train_jobs.aitoolkit_datasets import dataset_name, read_datasets
 from train_jobs.aitoolkit_generate import parse_generate_yaml
 from train_jobs.aitoolkit_quantization import read_quantization
@@ -46,7 +47,7 @@ def parse_train_yaml(
 
 def read_train(reader: ConfigReader, *, local: bool) -> ParsedConfig[TrainSpec]:
     """The file in `reader`, which afterwards tells what each key was. Raises ConfigInvalid."""
-    name, process, path = reader.process(keys.PROCESS, keys.PROCESS_TYPES, jobs=("extension", "train"))
+    name, process, path = reader.process(keys.PROCESS, values.PROCESS_TYPES, jobs=("extension", "train"))
     _train_process(reader, name, process, path, local=local)
     return reader.result(TrainSpec)
 
@@ -153,7 +154,7 @@ def _dtype(reader: ConfigReader, value: Any, path: str) -> None:
 
 def _optimizer(reader: ConfigReader, train: dict[str, Any], path: str) -> None:
     written = train.get("optimizer", "adamw")
-    name = reader.choice(written, f"{path}.optimizer", keys.OPTIMIZERS)
+    name = reader.choice(written, f"{path}.optimizer", values.OPTIMIZERS)
     if name is not None:
         reader.put("train.optimizer.type", name, f"{path}.optimizer")
     if isinstance(written, str) and written.lower().endswith("8bit"):
@@ -177,12 +178,12 @@ def _optimizer(reader: ConfigReader, train: dict[str, Any], path: str) -> None:
 
 
 def _timesteps(reader: ConfigReader, train: dict[str, Any], path: str, family: str | None) -> None:
-    kind = reader.choice(train.get("timestep_type", "sigmoid"), f"{path}.timestep_type", keys.TIMESTEP_TYPES)
+    kind = reader.choice(train.get("timestep_type", "sigmoid"), f"{path}.timestep_type", values.TIMESTEP_TYPES)
     if "linear_timesteps" in train and reader.flag(train["linear_timesteps"], f"{path}.linear_timesteps"):
         kind = "linear"
     if kind is not None:
         reader.put("train.timesteps.kind", kind, f"{path}.timestep_type")
-    bias = reader.choice(train.get("content_or_style", "balanced"), f"{path}.content_or_style", keys.BIASES)
+    bias = reader.choice(train.get("content_or_style", "balanced"), f"{path}.content_or_style", values.BIASES)
     if bias is not None:
         reader.put("train.timesteps.bias", bias, f"{path}.content_or_style")
     for key, target in {"min_denoising_steps": "first", "max_denoising_steps": "last"}.items():
@@ -191,8 +192,8 @@ def _timesteps(reader: ConfigReader, train: dict[str, Any], path: str, family: s
             # 1000 is a usual way to write "to the end".
             reader.put(f"train.timesteps.{target}", 999 if value == 1000 else value, f"{path}.{key}")
     at = f"{path}.noise_scheduler"
-    noise = reader.choice(train.get("noise_scheduler", "ddpm"), at, keys.NOISE_SCHEDULERS)
-    if "noise_scheduler" in train and family is not None and (noise == "flow") != (family in keys.FLOW_FAMILIES):
+    noise = reader.choice(train.get("noise_scheduler", "ddpm"), at, values.NOISE_SCHEDULERS)
+    if "noise_scheduler" in train and family is not None and (noise == "flow") != (family in values.FLOW_FAMILIES):
         reader.warn(at, "is for other models; this one is trained with its own noise")
 
 
@@ -275,8 +276,8 @@ def _accumulation(reader: ConfigReader, train: dict[str, Any], path: str) -> int
 def _schedule(reader: ConfigReader, train: dict[str, Any], path: str, updates_per: int) -> None:
     at = f"{path}.lr_scheduler"
     name = train.get("lr_scheduler", "constant")
-    if not isinstance(name, str) or name not in keys.SCHEDULERS:
-        known = ", ".join(sorted(keys.SCHEDULERS))
+    if not isinstance(name, str) or name not in values.SCHEDULERS:
+        known = ", ".join(sorted(values.SCHEDULERS))
         reader.problem(at, f"this schedule is not supported here; supported: {known}", "unsupported")
         return
     reader.put("train.schedule.type", name, at)

@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from train_jobs import aitoolkit_keys as keys
+from train_jobs import aitoolkit_values as values
 from train_jobs.aitoolkit_samples import IMAGE_FORMATS, prompt_flags, read_sampler
 from train_jobs.config_reader import ConfigReader, ParsedConfig, copy_keys, read_architecture
 from train_jobs.generate_spec import GenerateSpec
@@ -16,7 +17,7 @@ from train_jobs.strict_yaml import read_mapping
 def parse_generate_yaml(config: str | bytes | Mapping[str, Any]) -> ParsedConfig[GenerateSpec]:
     """Read a generate config. Raises ConfigInvalid, and nothing else, with every problem found."""
     reader = ConfigReader(read_mapping(config))
-    _, process, path = reader.process(keys.GENERATE_PROCESS, keys.GENERATE_TYPES, jobs=("generate",))
+    _, process, path = reader.process(keys.GENERATE_PROCESS, values.GENERATE_TYPES, jobs=("generate",))
     _generate_process(reader, process, path)
     return reader.result(GenerateSpec)
 

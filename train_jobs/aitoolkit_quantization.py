@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from train_jobs import aitoolkit_keys as keys
+from train_jobs import aitoolkit_values as values
 from train_jobs.config_reader import ConfigReader
 
 
@@ -24,7 +25,7 @@ def read_quantization(reader: ConfigReader, model: dict[str, Any], path: str) ->
 
 
 def _put(reader: ConfigReader, model: dict[str, Any], path: str, key: str, target: str) -> None:
-    chosen = reader.choice(model.get(key, "qfloat8"), f"{path}.{key}", keys.QTYPES)
+    chosen = reader.choice(model.get(key, "qfloat8"), f"{path}.{key}", values.QTYPES)
     if chosen is not None:
         reader.put(f"quantize.{target}", chosen, f"{path}.{key}" if key in model else f"{path}.quantize")
     if chosen == "int4":

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from train_jobs import aitoolkit_keys as keys
+from train_jobs import aitoolkit_values as values
 from train_jobs.config_reader import ConfigReader, copy_keys
 
 IMAGE_FORMATS = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp"}
@@ -53,10 +54,10 @@ def read_sampler(
     if "sampler" not in section:
         return
     at = f"{path}.sampler"
-    scheduler = reader.choice(section["sampler"], at, keys.SAMPLERS)
+    scheduler = reader.choice(section["sampler"], at, values.SAMPLERS)
     if scheduler is None:
         return
-    is_flow = family in keys.FLOW_FAMILIES
+    is_flow = family in values.FLOW_FAMILIES
     if family is not None and is_flow != (scheduler == "flowmatch"):
         if not is_flow:
             reader.problem(at, "is for flow-matching models only", "unsupported")

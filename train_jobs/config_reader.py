@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import ValidationError
 
 from train_jobs import aitoolkit_keys as keys
+from train_jobs import aitoolkit_values as values
 from train_jobs.errors import ConfigInvalid, Problem
 from train_jobs.generate_spec import GenerateSpec
 from train_jobs.spec import TrainSpec
@@ -230,12 +231,12 @@ def read_architecture(reader: ConfigReader, model: dict[str, Any], path: str) ->
     named: str | None = None
     if "arch" in model:
         arch = model["arch"]
-        named = keys.ARCHITECTURES.get(arch.lower()) if isinstance(arch, str) else None
+        named = values.ARCHITECTURES.get(arch.lower()) if isinstance(arch, str) else None
         if named is None:
-            known = ", ".join(sorted(keys.ARCHITECTURES))
+            known = ", ".join(sorted(values.ARCHITECTURES))
             message = f"models of this kind are not supported here; supported: {known}"
             reader.problem(f"{path}.arch", message, "unsupported")
-    for flag, family in keys.ARCHITECTURE_FLAGS.items():
+    for flag, family in values.ARCHITECTURE_FLAGS.items():
         if flag in model and reader.flag(model[flag], f"{path}.{flag}"):
             if named not in (None, family):
                 reader.problem(f"{path}.{flag}", "contradicts the other statement of the model's kind", "conflict")

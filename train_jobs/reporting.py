@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import ray
 
-from train_jobs.board import StopReason
+from train_jobs.board import WAITING, StopReason
 from train_jobs.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -23,8 +23,6 @@ PREVIEWS = "previews"
 PREVIEWS_REPORTED_MAX = 16
 # In a report: how many workers train now.
 WORKERS_NOW = "workers"
-# Stands in a report for the stage that waits for it.
-WAITING = "waiting for storage"
 KEPT_IN_REPORTS = frozenset({RESUMED_FROM, PREVIEWS, WORKERS_NOW})
 
 

@@ -80,6 +80,10 @@ class BoardHandle:
     def ask_to_stop(self, reason: StopReason) -> None:
         ray.get(self.actor.ask_to_stop.remote(reason), timeout=BOARD_TIMEOUT_S)
 
+    def waiting(self, is_waiting: bool) -> None:
+        """Of Ray Train's controller, which has its own copy of this. Waits for no answer: nothing hangs on it."""
+        self.actor.waiting.remote(is_waiting)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
@@ -210,6 +214,7 @@ def _run(jobs: BlockingJobs, config: JobsConfig, record: JobRecord, owner: str) 
     )
 
     store = StorageClient(config.s3, config.breaker)
+    patient = PatientStore(store, tell=BoardHandle(board).waiting)
     train_files = Keys(config.s3.prefix, record.tenant).ray_train_prefix(record.id)
 
     def fit() -> dict[str, Any]:
@@ -221,7 +226,7 @@ def _run(jobs: BlockingJobs, config: JobsConfig, record: JobRecord, owner: str) 
             run_config=RunConfig(
                 name=f"{record.id}-{record.attempt}",
                 storage_path=train_files.rstrip("/"),
-                storage_filesystem=arrow_files(PatientStore(store), train_files),
+                storage_filesystem=arrow_files(patient, train_files),
                 failure_config=FailureConfig(max_failures=WORKER_FAILURES_MAX),
             ),
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -12,7 +11,7 @@ from storage.datasets import DatasetManifest
 from storage.keys import Keys
 
 
-def dataset_reply(manifest: DatasetManifest, keys: Keys, bucket: str, warnings: Sequence[str]) -> dict[str, Any]:
+def dataset_reply(manifest: DatasetManifest, keys: Keys, bucket: str) -> dict[str, Any]:
     """Counts are of this upload; `statistics` also tells of the whole dataset, which may hold earlier ones' files."""
     prefix = keys.dataset_manifests_prefix(manifest.folder)
     stored = [file for file in manifest.files if file.key.startswith(f"{prefix}{manifest.upload_id}/")]
@@ -47,7 +46,7 @@ def dataset_reply(manifest: DatasetManifest, keys: Keys, bucket: str, warnings: 
         "total_size": size_bytes,
         "total_size_formatted": formatted_size(size_bytes),
         "file_types_summary": dict(sorted(types.items())),
-        "warnings": list(warnings),
+        "warnings": list(manifest.notes),
         "statistics": {
             "images_with_captions": len(images & captions),
             "images_without_captions": len(images - captions),

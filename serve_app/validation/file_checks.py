@@ -27,6 +27,9 @@ IMAGE_TYPES = {
 TEXT_TYPES = {"txt": "text/plain", "yaml": "application/yaml", "yml": "application/yaml", "json": "application/json"}
 EXTENSIONS = (*IMAGE_TYPES, *TEXT_TYPES)
 MASK_SUFFIX = "_mask"
+TAKEN = "another file of this upload has this name (folders, upper and lower case and Unicode forms make no difference)"
+NAMES_SHOWN_MAX = 20
+NAME_SHOWN_MAX = 100
 
 Decode = Callable[[Sequence[Path]], list[PictureFacts | PictureProblem]]
 
@@ -83,7 +86,7 @@ def check_names(names: Sequence[str], extensions: Sequence[str] = EXTENSIONS) ->
     for name in names:
         try:
             if name.lower() in seen:
-                raise FileProblem("filename", "another file of this upload has this name", "duplicate")
+                raise FileProblem("filename", TAKEN, "duplicate")
             seen.add(name.lower())
             check_name(name, extensions)
         except FileProblem as problem:
@@ -123,10 +126,11 @@ def check_files(
 
 def mask_names(names: Sequence[str]) -> dict[str, str]:
     """The masks among `names`, each with the picture that it belongs to: `x_mask.png` beside `x.jpg`."""
-    pictures = {PurePosixPath(name).stem: name for name in names if extension_of(name) in IMAGE_TYPES}
+    stems = {name: PurePosixPath(name).stem for name in names if extension_of(name) in IMAGE_TYPES}
+    pictures = {stem: name for name, stem in stems.items()}
     return {
         name: pictures[stem.removesuffix(MASK_SUFFIX)]
-        for stem, name in pictures.items()
+        for name, stem in stems.items()
         if stem.endswith(MASK_SUFFIX) and stem.removesuffix(MASK_SUFFIX) in pictures
     }
 
@@ -142,6 +146,14 @@ def notes_on(files: Sequence[CheckedFile]) -> list[str]:
     lone = sorted(name for name in images if name.endswith(MASK_SUFFIX))
     notes += [f"'{name}' belongs to no image and counts as one" for name in lone]
     return notes
+
+
+def shown_names(names: Sequence[str]) -> str:
+    """Some of them, quoted and cut, and how many there are besides."""
+    cut = [name if len(name) <= NAME_SHOWN_MAX else f"{name[:NAME_SHOWN_MAX]}..." for name in names[:NAMES_SHOWN_MAX]]
+    listed = ", ".join(repr(name) for name in cut)
+    more = len(names) - NAMES_SHOWN_MAX
+    return f"{listed} and {more} more" if more > 0 else listed
 
 
 def _decoded(
@@ -181,7 +193,13 @@ def _check_masks(
     problems: dict[int, Problem],
 ) -> None:
     index_of = {found[index].filename: index for index in facts}
+    masked: set[str] = set()
     for mask, picture in masks.items():
+        if picture in masked:
+            # The trainer would take one of them for the mask, and the other for a picture.
+            reason = FileProblem("filename", f"the picture '{picture}' has another mask in this upload", "duplicate")
+            problems.setdefault(index_of[mask], reason.at(found[index_of[mask]].place))
+        masked.add(picture)
         mine, its = facts[index_of[mask]], facts[index_of[picture]]
         if not isinstance(mine, PictureFacts) or not isinstance(its, PictureFacts):
             continue

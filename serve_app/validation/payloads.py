@@ -1,10 +1,19 @@
 """The `input` of the job types with many fields, as schemas. What is not listed is a warning, not an error."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from storage.keys import composed
 
 FILES_MAX = 100
+
+Filename = Annotated[
+    str,
+    Field(min_length=1, max_length=200),
+    BeforeValidator(lambda value: composed(value) if isinstance(value, str) else value),
+]
+"""Every file's name that a request brings, in the one form that is stored and compared."""
 
 
 class LoraChoice(BaseModel):
@@ -73,7 +82,7 @@ class UploadFile(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    filename: str = Field(min_length=1, max_length=200)
+    filename: Filename
     content: str | None = Field(default=None, repr=False)
     url: str | None = None
     content_type: str | None = Field(default=None, max_length=100)
@@ -104,7 +113,7 @@ class StagedFile(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    filename: str = Field(min_length=1, max_length=200)
+    filename: Filename
     size: int = Field(gt=0)
     content_type: str | None = Field(default=None, max_length=100)
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")

@@ -10,6 +10,7 @@ import asyncio
 import re
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ class StagedUploads:
         except DatasetNotFound:
             reply = await self._make(tenant, keys, request, token)
         else:
-            reply = dataset_reply(manifest, keys, self._bucket, [])
+            reply = dataset_reply(manifest, keys, self._bucket)
         try:
             await self._store.delete_many([keys.staging_file(token, file.filename) for file in request.files])
         except StorageError as error:
@@ -120,8 +121,8 @@ class StagedUploads:
             arrived, problems = await self._fetch(keys, request, token, folder)
             if problems:
                 raise InvalidRequest(problems)
-            files = await asyncio.to_thread(_checked, arrived, folder)
-            return await self._uploads.commit(tenant, request, token, files, notes_on(files))
+            files, notes = await asyncio.to_thread(_checked, arrived, folder)
+            return await self._uploads.commit(tenant, request, token, files, [*notes, *notes_on(files)])
 
     async def _fetch(
         self, keys: Keys, request: CreateUploadPayload, token: str, folder: Path
@@ -198,9 +199,10 @@ def _check_promises(files: Sequence[StagedFile]) -> None:
         raise InvalidRequest(problems)
 
 
-def _checked(arrived: Sequence[FoundFile], folder: Path) -> list[CheckedFile]:
-    """With the zips unpacked. Blocking. Raises InvalidRequest."""
+def _checked(arrived: Sequence[FoundFile], folder: Path) -> tuple[list[CheckedFile], list[str]]:
+    """With the zips unpacked, and notes on them. Blocking. Raises InvalidRequest."""
     found: list[FoundFile] = []
+    notes: list[str] = []
     problems: list[Problem] = []
     left_bytes = TOTAL_BYTES_MAX
     for index, file in enumerate(arrived):
@@ -209,16 +211,24 @@ def _checked(arrived: Sequence[FoundFile], folder: Path) -> list[CheckedFile]:
             continue
         target = folder / f"unpacked-{index}"
         target.mkdir()
-        inside, wrong = unpack(file.path, target, file.place, bytes_max=left_bytes)
-        left_bytes -= sum(item.path.stat().st_size for item in inside)
-        found += inside
-        problems += wrong
+        inside = unpack(file.path, target, file.place, bytes_max=left_bytes, shown_name=file.filename)
+        left_bytes -= sum(item.path.stat().st_size for item in inside.files)
+        found += inside.files
+        notes += inside.notes
+        problems += inside.problems
     if problems:
         raise InvalidRequest(problems)
     files, problems = check_files(found)
     if problems:
-        raise InvalidRequest(problems)
-    return files
+        # Of a zip with no usable picture, what was left out is the reason.
+        raise InvalidRequest([_with_notes(problem, notes) for problem in problems])
+    return files, notes
+
+
+def _with_notes(problem: Problem, notes: Sequence[str]) -> Problem:
+    if problem.path != "files" or not notes:
+        return problem
+    return replace(problem, message=". ".join([problem.message, *notes]))
 
 
 def _is_abandoned(upload_id: str, now: datetime) -> bool:

@@ -139,8 +139,9 @@ class DatasetUploads:
             training_name=fields.training_name,
             trigger_word=fields.trigger_word,
             base=None if fields.cleanup_existing else await self._earlier(keys, fields.folder),
+            notes=warnings,
         )
-        return dataset_reply(manifest, keys, self._bucket, warnings)
+        return dataset_reply(manifest, keys, self._bucket)
 
     async def _earlier(self, keys: Keys, folder: str) -> DatasetManifest | None:
         try:

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import threading
+import unicodedata
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -179,23 +180,32 @@ def test_a_webhook_arrives_signed_and_again_where_the_receiver_failed(running: R
 
 
 def zip_of_pictures(number: int) -> bytes:
+    """As macOS makes it: all below one folder, names decomposed, and files of its own; one picture has a mask."""
     buffer = io.BytesIO()
+    paths = sorted(PICTURES.glob("zib_*"))[: 2 * number]
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted(PICTURES.glob("zib_*"))[: 2 * number]:
-            archive.write(path, f"pictures/{path.name}")
+        for path in paths:
+            archive.write(path, f"pictures/{unicodedata.normalize('NFD', 'é')}_{path.name}")
+            archive.writestr(f"__MACOSX/pictures/._{path.name}", b"x")
+        archive.write(paths[0], f"pictures/masks/é_{paths[0].name}")
+        archive.writestr("pictures/README.md", b"x")
     return buffer.getvalue()
 
 
 def test_a_zip_put_by_presigned_url_becomes_a_dataset(client: ApiClient) -> None:
     data = zip_of_pictures(3)
-    file = {"filename": "set.zip", "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    name = unicodedata.normalize("NFD", "é.zip")
+    file = {"filename": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     upload = client.call("create_upload", training_name="put", files=[file])
     [place] = upload["files"]
     assert httpx.put(place["url"], content=data, headers=place["headers"]).status_code == 200
     reply = client.call("finalize_upload", token=upload["token"])
-    assert (reply["total_images"], reply["total_captions"]) == (3, 3)
+    assert (reply["total_images"], reply["total_captions"], reply["total_masks"]) == (3, 3, 1)
+    assert all(file["filename"].startswith("é_") for file in reply["uploaded_files"])
+    assert [note for note in reply["warnings"] if "'pictures/README.md'" in note]
     assert "put" in client.call("list_dataset_folders")["folders"]
-    assert client.call("finalize_upload", token=upload["token"])["upload_id"] == reply["upload_id"]
+    again = client.call("finalize_upload", token=upload["token"])
+    assert (again["upload_id"], again["warnings"]) == (reply["upload_id"], reply["warnings"])
 
 
 def test_the_files_of_a_process_come_by_key_in_data_and_as_one_zip(client: ApiClient, trained: dict[str, Any]) -> None:

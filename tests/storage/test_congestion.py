@@ -11,7 +11,8 @@ import pytest
 from storage.breaker import BreakerState, CircuitBreaker
 from storage.congestion import BEAT_S, FEWEST, FIRST, IDLE_S, Lateness, Window
 from storage.errors import ObjectNotFound, StorageError, StorageTimeout, StorageUnavailable
-from storage.resilience import THROTTLED, Attempt, LocalGate, Policy, Resilience, RetryBudget, TransientFaultError
+from storage.gate import LocalGate
+from storage.resilience import THROTTLED, Attempt, Policy, Resilience, RetryBudget, TransientFaultError
 
 TIMEOUT_S = 10.0
 POLICY = Policy(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import posixpath
+import unicodedata
 from collections.abc import Callable
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import InvalidKey
-from storage.keys import Keys, Place, check_filename, check_key, check_name, check_prefix, place_of
+from storage.keys import Keys, Place, check_filename, check_key, check_name, check_prefix, composed, place_of
 
 SHA = "ab" * 32
 NASTY = st.sampled_from(
@@ -207,3 +208,27 @@ def test_the_place_of_a_key_is_what_it_was_made_for(tenant: str, name: str, file
 )
 def test_what_is_not_ours_has_no_place(key: str) -> None:
     assert place_of("raylora", key) is None
+
+
+@given(st.text(max_size=40) | st.text("e\u0301\u00e9\u1100\u1161\u212b.pn g", max_size=20))
+def test_a_name_is_the_same_however_its_sender_composes_it(name: str) -> None:
+    once = composed(name)
+    assert composed(once) == once
+    assert {composed(unicodedata.normalize(form, name)) for form in ("NFC", "NFD")} == {once}
+
+
+@given(st.from_regex(r"[\u00c0-\u024f\uac00-\ud7a3A-Za-z]{1,20}\.png", fullmatch=True))
+def test_letters_with_their_marks_apart_are_a_filename_once_composed(name: str) -> None:
+    apart = unicodedata.normalize("NFD", name)
+    try:
+        check_filename(composed(name))
+    except InvalidKey:
+        with pytest.raises(InvalidKey):
+            check_filename(composed(apart))
+    else:
+        assert check_filename(composed(apart)) == composed(name)
+
+
+def test_what_a_filename_may_not_hold_is_shown() -> None:
+    with pytest.raises(InvalidKey, match="\u00bd"):
+        check_filename("1\u00bd.png")

@@ -13,7 +13,8 @@ from storage.errors import (
     StorageTimeout,
     StorageUnavailable,
 )
-from storage.resilience import Attempt, LocalGate, Policy, Resilience, RetryBudget, TransientFaultError
+from storage.gate import LocalGate
+from storage.resilience import Attempt, Policy, Resilience, RetryBudget, TransientFaultError
 
 POLICY = Policy(
     attempts_max=4,

@@ -249,6 +249,33 @@ def test_progress_reaches_the_record_and_people(records: Records, board: RunBoar
     assert said[-1] == "completed"
 
 
+def test_a_start_that_waits_for_the_storage_says_so_until_it_goes_on(records: Records, board: RunBoard) -> None:
+    said: list[str] = []
+
+    def fit() -> dict[str, Any]:
+        board.waiting(True)
+        board.waiting(True)
+        board.waiting(False)
+        records.beat.clear()
+        records.beat.wait(10)
+        records.beat.clear()
+        records.beat.wait(10)
+        assert board.latest() == (0, {"stage": "waiting for storage"})
+        board.waiting(False)
+        assert board.latest() == (0, {})
+        return {"output": OUTPUT}
+
+    assert _driver(records, board, fit, said).run() is ExitCode.COMPLETED
+    assert {"stage": "waiting for storage"} in records.progress
+    assert "waiting for storage" in said
+
+
+def test_a_wait_beside_workers_that_train_hides_nothing_of_their_progress(board: RunBoard) -> None:
+    board.report({"stage": "training"})
+    board.waiting(True)
+    assert board.latest() == (1, {"stage": "training"})
+
+
 def test_a_line_of_progress_is_readable() -> None:
     progress = {
         "stage": "training",

@@ -25,7 +25,8 @@ def uploads_router(services: Services, route_class: type[APIRoute]) -> APIRouter
     ) -> UploadStarted:
         """Begin an upload: the reply says where each file goes. POST /v1/uploads/{id}/finish then makes the data set.
 
-        A zip may hold pictures, captions `x.txt` and masks `x_mask.png`.
+        A zip may hold pictures, captions `x.txt` and masks, as `x_mask.png` or as `masks/x.png`. What else is in it is
+        left out and named in the warnings of the finished upload.
         """
         started = await services.validation.create_upload(tenant_of(request), asked.payload())
         return UploadStarted(

@@ -2,10 +2,11 @@
 
 import hashlib
 import io
+import unicodedata
 import zipfile
 from base64 import b64decode
 from typing import Any
-from urllib.parse import parse_qs, urlparse
+from urllib.parse import parse_qs, unquote, urlparse
 
 import pytest
 
@@ -38,7 +39,7 @@ async def put(server: LocalServer, upload: dict[str, Any], files: dict[str, byte
         asked = parse_qs(url.query)
         assert (asked["method"], asked["extra"]) == (["PUT"], [item["headers"]["Content-Type"]])
         if item["filename"] in files:
-            await server.store.put(url.path.removeprefix("/"), files[item["filename"]])
+            await server.store.put(unquote(url.path.removeprefix("/")), files[item["filename"]])
 
 
 async def uploaded(server: LocalServer, files: dict[str, bytes], **fields: Any) -> str:
@@ -133,15 +134,70 @@ async def test_a_zip_is_unpacked_with_captions_and_masks(server: LocalServer) ->
 
 
 async def test_a_zip_is_checked_like_any_other_upload(server: LocalServer) -> None:
-    inside = {"a/1.png": PICTURE, "b/1.png": PICTURE, "2.png": b"no picture", "x.exe": b"x"}
+    inside = {"a/1.png": PICTURE, "b/1.png": PICTURE, "2.png": b"no picture", "3.heic": b"x"}
     output = await not_finalized(server, await uploaded(server, {"set.zip": zip_of(inside)}))
     assert {problem["path"] for problem in output["validation_errors"]} == {
         "files[0][b/1.png].filename",
         "files[0][2.png].content",
-        "files[0][x.exe].filename",
+        "files[0][3.heic].filename",
     }
     bomb = await uploaded(server, {"set.zip": zip_of({"1.png": PICTURE, "1.txt": b"\0" * 2**22})})
     assert "100 to 1" in (await not_finalized(server, bomb))["error"]
+
+
+async def test_stray_files_in_a_zip_are_named_as_left_out_however_often_it_is_finalized(server: LocalServer) -> None:
+    inside = {"set/1.png": PICTURE, "set/1.txt": CAPTION, "set/README.md": b"x", "set/.DS_Store": b"x"}
+    token = await uploaded(server, {"set.zip": zip_of(inside)})
+    reply = await finalized(server, token)
+    assert [file["filename"] for file in reply["uploaded_files"]] == ["1.png", "1.txt"]
+    assert reply["warnings"] == [
+        "Left out of 'set.zip' (no picture, caption or mask): 'set/README.md'",
+        "Left out of 'set.zip' (made by the operating system, or hidden): 'set/.DS_Store'",
+    ]
+    assert (await finalized(server, token))["warnings"] == reply["warnings"]
+
+
+async def test_pictures_in_a_folder_of_masks_are_stored_as_masks(server: LocalServer) -> None:
+    inside = {"set/1.png": PICTURE, "set/masks/1.png": MASK, "set/masks/2.png": MASK}
+    reply = await finalized(server, await uploaded(server, {"set.zip": zip_of(inside)}))
+    assert [file["filename"] for file in reply["uploaded_files"]] == ["1.png", "1_mask.png"]
+    assert (reply["total_images"], reply["total_masks"]) == (1, 1)
+    assert [note for note in reply["warnings"] if "masks/2.png" in note and note.startswith("Left out")]
+    assert [note for note in reply["warnings"] if "masks/1.png" in note and note.startswith("Taken")]
+
+
+async def test_a_zip_without_a_picture_is_refused_with_what_was_left_out_of_it(server: LocalServer) -> None:
+    output = await not_finalized(server, await uploaded(server, {"set.zip": zip_of({"notes.md": b"x", "1.txt": b"x"})}))
+    [problem] = output["validation_errors"]
+    assert (problem["path"], problem["code"]) == ("files", "missing")
+    assert "'notes.md'" in problem["message"]
+
+
+async def test_two_masks_of_one_picture_are_refused(server: LocalServer) -> None:
+    files = {"1.png": PICTURE, "1_mask.png": MASK, "1_mask.jpg": MASK}
+    output = await not_finalized(server, await uploaded(server, files))
+    [problem] = output["validation_errors"]
+    assert (problem["path"], problem["code"]) == ("files[2].filename", "duplicate")
+
+
+async def test_decomposed_names_are_taken_and_come_back_composed(server: LocalServer) -> None:
+    names = {"\u00e9.png": PICTURE, "\u00e9.txt": CAPTION}
+    upload = await created(server, {unicodedata.normalize("NFD", name): data for name, data in names.items()})
+    assert [place["filename"] for place in upload["files"]] == list(names)
+    await put(server, upload, names)
+    reply = await finalized(server, upload["token"])
+    assert [file["filename"] for file in reply["uploaded_files"]] == list(names)
+    assert reply["statistics"]["images_with_captions"] == 1
+
+
+async def test_names_that_are_equal_once_composed_are_refused(server: LocalServer) -> None:
+    twice = {"\u00e9.png": PICTURE, unicodedata.normalize("NFD", "\u00e9.png"): PICTURE}
+    output = await refused(server, {"type": "create_upload", "training_name": "cats", "files": described(twice)})
+    [problem] = output["validation_errors"]
+    assert (problem["path"], problem["code"]) == ("files[1].filename", "duplicate")
+    output = await not_finalized(server, await uploaded(server, {"set.zip": zip_of(twice)}))
+    [problem] = output["validation_errors"]
+    assert (problem["code"], "Unicode" in problem["message"]) == ("duplicate", True)
 
 
 async def test_a_mask_of_another_size_is_refused(server: LocalServer) -> None:

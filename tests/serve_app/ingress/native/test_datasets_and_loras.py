@@ -1,6 +1,7 @@
 """Data sets and adapters over /v1."""
 
 import hashlib
+import unicodedata
 from base64 import b64decode
 from io import BytesIO
 from pathlib import Path
@@ -55,6 +56,19 @@ async def test_a_data_set_is_stored_read_and_deleted(server: LocalServer) -> Non
         assert (await http.delete("/v1/datasets/cats")).status_code == 204
         assert (await http.get("/v1/datasets/cats")).json()["code"] == "dataset_not_found"
         assert server.store.keys() == []
+
+
+async def test_decomposed_names_in_a_body_are_stored_composed(server: LocalServer) -> None:
+    name = "\u304c \u00e9.png"
+    body: dict[str, Any] = {"name": "cats", "files": [{**PICTURE, "filename": unicodedata.normalize("NFD", name)}]}
+    async with server.client() as http:
+        stored = (await http.post("/v1/datasets", json=body)).json()["dataset"]
+        assert [file["filename"] for file in stored["files"]] == [name]
+        body["files"].append({**PICTURE, "filename": name})
+        refused = await http.post("/v1/datasets", json=body)
+    assert (refused.status_code, refused.json()["code"]) == (400, "invalid_request")
+    [problem] = refused.json()["validation_errors"]
+    assert (problem["path"], problem["code"]) == ("files[1].filename", "duplicate")
 
 
 @pytest.mark.parametrize(
