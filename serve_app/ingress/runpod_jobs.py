@@ -361,7 +361,7 @@ class RunpodJobs:
         if isinstance(outcome, Finished):
             return outcome.output
         await self._wake_for(outcome.record)
-        return {**accepted_message(outcome.record), **outcome.notes}
+        return accepted_message(outcome.record)
 
     async def _followed(self, context: JobContext, record: JobRecord) -> str:
         """From here on the record answers for the job, under the id of the request that first made it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from serve_app.collaborators import TrainingPlan
 from serve_app.errors import InvalidRequest
 from serve_app.job_types.context import Finished, Following, JobContext, Outcome, Services, runpod_id_of, webhook_of
-from serve_app.validation.validator import parse_payload
+from serve_app.validation.validator import parse_payload, unknown_fields
 from storage.job_record import NewJob
 from storage.job_state import JobKind
 from storage.older_layout import readable_manifest
@@ -25,6 +26,7 @@ class TrainPayload(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
+    type: str | None = None
     config: str | dict[str, Any] | None = None
     yaml_config: str | dict[str, Any] | None = None
     wait: bool = False
@@ -48,6 +50,7 @@ async def train(services: Services, context: JobContext, payload: dict[str, Any]
     if request.check:
         return Finished(await services.validation.training_check(request.given))
     plan = await services.validation.training(request.given)
+    plan = replace(plan, warnings=(*unknown_fields(request), *plan.warnings))
     return await queue_training(services, context, plan, waits=request.wait)
 
 
@@ -59,6 +62,7 @@ async def queue_training(services: Services, context: JobContext, plan: Training
             kind=JobKind.TRAINING,
             tenant=context.tenant,
             request=spec,
+            notes={"ignored": list(plan.ignored), "warnings": list(plan.warnings)},
             runpod_id=runpod_id_of(context, waits=waits),
             webhook=webhook_of(context, waits=waits),
             idempotency_key=context.idempotency_key,
@@ -69,7 +73,7 @@ async def queue_training(services: Services, context: JobContext, plan: Training
             priority=context.policy.priority,
         )
     )
-    return Following(record, notes={"ignored": list(plan.ignored), "warnings": list(plan.warnings)})
+    return Following(record)
 
 
 async def _with_datasets(services: Services, tenant: str, plan: TrainingPlan) -> dict[str, Any]:

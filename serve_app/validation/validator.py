@@ -26,6 +26,8 @@ IN_JSON = {"wandb": "wandb", "workers": "workers.max"}
 MIB = 1024 * 1024
 CONFIG_BYTES_MAX = 10 * MIB
 SEED_LIMIT = 2**32
+UNKNOWN_NAMED_MAX = 50
+BESIDE_CONFIG = frozenset({"type", "wait", "config", "yaml_config"})
 OF_PICTURES = ("init_image", "mask", "strength")
 # Fields of the prompt form that are fields of GenerateSpec by the same name.
 SPEC_FIELDS = (
@@ -106,6 +108,7 @@ class Validator:
         else:
             _refuse_given(payload, OF_PICTURES, "goes with a prompt, not with a config")
             plan = self._from_config(config)
+            plan = replace(plan, warnings=(*_without_effect(payload), *plan.warnings))
         spec = dict(plan.spec)
         spec["model"] = spec["model"] or self._default_model
         spec["seed"] = self._random_seed() if spec["seed"] is None else spec["seed"]
@@ -170,7 +173,22 @@ def parse_payload(kind: type[P], payload: dict[str, Any]) -> P:
 
 def unknown_fields(request: BaseModel) -> tuple[str, ...]:
     """A warning for each field that the schema does not know."""
-    return tuple(f"Unknown field '{name[:100]}' was ignored" for name in sorted(request.model_extra or {}))
+    return _ignored(request.model_extra or {})
+
+
+def _ignored(names: Collection[str]) -> tuple[str, ...]:
+    """These are kept with the record, so a body of nothing else must not make them many."""
+    told = [f"Unknown field '{name[:100]}' was ignored" for name in sorted(names)[:UNKNOWN_NAMED_MAX]]
+    more = len(names) - len(told)
+    return (*told, f"{more} more unknown fields were ignored") if more else tuple(told)
+
+
+def _without_effect(payload: Mapping[str, Any]) -> tuple[str, ...]:
+    """Warnings of the fields beside the config of a generation."""
+    beside = [name for name, value in payload.items() if name not in BESIDE_CONFIG and value is not None]
+    known = sorted(name for name in beside if name in GeneratePayload.model_fields)
+    warnings = [f"'{name}' was ignored: it goes with a prompt, not with a config" for name in known]
+    return (*warnings, *_ignored([name for name in beside if name not in known]))
 
 
 def _refuse_given(fields: Mapping[str, Any], names: Sequence[str], reason: str) -> None:

@@ -226,6 +226,33 @@ async def test_an_unknown_field_is_a_warning(server: LocalServer) -> None:
     assert output["warnings"] == ["Unknown field 'stepz' was ignored"]
 
 
+async def test_a_generation_that_is_waited_for_still_tells_of_an_unknown_field(server: LocalServer) -> None:
+    output = await _waited_for(server, {"prompt": "a cat", "stepz": 3}, JobKind.GENERATION, {"images": []})
+    assert output["images"] == []
+    assert output["warnings"] == ["Unknown field 'stepz' was ignored"]
+
+
+async def test_what_stands_beside_a_generate_config_without_effect_is_told(server: LocalServer) -> None:
+    config = {
+        "job": "generate",
+        "config": {
+            "name": "g",
+            "process": [{"type": "to_folder", "model": {"name_or_path": "tiny"}, "generate": {"prompts": ["a"]}}],
+        },
+    }
+    output = await done(server, {"type": "generate", "config": config, "width": 64, "wiat": True})
+    assert output["warnings"] == [
+        "'width' was ignored: it goes with a prompt, not with a config",
+        "Unknown field 'wiat' was ignored",
+    ]
+
+
+async def test_a_body_of_unknown_fields_makes_no_endless_list(server: LocalServer) -> None:
+    output = await done(server, {"prompt": "a cat", "wait": False, **{f"field{i:04}": 1 for i in range(1000)}})
+    assert len(output["warnings"]) == 51
+    assert output["warnings"][-1] == "950 more unknown fields were ignored"
+
+
 async def test_a_wrong_kind_does_not_hide_a_wrong_number(server: LocalServer) -> None:
     wrong = {"prompt": "a cat", "height": "x", "seed": [], "width": -1, "num_images": 99, "loras": [{"id": 5}]}
     output = await refused(server, wrong)
@@ -468,6 +495,33 @@ async def test_a_checked_config_is_reported_key_by_key_and_starts_nothing(server
     elsewhere = await done(server, {"type": "train", "config": train_config("cats", "other"), "check": True})
     assert not elsewhere["accepted"]
     assert (await done(server, {"type": "processes"}))["processes"] == []
+
+
+async def _waited_for(
+    server: LocalServer, payload: dict[str, Any], kind: JobKind, output: dict[str, Any]
+) -> dict[str, Any]:
+    """The final output of a job that lasts until its work has ended with `output`."""
+    async with server.client() as http:
+        job_id = (await http.post("/v2/ep/run", json={"input": payload})).json()["id"]
+        [record] = await server.jobs.claim(kind, OWNER)
+        await server.jobs.start(record.id, OWNER)
+        await server.jobs.complete(record.id, OWNER, output)
+        reply = (await http.get(f"/v2/ep/status-sync/{job_id}?wait=5000")).json()
+    assert reply["status"] == "COMPLETED"
+    final: dict[str, Any] = reply["output"]
+    return final
+
+
+async def test_a_training_that_is_waited_for_still_tells_of_unknown_fields(server: LocalServer) -> None:
+    await done(server, upload_payload("cats"))
+    config = train_config()
+    config["config"]["process"][0]["train"]["stepz"] = 5
+    payload = {"type": "train", "config": config, "wait": True, "webhok": "x"}
+    twice = "In dataset 'cats' these pictures are the same: a.png, b.png."
+    output = await _waited_for(server, payload, JobKind.TRAINING, {"loras": [], "warnings": [twice]})
+    unknown = "config.process[0].train.stepz: is not a key known here and has no effect; did you mean 'steps'?"
+    assert output["warnings"] == ["Unknown field 'webhok' was ignored", unknown, twice]
+    assert "ignored" in output
 
 
 async def test_a_completed_training_tells_its_best_step_and_its_other_key_format(server: LocalServer) -> None:

@@ -55,6 +55,18 @@ async def test_a_training_of_an_ai_toolkit_configuration_is_the_process_that_the
     assert (process["id"], process["status"]) == (training["id"], "starting")
 
 
+async def test_a_finished_training_repeats_the_warnings_of_its_acceptance(server: LocalServer) -> None:
+    config = train_config()
+    config["config"]["process"][0]["train"]["stepz"] = 5
+    async with server.client() as http:
+        await upload(http)
+        accepted = (await http.post("/v1/trainings", json={"config": config})).json()
+        training_id = await settle(server, {"loras": [], "warnings": ["These pictures are the same."]})
+        ended = (await http.get(f"/v1/trainings/{training_id}")).json()
+    assert accepted["warnings"]
+    assert ended["result"]["warnings"] == [*accepted["warnings"], "These pictures are the same."]
+
+
 @pytest.mark.parametrize(
     ("body", "status", "code"),
     [
