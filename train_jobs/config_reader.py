@@ -15,9 +15,9 @@ from pydantic import ValidationError
 
 from train_jobs import aitoolkit_keys as keys
 from train_jobs.errors import ConfigInvalid, Problem
+from train_jobs.field_problems import problems_of
 from train_jobs.generate_spec import GenerateSpec
 from train_jobs.spec import TrainSpec
-from train_jobs.spec_json import problems_of
 
 PROBLEMS_MAX = 200
 S = TypeVar("S", TrainSpec, GenerateSpec)
@@ -171,7 +171,7 @@ class ConfigReader:
             spec = kind.model_validate(self.values)
         except ValidationError as invalid:
             reported = {problem.path for problem in self.problems}
-            for problem in problems_of(invalid):
+            for problem in problems_of(invalid, kind):
                 at = self._origin_of(problem.path)
                 if at not in reported:
                     self.problem(at, problem.message, problem.code)

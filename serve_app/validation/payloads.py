@@ -4,6 +4,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from train_jobs.generate_spec import Guidance, PictureCount, Share, Steps
+from train_jobs.spec import SidePx
+
 FILES_MAX = 100
 
 
@@ -33,14 +36,14 @@ class GeneratePayload(BaseModel):
     prompt: str = Field(min_length=1, max_length=2000)
     negative_prompt: str | None = None
     model: str | None = None
-    width: int | None = None
-    height: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
+    width: SidePx | None = None
+    height: SidePx | None = None
+    num_inference_steps: Steps | None = None
+    guidance_scale: Guidance | None = None
     seed: int | None = None
-    num_images: int | None = None
+    num_images: PictureCount | None = None
     scheduler: str | None = None
-    first_block_cache: float | None = None
+    first_block_cache: Share | None = None
     output_format: str | None = None
     loras: list[LoraChoice] = Field(default_factory=list, max_length=8)
     lora: LoraChoice | None = None

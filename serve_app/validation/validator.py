@@ -17,9 +17,10 @@ from serve_app.validation.payloads import GeneratePayload
 from train_jobs.aitoolkit import parse_generate_yaml, parse_train_yaml
 from train_jobs.config_check import check_train_yaml, describe_run, tracking_problem
 from train_jobs.errors import ConfigInvalid, Problem
+from train_jobs.field_problems import problems_of
 from train_jobs.generate_spec import GenerateSpec
 from train_jobs.spec import TrainSpec
-from train_jobs.spec_json import problems_of, spec_from_json
+from train_jobs.spec_json import spec_from_json
 
 IN_YAML = {"wandb": "config.process[0].logging.use_wandb", "workers": "config.process[0].workers"}
 IN_JSON = {"wandb": "wandb", "workers": "workers.max"}
@@ -168,7 +169,7 @@ def parse_payload(kind: type[P], payload: dict[str, Any]) -> P:
     try:
         return kind.model_validate(payload)
     except ValidationError as invalid:
-        raise InvalidRequest(problems_of(invalid)) from None
+        raise InvalidRequest(problems_of(invalid, kind)) from None
 
 
 def unknown_fields(request: BaseModel) -> tuple[str, ...]:
