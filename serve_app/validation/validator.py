@@ -173,21 +173,26 @@ def parse_payload(kind: type[P], payload: dict[str, Any]) -> P:
 
 
 def unknown_fields(request: BaseModel) -> tuple[str, ...]:
-    """A warning for each field that the schema does not know."""
-    return _ignored(request.model_extra or {})
+    """A warning for each field that the schema does not know, also in the items of its lists."""
+    names = sorted(request.model_extra or {})
+    for field, value in request:
+        if field in type(request).model_fields and isinstance(value, list):
+            extras = [sorted(item.model_extra or {}) if isinstance(item, BaseModel) else [] for item in value]
+            names += [f"{field}[{index}].{name}" for index, found in enumerate(extras) for name in found]
+    return _ignored(names)
 
 
-def _ignored(names: Collection[str]) -> tuple[str, ...]:
+def _ignored(names: Sequence[str]) -> tuple[str, ...]:
     """These are kept with the record, so a body of nothing else must not make them many."""
-    told = [f"Unknown field '{name[:100]}' was ignored" for name in sorted(names)[:UNKNOWN_NAMED_MAX]]
+    told = [f"Unknown field '{name[:100]}' was ignored" for name in names[:UNKNOWN_NAMED_MAX]]
     more = len(names) - len(told)
     return (*told, f"{more} more unknown fields were ignored") if more else tuple(told)
 
 
 def _without_effect(payload: Mapping[str, Any]) -> tuple[str, ...]:
     """Warnings of the fields beside the config of a generation."""
-    beside = [name for name, value in payload.items() if name not in BESIDE_CONFIG and value is not None]
-    known = sorted(name for name in beside if name in GeneratePayload.model_fields)
+    beside = [name for name, value in sorted(payload.items()) if name not in BESIDE_CONFIG and value is not None]
+    known = [name for name in beside if name in GeneratePayload.model_fields]
     warnings = [f"'{name}' was ignored: it goes with a prompt, not with a config" for name in known]
     return (*warnings, *_ignored([name for name in beside if name not in known]))
 
