@@ -210,9 +210,10 @@ def _validation(reader: ConfigReader, value: Any, path: str, updates_per: int, *
     every = reader.count(validation.get("every", 100), f"{path}.every")
     reader.put("validation.every_steps", -(-every // updates_per), f"{path}.every")
     copy_keys(reader, validation, path, {"share": "validation.share", "patience": "validation.patience"})
-    folder = validation.get("folder_path", validation.get("dataset_path"))
-    if folder is not None:
-        reader.put("validation.dataset", {"local_path" if local else "dataset": _named_folder(folder, local)}, path)
+    key = "folder_path" if "folder_path" in validation else "dataset_path"
+    if validation.get(key) is not None:
+        named = {"local_path" if local else "dataset": _named_folder(validation[key], local)}
+        reader.put("validation.dataset", named, f"{path}.{key}")
 
 
 def _captioning(reader: ConfigReader, value: Any, path: str, *, local: bool) -> None:

@@ -33,11 +33,13 @@ class Ignored:
 
 @dataclass(frozen=True)
 class ParsedConfig(Generic[S]):
-    """`warnings` are problems that did not stop the request: unknown keys, values taken differently."""
+    """`warnings` are problems that did not stop the request: unknown keys, values taken differently. `origin` is where
+    in the file a field of the spec comes from, both as dotted paths with list indexes as numbers."""
 
     spec: S
     ignored: list[Ignored] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
+    origin: dict[str, str] = field(default_factory=dict)
 
 
 class ConfigReader:
@@ -177,7 +179,7 @@ class ConfigReader:
                     self.problem(at, problem.message, problem.code)
         if self.problems or spec is None:
             raise self.invalid()
-        return ParsedConfig(spec, self.ignored, self.warnings)
+        return ParsedConfig(spec, self.ignored, self.warnings, self.origin)
 
     def _origin_of(self, spec_path: str) -> str:
         target = re.sub(r"\[(\d+)\]", r".\1", spec_path)

@@ -15,13 +15,14 @@ from serve_app.errors import InvalidRequest, ModelNotServed
 from serve_app.settings import TRAINING_WORKERS_MAX
 from serve_app.validation.payloads import GeneratePayload
 from train_jobs.aitoolkit import parse_generate_yaml, parse_train_yaml
-from train_jobs.config_check import check_train_yaml, describe_run, tracking_problem
+from train_jobs.config_check import check_train_yaml, describe_run, not_accepted, tracking_problem
 from train_jobs.errors import ConfigInvalid, Problem
 from train_jobs.field_problems import problems_of
 from train_jobs.generate_spec import GenerateSpec
 from train_jobs.spec import TrainSpec
 from train_jobs.spec_json import spec_from_json
 
+FOUND_OUT_LATER = ("network.pretrained",)
 IN_YAML = {"wandb": "config.process[0].logging.use_wandb", "workers": "config.process[0].workers"}
 IN_JSON = {"wandb": "wandb", "workers": "workers.max"}
 MIB = 1024 * 1024
@@ -77,21 +78,20 @@ class Validator:
             spec=parsed.spec.model_dump(mode="json"),
             ignored=tuple(item.path for item in parsed.ignored),
             warnings=tuple(f"{warning.path}: {warning.message}" for warning in parsed.warnings),
+            places={name: parsed.origin[name] for name in FOUND_OUT_LATER if name in parsed.origin},
         )
 
     def training_check(self, config: str | dict[str, Any]) -> dict[str, Any]:
         """What each key would do; a model that is not served here is an invalid key. Raises InvalidRequest (size)."""
         _check_config_size(config)
         report = check_train_yaml(config).as_json()
-        model = report["run"]["model"] if report["run"] is not None else None
-        if model is not None and model not in self._models:
-            served = ", ".join(sorted(self._models))
-            note = {"path": "model", "verdict": "refused", "note": f"'{model}' is not served here; served: {served}"}
-            report |= {"accepted": False, "keys": [*report["keys"], note]}
+        for need in report["needs"]:
+            if "model" in need and need["model"] not in self._models:
+                served = ", ".join(sorted(self._models))
+                note = f"'{need['model']}' is not served here; served: {served}"
+                report = not_accepted(report, need["path"], "refused", note)
         for problem in self._beyond_bounds(report["run"] or {}, IN_YAML):
-            others = [key for key in report["keys"] if key["path"] != problem.path]
-            note = {"path": problem.path, "verdict": "refused", "note": problem.message}
-            report |= {"accepted": False, "keys": [*others, note]}
+            report = not_accepted(report, problem.path, "refused", problem.message)
         return report
 
     def training_spec(self, spec: dict[str, Any]) -> TrainingPlan:

@@ -17,7 +17,7 @@ from serve_app.testing import (
 from storage.datasets import latest_manifest
 from storage.errors import StorageFailed
 from storage.job_state import JobKind, JobState
-from tests.serve_app.job_types.asking import done, refused
+from tests.serve_app.job_types.asking import ask, done, refused
 from train_jobs.spec import TrainSpec
 
 OWNER = "driver-1"
@@ -466,7 +466,7 @@ async def test_a_mask_set_or_an_adapter_that_is_not_there_is_named_before_anythi
     begun = train_config("cats")
     begun["config"]["process"][0]["network"]["pretrained_lora_path"] = "elsewhere/a.safetensors"
     output = await refused(server, {"type": "train", "config": begun})
-    assert output["validation_errors"][0]["path"] == "network.pretrained"
+    assert output["validation_errors"][0]["path"] == "config.process[0].network.pretrained_lora_path"
     assert (await done(server, {"type": "processes"}))["processes"] == []
 
 
@@ -480,7 +480,7 @@ async def test_a_training_may_begin_from_an_adapter_of_the_older_layout(server: 
     assert record.request["network"]["pretrained"] == key
     await done(server, upload_payload("cats"), key=OTHER_KEY)
     output = await refused(server, {"type": "train", "config": begun}, key=OTHER_KEY)
-    assert output["validation_errors"][0]["path"] == "network.pretrained"
+    assert output["validation_errors"][0]["path"] == "config.process[0].network.pretrained_lora_path"
 
 
 async def test_a_checked_config_is_reported_key_by_key_and_starts_nothing(server: LocalServer) -> None:
@@ -489,12 +489,63 @@ async def test_a_checked_config_is_reported_key_by_key_and_starts_nothing(server
     assert not report["accepted"]
     assert verdicts["config.process[0].train.do_cfg"] == "refused"
     assert verdicts["config.process[0].train.steps"] == "honoured"
-    fine = await done(server, {"type": "train", "config": train_config("never-uploaded"), "check": True})
+    await done(server, upload_payload("cats"))
+    fine = await done(server, {"type": "train", "config": train_config("cats"), "check": True})
     assert fine["accepted"]
+    assert fine["counts"].keys() <= {"honoured", "ignored"}
     assert fine["run"]["steps"] == 10
     elsewhere = await done(server, {"type": "train", "config": train_config("cats", "other"), "check": True})
     assert not elsewhere["accepted"]
     assert (await done(server, {"type": "processes"}))["processes"] == []
+
+
+async def test_a_check_finds_the_data_sets_that_are_not_there(server: LocalServer) -> None:
+    await done(server, upload_payload("cats"))
+    await done(server, upload_payload("theirs"), OTHER_KEY)
+    await server.store.put("raylora/dataset/older/a.png", b"picture")
+    await server.store.put("raylora/dataset/words/a.txt", b"text")
+    stored = set(server.store.keys())
+    config = train_config("cats")
+    process = config["config"]["process"][0]
+    [entry] = process["datasets"]
+    process["datasets"] = [
+        {**entry, "mask_path": "never-uploaded"},
+        {**entry, "folder_path": "/data/theirs"},
+        {**entry, "folder_path": "older"},
+        {**entry, "folder_path": "words"},
+        {**entry, "folder_path": "to-come"},
+    ]
+    process["validation"] = {"dataset_path": "no-such-set"}
+    process["network"]["pretrained_lora_path"] = "elsewhere/a.safetensors"
+    report = await done(server, {"type": "train", "config": config, "check": True, "uploads": ["to-come"]})
+    at = "config.process[0]"
+    assert not report["accepted"]
+    assert {key["path"]: key["note"] for key in report["keys"] if key["verdict"] == "invalid"} == {
+        f"{at}.datasets[0].mask_path": "there is no data set 'never-uploaded' here: upload it first, or name another",
+        f"{at}.datasets[1].folder_path": "there is no data set 'theirs' here: upload it first, or name another",
+        f"{at}.datasets[3].folder_path": "data set 'words' has no pictures",
+        f"{at}.validation.dataset_path": "there is no data set 'no-such-set' here: upload it first, or name another",
+        f"{at}.network.pretrained_lora_path": "is not a .safetensors file of yours",
+    }
+    assert report["counts"]["invalid"] == 5
+    assert {need["path"] for need in report["needs"] if need.get("found") is False} == {
+        f"{at}.datasets[0].mask_path",
+        f"{at}.datasets[1].folder_path",
+        f"{at}.validation.dataset_path",
+        f"{at}.network.pretrained_lora_path",
+    }
+    assert set(server.store.keys()) == stored
+    assert (await done(server, {"type": "processes"}))["processes"] == []
+
+
+async def test_a_check_and_the_training_agree_on_what_is_there(server: LocalServer) -> None:
+    await done(server, upload_payload("cats"))
+    for name, code in (("cats", None), ("never-uploaded", "dataset_not_found")):
+        config = train_config(name)
+        report = await done(server, {"type": "train", "config": config, "check": True})
+        assert report["accepted"] == (code is None)
+        reply = await ask(server, {"type": "train", "config": config})
+        assert reply["output"].get("error_type") == code
 
 
 async def _waited_for(
