@@ -29,6 +29,19 @@ DTYPES = {
     "float": "fp32",
 }
 NETWORK_TYPES = ("lora", "locon", "dora", "lokr", "loha")
+PLACES = {
+    "network": "network",
+    "model": "model.name_or_path",
+    "quantize": "model",
+    "train": "train",
+    "save": "save",
+    "sample": "sample",
+    "datasets": "datasets",
+    "validation": "validation",
+    "captioning": "captioning",
+    "workers": "workers",
+    "wandb": "logging",
+}
 PRODIGY_RATE_MIN = 0.1
 SAVE_DTYPES = DTYPES | {"fp16": "fp16", "float16": "fp16", "half": "fp16"}
 
@@ -52,6 +65,7 @@ def read_train(reader: ConfigReader, *, local: bool) -> ParsedConfig[TrainSpec]:
 
 
 def _train_process(reader: ConfigReader, name: str, process: dict[str, Any], path: str, *, local: bool) -> None:
+    reader.place(path, PLACES)
     reader.put("name", name, "config.name")
     trigger = process.get("trigger_word")
     copy_keys(reader, process, path, {"trigger_word": "trigger_word", "subject_id": "subject_id"})

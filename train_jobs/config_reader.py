@@ -71,6 +71,11 @@ class ConfigReader:
         at[last] = value
         self.origin[target] = path
 
+    def place(self, path: str, parts: Mapping[str, str]) -> None:
+        """Where the file has whole parts of the spec, whose rules are about several keys: `parts` by their key below
+        the process at `path`. What belongs to no part belongs to the process."""
+        self.origin |= {"": path} | {part: f"{path}.{key}" for part, key in parts.items()}
+
     def section(self, value: Any, path: str, section: keys.Section) -> dict[str, Any]:
         """The honoured keys of one mapping that have a value; every other key is listed, warned of or refused."""
         if value is None:
@@ -187,7 +192,7 @@ class ConfigReader:
             if target in self.origin:
                 return self.origin[target]
             target = target.rpartition(".")[0]
-        return spec_path
+        return self.origin.get("", spec_path)
 
 
 def _is_section(item: Any) -> bool:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from train_jobs.generate_spec import Guidance, PictureCount, Share, Steps
-from train_jobs.spec import SidePx
+from train_jobs.spec import LORA_ID_PATTERN, SidePx
 
 FILES_MAX = 100
 
@@ -15,7 +15,7 @@ class LoraChoice(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    id: str | None = Field(default=None, min_length=1, max_length=200)
+    id: str | None = Field(default=None, pattern=LORA_ID_PATTERN)
     path: str | None = Field(default=None, min_length=1, max_length=1200)
     scale: float = Field(default=1.0, ge=-8.0, le=8.0)
 

@@ -24,7 +24,7 @@ from train_jobs.spec_json import spec_from_json
 
 FOUND_OUT_LATER = ("network.pretrained",)
 IN_YAML = {"wandb": "config.process[0].logging.use_wandb", "workers": "config.process[0].workers"}
-IN_JSON = {"wandb": "wandb", "workers": "workers.max"}
+IN_JSON = {"wandb": "spec.wandb", "workers": "spec.workers.max"}
 MIB = 1024 * 1024
 CONFIG_BYTES_MAX = 10 * MIB
 SEED_LIMIT = 2**32
@@ -95,11 +95,16 @@ class Validator:
         return report
 
     def training_spec(self, spec: dict[str, Any]) -> TrainingPlan:
-        """A TrainSpec as JSON, without anything of the server's own disk. Raises ConfigInvalid, ModelNotServed."""
-        checked = spec_from_json(TrainSpec, spec)
+        """A TrainSpec as JSON, without anything of the server's own disk. Raises ConfigInvalid, by the paths of a body
+        whose `spec` it is, ModelNotServed."""
+        try:
+            checked = spec_from_json(TrainSpec, spec)
+        except ConfigInvalid as invalid:
+            raise ConfigInvalid(replace(p, path=f"spec.{p.path}".rstrip(".")) for p in invalid.problems) from None
         self._check_model(checked.model)
         self._check_bounds(checked, IN_JSON)
-        return TrainingPlan(spec=checked.model_dump(mode="json"), ignored=(), warnings=())
+        places = {name: f"spec.{name}" for name in FOUND_OUT_LATER}
+        return TrainingPlan(spec=checked.model_dump(mode="json"), ignored=(), warnings=(), places=places)
 
     def generation(self, payload: dict[str, Any]) -> GenerationPlan:
         """Raises ConfigInvalid, InvalidRequest, ModelNotServed. A seed left open is chosen here: it is known then."""

@@ -18,6 +18,9 @@ PARSERS_WORDS = re.compile(
 )
 
 
+LORA_ID = "must be 1 to 200 characters: letters, digits, . _ - (the first: letters, digits)"
+
+
 def runpod(**fields: Any) -> tuple[str, dict[str, Any]]:
     return "/v2/ep/runsync", {"input": fields}
 
@@ -44,6 +47,8 @@ def runpod(**fields: Any) -> tuple[str, dict[str, Any]]:
         ),
         (("/v1/generations", {"prompt": "x", "n": 2}), "n", "is not a field known here"),
         (("/v1/generations", {"prompt": " "}), "prompt", "must not be blank"),
+        (runpod(prompt="x", lora="no id!"), "lora.id", LORA_ID),
+        (runpod(prompt="x", loras=[{"path": "a"}, {"id": "no id!"}]), "loras[1].id", LORA_ID),
         (("/v1/trainings", {"config": 5}), "config", "must be text or a mapping"),
         (("/v1/generations?wait=61", {"prompt": "x"}), "wait", "must be a number between 0 and 60"),
         (("/v1/generations?wait=soon", {"prompt": "x"}), "wait", "must be a number between 0 and 60"),

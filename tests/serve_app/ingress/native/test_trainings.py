@@ -91,6 +91,23 @@ async def test_what_cannot_be_trained_is_refused_before_anything_is_queued(
         assert (await http.get("/v1/trainings")).json()["items"] == []
 
 
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"train": {"steps": 0}}, "spec.train.steps"),
+        ({"datasets": [{"local_path": "/etc"}]}, "spec.datasets[0].local_path"),
+        ({"model": "/etc"}, "spec.model"),
+        ({"network": {"pretrained": "elsewhere/a.safetensors"}}, "spec.network.pretrained"),
+    ],
+)
+async def test_a_problem_of_a_spec_has_its_path_in_the_body(
+    server: LocalServer, fields: dict[str, Any], path: str
+) -> None:
+    async with server.client() as http:
+        reply = await http.post("/v1/trainings", json={"spec": SPEC | fields})
+    assert [problem["path"] for problem in reply.json()["validation_errors"]] == [path]
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"spec": NaN}', b'{"config": "\\ud800"}', b"\xff"])
 async def test_a_body_that_is_no_json_object_is_refused(server: LocalServer, content: bytes) -> None:
     async with server.client() as http:
