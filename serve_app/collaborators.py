@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -23,11 +23,13 @@ JobsApi = AsyncJobsApi
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """A training request that was understood. `spec` is a TrainSpec as JSON."""
+    """A training request that was understood. `spec` is a TrainSpec as JSON; `places` is where in the request its
+    fields come from, as far as something may be found out about them later."""
 
     spec: dict[str, Any]
     ignored: tuple[str, ...]
     warnings: tuple[str, ...]
+    places: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

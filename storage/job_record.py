@@ -44,7 +44,8 @@ class JobRecord(BaseModel):
 
     Times are aware and in UTC. `updated_at` grows strictly with each visible change, so it serves as a version for
     `wait`. `queued_at` is when the user asked for the work: its creation, or its last retry. `started_at` belongs to
-    the current attempt; `timeout_s` counts from it and `ttl_s` from `queued_at`.
+    the current attempt; `timeout_s` counts from it and `ttl_s` from `queued_at`. `notes` are what the acceptance told
+    beside the id, such as warnings; None in records that nobody noted anything with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +55,7 @@ class JobRecord(BaseModel):
     kind: JobKind
     state: JobState
     request: dict[str, Any]
+    notes: dict[str, Any] | None = None
     source: JobSource
     runpod_id: str | None = None
     created_at: UtcTime
@@ -124,6 +126,7 @@ class NewJob(BaseModel):
     kind: JobKind
     tenant: str = Field(min_length=1)
     request: dict[str, Any]
+    notes: dict[str, Any] | None = None
     source: JobSource = "http"
     job_id: str | None = Field(default=None, pattern=JOB_ID_PATTERN)
     runpod_id: str | None = None

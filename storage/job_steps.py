@@ -21,6 +21,7 @@ def create(job: NewJob, job_id: str, now: datetime) -> JobRecord:
         kind=job.kind,
         state=JobState.QUEUED,
         request=finite(job.request),
+        notes=job.notes,
         source=job.source,
         runpod_id=job.runpod_id,
         created_at=now,

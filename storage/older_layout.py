@@ -58,6 +58,17 @@ async def readable_manifest(store: ObjectStore, keys: Keys, folder: str, *, now:
     return await commit_manifest(store, keys, folder, entries, now=now, upload_id=new_upload_id(now))
 
 
+async def readable_kinds(store: ObjectStore, keys: Keys, folder: str) -> list[str | None]:
+    """The content types of the files that `readable_manifest` would give; nothing is made. Raises like that."""
+    try:
+        return [file.content_type for file in (await latest_manifest(store, keys, folder)).files]
+    except DatasetNotFound:
+        files = await _older_files(store, keys, folder)
+        if not files:
+            raise
+    return [_content_type(filename) for filename in files]
+
+
 async def _older_files(store: ObjectStore, keys: Keys, folder: str) -> dict[str, ObjectInfo]:
     """By name, of the first of the older places that has any."""
     for prefix in keys.older_datasets_prefixes(folder):
@@ -81,5 +92,9 @@ async def _entry(store: ObjectStore, filename: str, info: ObjectInfo) -> Dataset
         key=info.key,
         size_bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
-        content_type=mimetypes.guess_type(filename)[0],
+        content_type=_content_type(filename),
     )
+
+
+def _content_type(filename: str) -> str | None:
+    return mimetypes.guess_type(filename)[0]

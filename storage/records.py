@@ -31,7 +31,7 @@ from storage.records_tables import (
     flags,
     idempotency,
     jobs,
-    metadata,
+    make_tables,
     outbox,
     replies,
     submissions,
@@ -74,7 +74,7 @@ class Records:
             self._engine = open_engine(url, read_only=read_only)
             self._writer = self._engine.execution_options(**{WRITES: True})
             if not read_only:
-                metadata.create_all(self._writer)
+                make_tables(self._writer)
         # Databases let one writer in and make the others poll or wait in line; a lock hands over at once.
         self._write_lock = threading.Lock()
 

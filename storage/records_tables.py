@@ -62,6 +62,7 @@ jobs = sa.Table(
     # Derived from the record at each write, so that a sweep is one indexed comparison.
     sa.Column("run_deadline_at", UtcDateTime),
     sa.Column("expires_at", UtcDateTime),
+    sa.Column("notes", json_column),
     sa.UniqueConstraint("tenant", "runpod_id"),
     sa.Index("jobs_by_queue", "kind", "state", "priority", "queued_at"),
     sa.Index("jobs_by_tenant", "tenant", "created_at", "seq"),
@@ -70,7 +71,7 @@ jobs = sa.Table(
 OUTBOX_SEQ = "outbox_seq"
 NOT_OF_RECORDS = ("seq", "run_deadline_at", "expires_at", OUTBOX_SEQ)
 """Columns of a row that is read as a record, and no fields of that."""
-FIXED = ("id", "tenant", "kind", "request", "source", "runpod_id", "created_at")
+FIXED = ("id", "tenant", "kind", "request", "notes", "source", "runpod_id", "created_at")
 
 idempotency = sa.Table(
     "idempotency",
@@ -149,3 +150,14 @@ webhooks = sa.Table(
     sa.Column("due_at", UtcDateTime, index=True),
     sa.Column("done_at", UtcDateTime, index=True),
 )
+
+
+def make_tables(engine: sa.Engine) -> None:
+    """All tables, and the columns that `jobs` has got since an existing database was made. These can be null."""
+    metadata.create_all(engine)
+    with engine.begin() as connection:
+        present = {column["name"] for column in sa.inspect(connection).get_columns(jobs.name)}
+        for column in jobs.columns:
+            if column.name not in present:
+                kind = column.type.compile(engine.dialect)
+                connection.exec_driver_sql(f"ALTER TABLE {jobs.name} ADD COLUMN {column.name} {kind}")

@@ -30,6 +30,19 @@ DTYPES = {
     "float": "fp32",
 }
 NETWORK_TYPES = ("lora", "locon", "dora", "lokr", "loha")
+PLACES = {
+    "network": "network",
+    "model": "model.name_or_path",
+    "quantize": "model",
+    "train": "train",
+    "save": "save",
+    "sample": "sample",
+    "datasets": "datasets",
+    "validation": "validation",
+    "captioning": "captioning",
+    "workers": "workers",
+    "wandb": "logging",
+}
 PRODIGY_RATE_MIN = 0.1
 SAVE_DTYPES = DTYPES | {"fp16": "fp16", "float16": "fp16", "half": "fp16"}
 
@@ -53,6 +66,7 @@ def read_train(reader: ConfigReader, *, local: bool) -> ParsedConfig[TrainSpec]:
 
 
 def _train_process(reader: ConfigReader, name: str, process: dict[str, Any], path: str, *, local: bool) -> None:
+    reader.place(path, PLACES)
     reader.put("name", name, "config.name")
     trigger = process.get("trigger_word")
     copy_keys(reader, process, path, {"trigger_word": "trigger_word", "subject_id": "subject_id"})
@@ -211,9 +225,10 @@ def _validation(reader: ConfigReader, value: Any, path: str, updates_per: int, *
     every = reader.count(validation.get("every", 100), f"{path}.every")
     reader.put("validation.every_steps", -(-every // updates_per), f"{path}.every")
     copy_keys(reader, validation, path, {"share": "validation.share", "patience": "validation.patience"})
-    folder = validation.get("folder_path", validation.get("dataset_path"))
-    if folder is not None:
-        reader.put("validation.dataset", {"local_path" if local else "dataset": _named_folder(folder, local)}, path)
+    key = "folder_path" if "folder_path" in validation else "dataset_path"
+    if validation.get(key) is not None:
+        named = {"local_path" if local else "dataset": _named_folder(validation[key], local)}
+        reader.put("validation.dataset", named, f"{path}.{key}")
 
 
 def _captioning(reader: ConfigReader, value: Any, path: str, *, local: bool) -> None:

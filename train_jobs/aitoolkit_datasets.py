@@ -19,7 +19,6 @@ def read_datasets(reader: ConfigReader, value: Any, path: str, trigger: Any, *, 
     for index, item in enumerate(value[:64]):
         entries.append(_dataset(reader, item, f"{path}[{index}]", index, trigger, local=local))
     reader.values["datasets"] = entries
-    reader.origin["datasets"] = path
 
 
 def _dataset(reader: ConfigReader, value: Any, path: str, index: int, trigger: Any, *, local: bool) -> dict[str, Any]:

@@ -23,6 +23,7 @@ def parse_generate_yaml(config: str | bytes | Mapping[str, Any]) -> ParsedConfig
 
 
 def _generate_process(reader: ConfigReader, process: dict[str, Any], path: str) -> None:
+    reader.place(f"{path}.generate", {})
     _generate_model(reader, process.get("model"), f"{path}.model")
     at = f"{path}.generate"
     generate = reader.section(process.get("generate"), at, keys.GENERATE)

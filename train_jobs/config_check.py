@@ -5,13 +5,14 @@ No torch here: the HTTP side and the command line import this module.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
 from train_jobs.aitoolkit import read_train
-from train_jobs.config_reader import ConfigReader
+from train_jobs.config_reader import ConfigReader, ParsedConfig
 from train_jobs.errors import ConfigInvalid, Problem
 from train_jobs.spec import TrainSpec
 from train_jobs.strict_yaml import read_mapping
@@ -32,10 +33,12 @@ class KeyVerdict:
 
 @dataclass(frozen=True)
 class ConfigCheck:
-    """`run` tells what the training would be; None when the file would be refused."""
+    """`run` tells what the training would be; None when the file would be refused. `needs` is what has to exist for
+    that, each `{"path": <in the file>, "dataset" | "lora" | "model": <name>}`."""
 
     keys: tuple[KeyVerdict, ...]
     run: dict[str, Any] | None
+    needs: tuple[dict[str, str], ...] = ()
 
     @property
     def is_accepted(self) -> bool:
@@ -43,15 +46,21 @@ class ConfigCheck:
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON; `counts` are numbers of keys by verdict."""
-        counts: dict[str, int] = {}
-        for key in self.keys:
-            counts[key.verdict] = counts.get(key.verdict, 0) + 1
         return {
             "accepted": self.is_accepted,
-            "counts": counts,
+            "counts": dict(Counter(key.verdict for key in self.keys)),
             "keys": [asdict(key) for key in self.keys],
             "run": self.run,
+            "needs": list(self.needs),
         }
+
+
+def not_accepted(report: Mapping[str, Any], path: str, verdict: Verdict, note: str) -> dict[str, Any]:
+    """A report as of `ConfigCheck.as_json` where the key at `path` keeps the file from being accepted."""
+    keys = [key for key in report["keys"] if key["path"] != path]
+    keys.append(asdict(KeyVerdict(path, verdict, note)))
+    counts = dict(Counter(key["verdict"] for key in keys))
+    return {**report, "accepted": False, "keys": keys, "counts": counts}
 
 
 def check_train_yaml(config: str | bytes | Mapping[str, Any], *, datasets_are_local: bool = False) -> ConfigCheck:
@@ -62,11 +71,28 @@ def check_train_yaml(config: str | bytes | Mapping[str, Any], *, datasets_are_lo
         return ConfigCheck(tuple(_of_problem(p) for p in invalid.problems), None)
     problems: tuple[Problem, ...] = ()
     run: dict[str, Any] | None = None
+    needs: tuple[dict[str, str], ...] = ()
     try:
-        run = describe_run(read_train(reader, local=datasets_are_local).spec)
+        parsed = read_train(reader, local=datasets_are_local)
+        run, needs = describe_run(parsed.spec), _needs(parsed)
     except ConfigInvalid as invalid:
         problems = invalid.problems
-    return ConfigCheck(_verdicts(reader, problems), run)
+    return ConfigCheck(_verdicts(reader, problems), run, needs)
+
+
+def _needs(parsed: ParsedConfig[TrainSpec]) -> tuple[dict[str, str], ...]:
+    spec, origin = parsed.spec, parsed.origin
+    named: list[tuple[str, str, str | None]] = [("model", "model", spec.model)]
+    for index, dataset in enumerate(spec.datasets):
+        at = f"datasets.{index}"
+        named += [
+            ("dataset", f"{at}.dataset", dataset.dataset),
+            ("dataset", f"{at}.mask_dataset", dataset.mask_dataset),
+        ]
+    if spec.validation is not None and spec.validation.dataset is not None:
+        named.append(("dataset", "validation.dataset", spec.validation.dataset.dataset))
+    named.append(("lora", "network.pretrained", spec.network.pretrained))
+    return tuple({"path": origin.get(field, field), kind: name} for kind, field, name in named if name is not None)
 
 
 def _verdicts(reader: ConfigReader, problems: tuple[Problem, ...]) -> tuple[KeyVerdict, ...]:

@@ -16,9 +16,9 @@ from pydantic import ValidationError
 from train_jobs import aitoolkit_keys as keys
 from train_jobs import aitoolkit_values as values
 from train_jobs.errors import ConfigInvalid, Problem
+from train_jobs.field_problems import problems_of
 from train_jobs.generate_spec import GenerateSpec
 from train_jobs.spec import TrainSpec
-from train_jobs.spec_json import problems_of
 
 PROBLEMS_MAX = 200
 S = TypeVar("S", TrainSpec, GenerateSpec)
@@ -34,11 +34,13 @@ class Ignored:
 
 @dataclass(frozen=True)
 class ParsedConfig(Generic[S]):
-    """`warnings` are problems that did not stop the request: unknown keys, values taken differently."""
+    """`warnings` are problems that did not stop the request: unknown keys, values taken differently. `origin` is where
+    in the file a field of the spec comes from, both as dotted paths with list indexes as numbers."""
 
     spec: S
     ignored: list[Ignored] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
+    origin: dict[str, str] = field(default_factory=dict)
 
 
 class ConfigReader:
@@ -69,6 +71,11 @@ class ConfigReader:
             at = at.setdefault(parent, {})
         at[last] = value
         self.origin[target] = path
+
+    def place(self, path: str, parts: Mapping[str, str]) -> None:
+        """Where the file has whole parts of the spec, whose rules are about several keys: `parts` by their key below
+        the process at `path`. What belongs to no part belongs to the process."""
+        self.origin |= {"": path} | {part: f"{path}.{key}" for part, key in parts.items()}
 
     def section(self, value: Any, path: str, section: keys.Section) -> dict[str, Any]:
         """The honoured keys of one mapping that have a value; every other key is listed, warned of or refused."""
@@ -172,13 +179,13 @@ class ConfigReader:
             spec = kind.model_validate(self.values)
         except ValidationError as invalid:
             reported = {problem.path for problem in self.problems}
-            for problem in problems_of(invalid):
+            for problem in problems_of(invalid, kind):
                 at = self._origin_of(problem.path)
                 if at not in reported:
                     self.problem(at, problem.message, problem.code)
         if self.problems or spec is None:
             raise self.invalid()
-        return ParsedConfig(spec, self.ignored, self.warnings)
+        return ParsedConfig(spec, self.ignored, self.warnings, self.origin)
 
     def _origin_of(self, spec_path: str) -> str:
         target = re.sub(r"\[(\d+)\]", r".\1", spec_path)
@@ -186,7 +193,7 @@ class ConfigReader:
             if target in self.origin:
                 return self.origin[target]
             target = target.rpartition(".")[0]
-        return spec_path
+        return self.origin.get("", spec_path)
 
 
 def _is_section(item: Any) -> bool:

@@ -1,10 +1,15 @@
 """What a generation is asked to do: frozen, validated, plain JSON. No torch here: the HTTP ingress imports this."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from train_jobs.spec import LORA_ID_PATTERN, SCHEDULER_PATTERN, Prompt, Seed, SidePx, Spec, check_model_name
+
+Steps = Annotated[int, Field(ge=1, le=500)]
+Guidance = Annotated[float, Field(ge=0.0, le=50.0)]
+PictureCount = Annotated[int, Field(ge=1, le=64)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class LoraUse(Spec):
@@ -26,12 +31,12 @@ class GenerateSpec(Spec):
     model: str | None = Field(default=None, max_length=200)
     width: SidePx | None = None
     height: SidePx | None = None
-    num_inference_steps: int = Field(default=30, ge=1, le=500)
-    guidance_scale: float = Field(default=7.5, ge=0.0, le=50.0)
+    num_inference_steps: Steps = 30
+    guidance_scale: Guidance = 7.5
     seed: Seed | None = None
-    num_images: int = Field(default=1, ge=1, le=64)
+    num_images: PictureCount = 1
     scheduler: str | None = Field(default=None, pattern=SCHEDULER_PATTERN)
-    first_block_cache: float | None = Field(default=None, ge=0.0, le=1.0)
+    first_block_cache: Share | None = None
     loras: tuple[LoraUse, ...] = Field(default=(), max_length=8)
     output_format: Literal["png", "jpg", "webp"] = "png"
 

@@ -91,15 +91,6 @@ class ApiClient:
         training: dict[str, Any] = accepted["training"]
         return training
 
-    def has_dataset(self, name: str) -> bool:
-        try:
-            self.get(f"/v1/datasets/{quote(name, safe='')}")
-        except ApiError as exc:
-            if exc.code not in {"dataset_not_found", "not_found"}:
-                raise
-            return False
-        return True
-
     def process(self, process_id: str) -> dict[str, Any]:
         """The process object. Raises ApiError for an id that this key does not see."""
         process = self.call("process_status", process_id=process_id)

@@ -19,6 +19,7 @@ from serve_app.settings import Settings, SettingsIncomplete
 from serve_app.stack.errors import InstanceError, NotRunning
 from serve_app.stack.instance import Instance
 from storage.errors import JobError, StorageError
+from train_jobs.field_problems import problems_of
 
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_KEY, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
@@ -59,9 +60,8 @@ def reported(as_json: bool) -> Iterator[None]:
         setting = f"RAYLORA_{named[1].upper()}" if named else "A setting"
         _give_up("settings_invalid", f"{setting} is not valid JSON.", EXIT_USAGE, as_json)
     except ValidationError as exc:
-        lines = [
-            f"RAYLORA_{'__'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in exc.errors(include_input=False)
-        ]
+        problems = problems_of(exc, Settings)
+        lines = [f"RAYLORA_{p.path.replace('.', '__').upper()}: {p.message}" for p in problems]
         _give_up("settings_invalid", "A setting is wrong.\n" + "\n".join(lines), EXIT_USAGE, as_json)
 
 

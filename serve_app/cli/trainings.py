@@ -97,17 +97,16 @@ def _local_training(config: Path) -> LocalTraining:
 
 
 def _asked(client: ApiClient, training: LocalTraining) -> dict[str, Any]:
-    """The server's report, with the data sets that are neither here nor there. Raises ApiError."""
-    report = client.call("train", config=training.document, check=True)
-    datasets = (report["run"] or {}).get("datasets", [])
-    named = {entry[field] for entry in datasets for field in ("name", "mask_dataset") if entry.get(field)}
-    missing = [name for name in sorted(named - training.folders.keys()) if not client.has_dataset(name)]
-    notes = [
-        {"path": "datasets", "verdict": "invalid", "note": f"'{name}' is neither a folder here nor a data set there"}
-        for name in missing
+    """The server's report, in which data sets are missing that are neither here nor there. Raises ApiError."""
+    report = client.call("train", config=training.document, check=True, uploads=sorted(training.folders))
+    missing = {need["path"]: need["dataset"] for need in report["needs"] if "dataset" in need and not need["found"]}
+    keys = [
+        {**key, "note": f"'{missing[key['path']]}' is neither a folder here nor a data set there"}
+        if key["path"] in missing
+        else key
+        for key in report["keys"]
     ]
-    accepted = report["accepted"] and not notes
-    return {**report, "accepted": accepted, "keys": [*report["keys"], *notes]}
+    return {**report, "keys": keys}
 
 
 def _unusable(config: Path, problems: list[tuple[str, str]]) -> ApiError:

@@ -3,10 +3,13 @@
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -29,8 +32,7 @@ from serve_app.ingress.runpod_jobs import RunpodJobs
 from serve_app.ingress.short_ways import OftenCalled, ShortWays
 from serve_app.job_types.context import Services
 from storage.jobs import Jobs
-from train_jobs.errors import Problem
-from train_jobs.spec_json import format_path
+from train_jobs.field_problems import problems_in
 
 ACCEPTED_HEADERS = ("Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "X-Request-ID", "traceparent")
 EXPOSED_HEADERS = ("X-Request-ID", "traceparent", "Retry-After", "Idempotent-Replayed", "X-Seed")
@@ -146,5 +148,15 @@ def allowed_methods(request: Request) -> list[str]:
 async def _parameter_error(request: Request, error: Exception) -> Response:
     """A path's or query's parameter that is not what the OpenAPI document says."""
     found = error.errors() if isinstance(error, RequestValidationError) else []
-    problems = [Problem(format_path(tuple(item["loc"][1:])), str(item["msg"]), "invalid_value") for item in found]
+    places = [{**item, "loc": item["loc"][1:]} for item in found]
+    problems = problems_in(places, {"properties": _parameters(request.scope.get("route"))})
     return error_response(InvalidRequest(problems), path=request.url.path, request_id=request_id_of(request.scope))
+
+
+def _parameters(route: Any) -> dict[str, Any]:
+    """The JSON schemas of a route's parameters, by name."""
+    if not isinstance(route, APIRoute):
+        return {}
+    fields = [*route.dependant.path_params, *route.dependant.query_params, *route.dependant.header_params]
+    kinds: dict[str, Any] = {field.alias: Annotated[field.field_info.annotation, field.field_info] for field in fields}
+    return {name: TypeAdapter[Any](kind).json_schema() for name, kind in kinds.items()}

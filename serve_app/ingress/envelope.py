@@ -12,7 +12,7 @@ from serve_app.outbound import url_problem
 from serve_app.settings import WebhookSettings
 from storage.job_record import NewWebhook
 from train_jobs.errors import Problem
-from train_jobs.spec_json import problems_of
+from train_jobs.field_problems import problems_of
 
 POLICY_MIN_MS = 5_000
 POLICY_MAX_MS = 7 * 24 * 3600 * 1000
@@ -61,7 +61,7 @@ def read_envelope(body: bytes, webhooks: WebhookSettings) -> RunEnvelope:
     try:
         envelope = RunEnvelope.model_validate(document)
     except ValidationError as invalid:
-        raise InvalidRequest(problems_of(invalid)) from None
+        raise InvalidRequest(problems_of(invalid, RunEnvelope)) from None
     refused = []
     if envelope.webhook is not None:
         problem = url_problem(envelope.webhook, any_address=webhooks.any_address)

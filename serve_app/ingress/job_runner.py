@@ -328,7 +328,7 @@ class JobRunner:
         if isinstance(outcome, Finished):
             return outcome.output
         await self.wake_for(outcome.record)
-        return {**accepted_message(outcome.record), **outcome.notes}
+        return accepted_message(outcome.record)
 
     async def _followed(self, context: JobContext, job: _Job, record: JobRecord) -> str:
         """From here on the record answers for the job, under the id of the request that first made it."""

@@ -50,7 +50,7 @@ class ImagesCreate(BaseModel):
     prompt: str = Field(min_length=1, max_length=2000, pattern=r"\S")
     model: str | None = Field(default=None, pattern=MODEL)
     n: int | None = Field(default=None, ge=1, le=10)
-    size: str | None = Field(default=None, pattern=SIZE)
+    size: str | None = Field(default=None, pattern=SIZE, examples=["1024x1024", "auto"])
     response_format: Literal["url", "b64_json"] | None = None
     output_format: Literal["png", "jpeg", "webp"] | None = None
     seed: int | None = Field(default=None, ge=0, le=2**63 - 1)

@@ -91,10 +91,9 @@ class Finished:
 
 @dataclass(frozen=True)
 class Following:
-    """A record stands behind the job from here on. `notes`: what else the acceptance tells, such as warnings."""
+    """A record stands behind the job from here on."""
 
     record: JobRecord
-    notes: dict[str, Any] = field(default_factory=dict)
 
 
 Outcome = Finished | Following

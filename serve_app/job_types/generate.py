@@ -52,7 +52,7 @@ async def generate(services: Services, context: JobContext, payload: dict[str, A
         raise
     if record.id != process_id:
         await _discard(services, plan.start)
-    return Following(record, notes={"warnings": list(plan.warnings)})
+    return Following(record)
 
 
 async def _queued(
@@ -68,6 +68,7 @@ async def _queued(
             kind=JobKind.GENERATION,
             tenant=context.tenant,
             request=request.as_json(),
+            notes={"warnings": list(plan.warnings)},
             job_id=process_id,
             runpod_id=runpod_id_of(context, waits=waits),
             webhook=webhook_of(context, waits=waits),

@@ -49,9 +49,13 @@ class Presenter:
 
 
 def accepted_message(record: JobRecord) -> dict[str, Any]:
-    """What a process answers at once: `{process_id, status, message}`."""
+    """What a process answers at once: `{process_id, status, message}` and the record's notes."""
     kind = "Training" if record.kind is JobKind.TRAINING else "Generation"
-    return {"process_id": record.id, "status": process_status(record), "message": f"{kind} {record.id} was accepted"}
+    return {**_about(record), "message": f"{kind} {record.id} was accepted"}
+
+
+def _about(record: JobRecord) -> dict[str, Any]:
+    return {"process_id": record.id, "status": process_status(record), **(record.notes or {})}
 
 
 async def presented_output(services: Presenting, record: JobRecord) -> dict[str, Any] | None:
@@ -60,7 +64,7 @@ async def presented_output(services: Presenting, record: JobRecord) -> dict[str,
         return accepted_message(record)
     if record.state is JobState.QUEUED:
         return None
-    about = {"process_id": record.id, "status": process_status(record)}
+    about = _about(record)
     if record.state is JobState.COMPLETED:
         return {**about, **await _completed(services, record)}
     if not record.state.is_terminal:
@@ -99,7 +103,9 @@ async def _completed(services: Presenting, record: JobRecord) -> dict[str, Any]:
     facts = {name: output.get(name) for name in TRAINING_FACTS}
     loras = [await redirect_item(services.store, item, expires_s=expires_s) for item in output.get("loras", [])]
     samples = [await redirect_item(services.store, item, expires_s=expires_s) for item in output.get("samples", [])]
-    more = {"best_step": output["best_step"]} if output.get("best_step") is not None else {}
+    more: dict[str, Any] = {"best_step": output["best_step"]} if output.get("best_step") is not None else {}
+    if output.get("warnings"):
+        more["warnings"] = [*(record.notes or {}).get("warnings", []), *output["warnings"]]
     if output.get("exports"):
         more["exports"] = [await redirect_item(services.store, e, expires_s=expires_s) for e in output["exports"]]
     return {"message": "Training completed", **facts, "loras": loras, "samples": samples, **more}

@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence, Set
+from dataclasses import replace
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app.collaborators import TrainingPlan
 from serve_app.errors import InvalidRequest
 from serve_app.job_types.context import Finished, Following, JobContext, Outcome, Services, runpod_id_of, webhook_of
-from serve_app.validation.validator import parse_payload
+from serve_app.validation.validator import parse_payload, unknown_fields
+from storage.datasets import DatasetNotFound
 from storage.job_record import NewJob
 from storage.job_state import JobKind
-from storage.older_layout import readable_manifest
+from storage.keys import Keys
+from storage.older_layout import readable_kinds, readable_manifest
+from train_jobs.config_check import not_accepted
 from train_jobs.errors import DatasetEmpty, Problem
 from train_jobs.spec import TrainSpec
 
 IMAGE_CONTENT = "image/"
+NO_ADAPTER = "is not a .safetensors file of yours"
 
 
 class TrainPayload(BaseModel):
-    """`config` and `yaml_config` are the same; YAML text or a mapping. `check` only reports on it, key by key."""
+    """`config` and `yaml_config` are the same; YAML text or a mapping.
+
+    `check` only reports on it, key by key. `uploads` are data sets that a check takes as being there: they are uploaded
+    before the training.
+    """
 
     model_config = ConfigDict(extra="allow")
 
+    type: str | None = None
     config: str | dict[str, Any] | None = None
     yaml_config: str | dict[str, Any] | None = None
     wait: bool = False
     check: bool = False
+    uploads: list[str] = Field(default_factory=list, max_length=100)
 
     @property
     def given(self) -> str | dict[str, Any]:
@@ -46,8 +58,10 @@ async def train(services: Services, context: JobContext, payload: dict[str, Any]
     """
     request = parse_payload(TrainPayload, payload)
     if request.check:
-        return Finished(await services.validation.training_check(request.given))
+        report = await services.validation.training_check(request.given)
+        return Finished(await _with_what_exists(services, context.tenant, report, frozenset(request.uploads)))
     plan = await services.validation.training(request.given)
+    plan = replace(plan, warnings=(*unknown_fields(request), *plan.warnings))
     return await queue_training(services, context, plan, waits=request.wait)
 
 
@@ -59,6 +73,7 @@ async def queue_training(services: Services, context: JobContext, plan: Training
             kind=JobKind.TRAINING,
             tenant=context.tenant,
             request=spec,
+            notes={"ignored": list(plan.ignored), "warnings": list(plan.warnings)},
             runpod_id=runpod_id_of(context, waits=waits),
             webhook=webhook_of(context, waits=waits),
             idempotency_key=context.idempotency_key,
@@ -69,7 +84,51 @@ async def queue_training(services: Services, context: JobContext, plan: Training
             priority=context.policy.priority,
         )
     )
-    return Following(record, notes={"ignored": list(plan.ignored), "warnings": list(plan.warnings)})
+    return Following(record)
+
+
+async def _with_what_exists(
+    services: Services, tenant: str, report: dict[str, Any], uploads: Set[str]
+) -> dict[str, Any]:
+    """The report of a check, with `found` in each data set and adapter of its `needs`. Raises StorageError."""
+    keys = services.keys_of(tenant)
+    names = {need["dataset"] for need in report["needs"] if "dataset" in need} - uploads
+    kinds = dict(zip(names, await asyncio.gather(*(_kinds(services, keys, name) for name in names)), strict=True))
+    needs: list[dict[str, Any]] = []
+    for need in report["needs"]:
+        if "dataset" in need:
+            name = need["dataset"]
+            found = name in uploads or kinds[name] is not None
+            problem = None if name in uploads else _unusable(name, kinds[name])
+        elif "lora" in need:
+            found = keys.may_read(need["lora"])
+            problem = None if found else NO_ADAPTER
+        else:
+            needs.append(need)
+            continue
+        needs.append({**need, "found": found})
+        if problem is not None:
+            report = not_accepted(report, need["path"], "invalid", problem)
+    return {**report, "needs": needs}
+
+
+async def _kinds(services: Services, keys: Keys, name: str) -> list[str | None] | None:
+    """The content types of a data set's files; None where there is none."""
+    try:
+        return await readable_kinds(services.store, keys, name)
+    except DatasetNotFound:
+        return None
+
+
+def _unusable(name: str, kinds: Sequence[str | None] | None) -> str | None:
+    """Why a data set with files of these kinds cannot be trained on."""
+    if kinds is None:
+        return f"there is no data set '{name}' here: upload it first, or name another"
+    return None if _has_pictures(kinds) else f"data set '{name}' has no pictures"
+
+
+def _has_pictures(kinds: Sequence[str | None]) -> bool:
+    return any((kind or "").startswith(IMAGE_CONTENT) for kind in kinds)
 
 
 async def _with_datasets(services: Services, tenant: str, plan: TrainingPlan) -> dict[str, Any]:
@@ -78,13 +137,14 @@ async def _with_datasets(services: Services, tenant: str, plan: TrainingPlan) ->
     keys = services.keys_of(tenant)
     pretrained = spec.network.pretrained
     if pretrained is not None and not keys.may_read(pretrained):
-        raise InvalidRequest([Problem("network.pretrained", "is not a .safetensors file of yours", "not_found")])
+        at = "network.pretrained"
+        raise InvalidRequest([Problem(plan.places.get(at, at), NO_ADAPTER, "not_found")])
     used = [name for dataset in spec.all_datasets for name in (dataset.dataset, dataset.mask_dataset)]
     names = list(dict.fromkeys(name for name in used if name is not None))
     now = services.clock()
     manifests = await asyncio.gather(*(readable_manifest(services.store, keys, name, now=now) for name in names))
     for manifest in manifests:
-        if not any((file.content_type or "").startswith(IMAGE_CONTENT) for file in manifest.files):
+        if not _has_pictures([file.content_type for file in manifest.files]):
             raise DatasetEmpty(manifest.folder)
     newest = {manifest.folder: manifest.upload_id for manifest in manifests}
     datasets = tuple(

@@ -6,6 +6,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from storage.keys import composed
 
+from train_jobs.generate_spec import Guidance, PictureCount, Share, Steps
+from train_jobs.spec import LORA_ID_PATTERN, SidePx
+
 FILES_MAX = 100
 
 Filename = Annotated[
@@ -21,7 +24,7 @@ class LoraChoice(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    id: str | None = Field(default=None, min_length=1, max_length=200)
+    id: str | None = Field(default=None, pattern=LORA_ID_PATTERN)
     path: str | None = Field(default=None, min_length=1, max_length=1200)
     scale: float = Field(default=1.0, ge=-8.0, le=8.0)
 
@@ -42,14 +45,14 @@ class GeneratePayload(BaseModel):
     prompt: str = Field(min_length=1, max_length=2000)
     negative_prompt: str | None = None
     model: str | None = None
-    width: int | None = None
-    height: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
+    width: SidePx | None = None
+    height: SidePx | None = None
+    num_inference_steps: Steps | None = None
+    guidance_scale: Guidance | None = None
     seed: int | None = None
-    num_images: int | None = None
+    num_images: PictureCount | None = None
     scheduler: str | None = None
-    first_block_cache: float | None = None
+    first_block_cache: Share | None = None
     output_format: str | None = None
     loras: list[LoraChoice] = Field(default_factory=list, max_length=8)
     lora: LoraChoice | None = None

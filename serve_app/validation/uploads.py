@@ -68,12 +68,20 @@ def _place(problem: Problem) -> int:
     return int(number[1]) if number else -1
 
 
+def _refuse_two_sources(request: UploadPayload) -> None:
+    """Before anything is fetched. Raises InvalidRequest."""
+    both = [index for index, item in enumerate(request.files) if item.content is not None and item.url is not None]
+    if both:
+        message = "there is a url too: send the bytes as content, or the url, not both"
+        raise InvalidRequest(Problem(f"files[{index}].content", message, "invalid_value") for index in both)
+
+
 def _bring(item: UploadFile, path: Path, fetching: FileProblem | None) -> None:
     """Raises FileProblem."""
     if fetching is not None:
         raise fetching
-    if (item.content is None) == (item.url is None):
-        raise FileProblem("content", "give either content or url", "missing" if item.url is None else "invalid_value")
+    if item.content is None and item.url is None:
+        raise FileProblem("content", "is missing: give the bytes as content, or an https url", "missing")
     if item.content is not None:
         path.write_bytes(decoded_content(item.content))
 
@@ -98,6 +106,7 @@ class DatasetUploads:
         """Raises InvalidRequest, StorageError. Returns the fields of the reply."""
         with tempfile.TemporaryDirectory(prefix="raylora-upload-") as folder:
             request = parse_payload(UploadPayload, payload)
+            _refuse_two_sources(request)
             fetched = await self._fetch(request, Path(folder))
             upload = await asyncio.to_thread(check_upload, request, Path(folder), fetched)
             upload_id = new_upload_id(self._clock())

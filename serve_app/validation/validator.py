@@ -15,17 +15,21 @@ from serve_app.errors import InvalidRequest, ModelNotServed
 from serve_app.settings import TRAINING_WORKERS_MAX
 from serve_app.validation.payloads import GeneratePayload
 from train_jobs.aitoolkit import parse_generate_yaml, parse_train_yaml
-from train_jobs.config_check import check_train_yaml, describe_run, tracking_problem
+from train_jobs.config_check import check_train_yaml, describe_run, not_accepted, tracking_problem
 from train_jobs.errors import ConfigInvalid, Problem
+from train_jobs.field_problems import problems_of
 from train_jobs.generate_spec import GenerateSpec
 from train_jobs.spec import TrainSpec
-from train_jobs.spec_json import problems_of, spec_from_json
+from train_jobs.spec_json import spec_from_json
 
+FOUND_OUT_LATER = ("network.pretrained",)
 IN_YAML = {"wandb": "config.process[0].logging.use_wandb", "workers": "config.process[0].workers"}
-IN_JSON = {"wandb": "wandb", "workers": "workers.max"}
+IN_JSON = {"wandb": "spec.wandb", "workers": "spec.workers.max"}
 MIB = 1024 * 1024
 CONFIG_BYTES_MAX = 10 * MIB
 SEED_LIMIT = 2**32
+UNKNOWN_NAMED_MAX = 50
+BESIDE_CONFIG = frozenset({"type", "wait", "config", "yaml_config"})
 OF_PICTURES = ("init_image", "mask", "strength")
 # Fields of the prompt form that are fields of GenerateSpec by the same name.
 SPEC_FIELDS = (
@@ -74,29 +78,33 @@ class Validator:
             spec=parsed.spec.model_dump(mode="json"),
             ignored=tuple(item.path for item in parsed.ignored),
             warnings=tuple(f"{warning.path}: {warning.message}" for warning in parsed.warnings),
+            places={name: parsed.origin[name] for name in FOUND_OUT_LATER if name in parsed.origin},
         )
 
     def training_check(self, config: str | dict[str, Any]) -> dict[str, Any]:
         """What each key would do; a model that is not served here is an invalid key. Raises InvalidRequest (size)."""
         _check_config_size(config)
         report = check_train_yaml(config).as_json()
-        model = report["run"]["model"] if report["run"] is not None else None
-        if model is not None and model not in self._models:
-            served = ", ".join(sorted(self._models))
-            note = {"path": "model", "verdict": "refused", "note": f"'{model}' is not served here; served: {served}"}
-            report |= {"accepted": False, "keys": [*report["keys"], note]}
+        for need in report["needs"]:
+            if "model" in need and need["model"] not in self._models:
+                served = ", ".join(sorted(self._models))
+                note = f"'{need['model']}' is not served here; served: {served}"
+                report = not_accepted(report, need["path"], "refused", note)
         for problem in self._beyond_bounds(report["run"] or {}, IN_YAML):
-            others = [key for key in report["keys"] if key["path"] != problem.path]
-            note = {"path": problem.path, "verdict": "refused", "note": problem.message}
-            report |= {"accepted": False, "keys": [*others, note]}
+            report = not_accepted(report, problem.path, "refused", problem.message)
         return report
 
     def training_spec(self, spec: dict[str, Any]) -> TrainingPlan:
-        """A TrainSpec as JSON, without anything of the server's own disk. Raises ConfigInvalid, ModelNotServed."""
-        checked = spec_from_json(TrainSpec, spec)
+        """A TrainSpec as JSON, without anything of the server's own disk. Raises ConfigInvalid, by the paths of a body
+        whose `spec` it is, ModelNotServed."""
+        try:
+            checked = spec_from_json(TrainSpec, spec)
+        except ConfigInvalid as invalid:
+            raise ConfigInvalid(replace(p, path=f"spec.{p.path}".rstrip(".")) for p in invalid.problems) from None
         self._check_model(checked.model)
         self._check_bounds(checked, IN_JSON)
-        return TrainingPlan(spec=checked.model_dump(mode="json"), ignored=(), warnings=())
+        places = {name: f"spec.{name}" for name in FOUND_OUT_LATER}
+        return TrainingPlan(spec=checked.model_dump(mode="json"), ignored=(), warnings=(), places=places)
 
     def generation(self, payload: dict[str, Any]) -> GenerationPlan:
         """Raises ConfigInvalid, InvalidRequest, ModelNotServed. A seed left open is chosen here: it is known then."""
@@ -106,6 +114,7 @@ class Validator:
         else:
             _refuse_given(payload, OF_PICTURES, "goes with a prompt, not with a config")
             plan = self._from_config(config)
+            plan = replace(plan, warnings=(*_without_effect(payload), *plan.warnings))
         spec = dict(plan.spec)
         spec["model"] = spec["model"] or self._default_model
         spec["seed"] = self._random_seed() if spec["seed"] is None else spec["seed"]
@@ -165,12 +174,32 @@ def parse_payload(kind: type[P], payload: dict[str, Any]) -> P:
     try:
         return kind.model_validate(payload)
     except ValidationError as invalid:
-        raise InvalidRequest(problems_of(invalid)) from None
+        raise InvalidRequest(problems_of(invalid, kind)) from None
 
 
 def unknown_fields(request: BaseModel) -> tuple[str, ...]:
-    """A warning for each field that the schema does not know."""
-    return tuple(f"Unknown field '{name[:100]}' was ignored" for name in sorted(request.model_extra or {}))
+    """A warning for each field that the schema does not know, also in the items of its lists."""
+    names = sorted(request.model_extra or {})
+    for field, value in request:
+        if field in type(request).model_fields and isinstance(value, list):
+            extras = [sorted(item.model_extra or {}) if isinstance(item, BaseModel) else [] for item in value]
+            names += [f"{field}[{index}].{name}" for index, found in enumerate(extras) for name in found]
+    return _ignored(names)
+
+
+def _ignored(names: Sequence[str]) -> tuple[str, ...]:
+    """These are kept with the record, so a body of nothing else must not make them many."""
+    told = [f"Unknown field '{name[:100]}' was ignored" for name in names[:UNKNOWN_NAMED_MAX]]
+    more = len(names) - len(told)
+    return (*told, f"{more} more unknown fields were ignored") if more else tuple(told)
+
+
+def _without_effect(payload: Mapping[str, Any]) -> tuple[str, ...]:
+    """Warnings of the fields beside the config of a generation."""
+    beside = [name for name, value in sorted(payload.items()) if name not in BESIDE_CONFIG and value is not None]
+    known = [name for name in beside if name in GeneratePayload.model_fields]
+    warnings = [f"'{name}' was ignored: it goes with a prompt, not with a config" for name in known]
+    return (*warnings, *_ignored([name for name in beside if name not in known]))
 
 
 def _refuse_given(fields: Mapping[str, Any], names: Sequence[str], reason: str) -> None:

@@ -104,7 +104,7 @@ async def test_an_empty_database_gets_its_records_back(world: JobsWorld, empty: 
     store = InMemoryStore()
     done = world.running("w1")
     world.jobs.complete(done.id, "w1", {"images": [1]})
-    world.create(tenant="matt", runpod_id="r")
+    world.create(tenant="matt", runpod_id="r", notes={"warnings": ["x"]})
     await Mirror(world.records, store, "raylora").flush()
     assert await Mirror(empty.records, store, "raylora").restore() == RestoreReport(restored=2, unreadable=0)
     for tenant in ("default", "matt"):

@@ -52,6 +52,7 @@ def test_a_record_comes_back_as_it_was_written(records: Records):
         started_at=AT,
         lease_owner="w1",
         lease_expires_at=AT + timedelta(seconds=3),
+        notes={"warnings": ["Unknown field 'stepz' was ignored"]},
         progress={"step": 3, "loss": 0.25},
         error={"code": "x", "message": "y"},
         output={"images": []},
@@ -66,6 +67,30 @@ def test_a_record_comes_back_as_it_was_written(records: Records):
 def test_a_record_survives_its_json_form_exactly():
     record = _record(error={"code": "x", "message": "y"}, cancel_requested=True, cancel_requested_at=AT)
     assert JobRecord.model_validate_json(record.model_dump_json()) == record
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_a_database_from_before_there_were_notes_is_read_and_written(tmp_path: Path, kind: str):
+    old, new = _record(1), _record(2, notes={"warnings": ["x"]})
+    with database(kind) as given:
+        url = given or f"sqlite:///{tmp_path / 'jobs.sqlite'}"
+        records = Records(url)
+        _save(records, old)
+        with records.write("test") as tx:
+            tx._connection.exec_driver_sql("ALTER TABLE jobs DROP COLUMN notes")
+        records.close()
+        for _ in range(2):
+            records = Records(url)
+            with records.write("test") as tx:
+                tx.insert_missing(new)
+                assert (tx.get(old.id), tx.get(new.id)) == (old, new)
+            records.close()
+
+
+def test_a_mirrored_record_from_before_there_were_notes_is_read():
+    written = _record().model_dump(mode="json")
+    del written["notes"]
+    assert JobRecord.model_validate(written) == _record()
 
 
 def test_times_are_stored_in_utc_and_read_aware(records: Records, tmp_path: Path):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 from train_jobs import aitoolkit_keys
 from train_jobs.aitoolkit import dataset_name, parse_generate_yaml, parse_train_yaml
-from train_jobs.errors import ConfigInvalid
+from train_jobs.errors import ConfigInvalid, Problem
 from train_jobs.spec import TrainSpec
 
 KEYS: dict[str, list[str]] = json.loads(Path(__file__).with_name("aitoolkit_keys_2026_08.json").read_text())
@@ -98,6 +97,10 @@ def _problems(config: Any, **options: bool) -> dict[str, str]:
     with pytest.raises(ConfigInvalid) as caught:
         parse_train_yaml(config, **options)
     return {problem.path: problem.code for problem in caught.value.problems}
+
+
+def _is_in_the_file(problem: Problem) -> bool:
+    return problem.path == "job" or problem.path.startswith("config")
 
 
 def _parsed(config: Any) -> TrainSpec:
@@ -419,11 +422,13 @@ def test_any_value_under_a_known_key_is_read_or_refused_and_nothing_else(data: s
     document = _with(name, key, value)
     if data.draw(st.booleans()):
         document["config"]["process"][0][name] = value
+    problems: tuple[Problem, ...] = ()
     try:
         parsed = parse_train_yaml(document)
-    except ConfigInvalid:
-        return
-    assert TrainSpec.model_validate_json(parsed.spec.model_dump_json()) == parsed.spec
+    except ConfigInvalid as invalid:
+        problems = invalid.problems
+    assert all(map(_is_in_the_file, problems)), problems
+    assert problems or TrainSpec.model_validate_json(parsed.spec.model_dump_json()) == parsed.spec
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -434,8 +439,40 @@ def test_any_value_in_a_generate_file_is_read_or_refused_and_nothing_else(data: 
     where = data.draw(st.sampled_from(["generate", "model"]))
     table = aitoolkit_keys.GENERATE if where == "generate" else aitoolkit_keys.GENERATE_MODEL
     process[where][data.draw(st.sampled_from(sorted(table.known)))] = value
-    with contextlib.suppress(ConfigInvalid):
+    problems: tuple[Problem, ...] = ()
+    try:
         parse_generate_yaml(document)
+    except ConfigInvalid as invalid:
+        problems = invalid.problems
+    assert all(map(_is_in_the_file, problems)), problems
+
+
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        ({"train": {"optimizer": "Prodigy", "train_text_encoder": True, "text_encoder_lr": 0.5}}, "train"),
+        ({"train": {"strategy": "fsdp"}, "model": {"compile": True, "quantize": False}}, "train"),
+        ({"train": {"min_denoising_steps": 900, "max_denoising_steps": 100}}, "train"),
+        ({"network": {"type": "dora"}}, ""),
+        ({"workers": {"min": 3, "max": 2}}, "workers"),
+        ({"datasets": None}, "datasets"),
+        ({"model": None}, "model.name_or_path"),
+    ],
+)
+def test_a_rule_about_several_keys_names_their_place_in_the_file(changes: dict[str, Any], path: str) -> None:
+    document = _document()
+    process = document["config"]["process"][0]
+    for section, change in changes.items():
+        process[section] = change if change is None else process.get(section, {}) | change
+    assert list(_problems(document)) == [f"config.process[0].{path}".removesuffix(".")]
+
+
+def test_a_rule_about_all_prompts_names_their_place_in_the_file() -> None:
+    document = yaml.safe_load(GENERATE)
+    document["config"]["process"][0]["generate"] |= {"prompts": ["a", " "]}
+    with pytest.raises(ConfigInvalid) as caught:
+        parse_generate_yaml(document)
+    assert [problem.path for problem in caught.value.problems] == ["config.process[0].generate"]
 
 
 def test_lokr_is_read_as_ai_toolkit_means_it() -> None:

@@ -20,8 +20,8 @@ from serve_app.job_types.context import Policy
 from serve_app.settings import TENANT_PATTERN
 from serve_app.validation.file_checks import EXTENSIONS
 from serve_app.validation.staged import ZIP
+from train_jobs.field_problems import problems_of
 from train_jobs.spec import DATASET_PATTERN, MODEL_ALIAS_PATTERN, MODEL_ID_PATTERN, TrainSpec
-from train_jobs.spec_json import problems_of
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -288,7 +288,7 @@ def reads(kind: type[B]) -> Callable[[Request], Awaitable[B]]:
         try:
             return kind.model_validate_json(body, strict=True)
         except ValidationError as invalid:
-            raise InvalidRequest(problems_of(invalid)) from None
+            raise InvalidRequest(problems_of(invalid, kind)) from None
 
     return read
 

@@ -356,7 +356,7 @@ def training_view(record: JobRecord, now: datetime) -> Training:
             trigger_word=_text(output.get("trigger_word")),
             steps=_whole(output.get("steps")),
             final_loss=_number(output.get("final_loss")),
-            warnings=[str(item) for item in output.get("warnings") or []],
+            warnings=[str(w) for source in (record.notes or {}, output) for w in source.get("warnings") or []],
         )
     name = _text(record.request.get("name"))
     return Training(**job_fields(record, now), name=name, spec=record.request, result=result)

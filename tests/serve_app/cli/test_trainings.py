@@ -27,9 +27,6 @@ class RecordingServer:
         self._datasets = datasets
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
-        if request.method == "GET":
-            found = request.url.path.removeprefix("/v1/datasets/") in self._datasets
-            return httpx.Response(200, json={}) if found else httpx.Response(404, json={"code": "dataset_not_found"})
         asked = json.loads(request.content)["input"]
         if not asked.get("check"):
             self.inputs.append(asked)
@@ -37,8 +34,11 @@ class RecordingServer:
         self.checked.append(asked)
         processes = asked["config"]["config"]["process"]
         names = [dataset["folder_path"] for dataset in processes[0]["datasets"]]
-        run = {"datasets": [{"name": name} for name in names]}
-        return self._completed({"accepted": not self._keys, "counts": {}, "keys": self._keys, "run": run})
+        there = {*self._datasets, *asked["uploads"]}
+        needs = [{"path": f"datasets[{i}]", "dataset": name, "found": name in there} for i, name in enumerate(names)]
+        missing = [{"path": n["path"], "verdict": "invalid", "note": "no"} for n in needs if not n["found"]]
+        keys = [*self._keys, *missing]
+        return self._completed({"accepted": not keys, "counts": {}, "keys": keys, "run": {}, "needs": needs})
 
     def _completed(self, output: dict[str, Any]) -> httpx.Response:
         return httpx.Response(200, json={"id": "sync-1", "status": "COMPLETED", "output": output})

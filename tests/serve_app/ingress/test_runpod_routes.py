@@ -317,13 +317,15 @@ async def test_an_idempotency_key_outlives_the_dispatcher(server: LocalServer, w
 async def test_an_accepted_training_is_still_completed_after_a_restart(server: LocalServer, world: JobsWorld) -> None:
     async with server.client() as http:
         await post(http, "runsync", json={"input": upload_payload("cats")})
-        reply = await post(http, "run", json={"input": {"type": "train", "config": train_config()}})
+        asked = {"type": "train", "config": train_config(), "stepz": 5}
+        reply = await post(http, "run", json={"input": asked})
         before = await status(http, reply["id"])
     restarted = local_server(world.jobs, world.clock)
     async with restarted.client() as http:
         after = await status(http, reply["id"])
     assert before["status"] == after["status"] == "COMPLETED"
     assert before["output"]["process_id"] == after["output"]["process_id"]
+    assert before["output"]["warnings"] == after["output"]["warnings"] == ["Unknown field 'stepz' was ignored"]
 
 
 async def test_a_job_whose_ingress_was_lost_is_its_record_or_has_failed(server: LocalServer, world: JobsWorld) -> None:

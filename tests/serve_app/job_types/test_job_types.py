@@ -17,7 +17,7 @@ from serve_app.testing import (
 from storage.datasets import latest_manifest
 from storage.errors import StorageFailed
 from storage.job_state import JobKind, JobState
-from tests.serve_app.job_types.asking import done, refused
+from tests.serve_app.job_types.asking import ask, done, refused
 from train_jobs.spec import TrainSpec
 
 OWNER = "driver-1"
@@ -224,6 +224,33 @@ async def test_adapters_that_cannot_be_applied_are_refused(server: LocalServer) 
 async def test_an_unknown_field_is_a_warning(server: LocalServer) -> None:
     output = await done(server, {"prompt": "a cat", "wait": False, "stepz": 3})
     assert output["warnings"] == ["Unknown field 'stepz' was ignored"]
+
+
+async def test_a_generation_that_is_waited_for_still_tells_of_an_unknown_field(server: LocalServer) -> None:
+    output = await _waited_for(server, {"prompt": "a cat", "stepz": 3}, JobKind.GENERATION, {"images": []})
+    assert output["images"] == []
+    assert output["warnings"] == ["Unknown field 'stepz' was ignored"]
+
+
+async def test_what_stands_beside_a_generate_config_without_effect_is_told(server: LocalServer) -> None:
+    config = {
+        "job": "generate",
+        "config": {
+            "name": "g",
+            "process": [{"type": "to_folder", "model": {"name_or_path": "tiny"}, "generate": {"prompts": ["a"]}}],
+        },
+    }
+    output = await done(server, {"type": "generate", "config": config, "width": 64, "wiat": True})
+    assert output["warnings"] == [
+        "'width' was ignored: it goes with a prompt, not with a config",
+        "Unknown field 'wiat' was ignored",
+    ]
+
+
+async def test_a_body_of_unknown_fields_makes_no_endless_list(server: LocalServer) -> None:
+    output = await done(server, {"prompt": "a cat", "wait": False, **{f"field{i:04}": 1 for i in range(1000)}})
+    assert len(output["warnings"]) == 51
+    assert output["warnings"][-1] == "950 more unknown fields were ignored"
 
 
 async def test_a_wrong_kind_does_not_hide_a_wrong_number(server: LocalServer) -> None:
@@ -439,7 +466,7 @@ async def test_a_mask_set_or_an_adapter_that_is_not_there_is_named_before_anythi
     begun = train_config("cats")
     begun["config"]["process"][0]["network"]["pretrained_lora_path"] = "elsewhere/a.safetensors"
     output = await refused(server, {"type": "train", "config": begun})
-    assert output["validation_errors"][0]["path"] == "network.pretrained"
+    assert output["validation_errors"][0]["path"] == "config.process[0].network.pretrained_lora_path"
     assert (await done(server, {"type": "processes"}))["processes"] == []
 
 
@@ -453,7 +480,7 @@ async def test_a_training_may_begin_from_an_adapter_of_the_older_layout(server: 
     assert record.request["network"]["pretrained"] == key
     await done(server, upload_payload("cats"), key=OTHER_KEY)
     output = await refused(server, {"type": "train", "config": begun}, key=OTHER_KEY)
-    assert output["validation_errors"][0]["path"] == "network.pretrained"
+    assert output["validation_errors"][0]["path"] == "config.process[0].network.pretrained_lora_path"
 
 
 async def test_a_checked_config_is_reported_key_by_key_and_starts_nothing(server: LocalServer) -> None:
@@ -462,12 +489,90 @@ async def test_a_checked_config_is_reported_key_by_key_and_starts_nothing(server
     assert not report["accepted"]
     assert verdicts["config.process[0].train.do_cfg"] == "refused"
     assert verdicts["config.process[0].train.steps"] == "honoured"
-    fine = await done(server, {"type": "train", "config": train_config("never-uploaded"), "check": True})
+    await done(server, upload_payload("cats"))
+    fine = await done(server, {"type": "train", "config": train_config("cats"), "check": True})
     assert fine["accepted"]
+    assert fine["counts"].keys() <= {"honoured", "ignored"}
     assert fine["run"]["steps"] == 10
     elsewhere = await done(server, {"type": "train", "config": train_config("cats", "other"), "check": True})
     assert not elsewhere["accepted"]
     assert (await done(server, {"type": "processes"}))["processes"] == []
+
+
+async def test_a_check_finds_the_data_sets_that_are_not_there(server: LocalServer) -> None:
+    await done(server, upload_payload("cats"))
+    await done(server, upload_payload("theirs"), OTHER_KEY)
+    await server.store.put("raylora/dataset/older/a.png", b"picture")
+    await server.store.put("raylora/dataset/words/a.txt", b"text")
+    stored = set(server.store.keys())
+    config = train_config("cats")
+    process = config["config"]["process"][0]
+    [entry] = process["datasets"]
+    process["datasets"] = [
+        {**entry, "mask_path": "never-uploaded"},
+        {**entry, "folder_path": "/data/theirs"},
+        {**entry, "folder_path": "older"},
+        {**entry, "folder_path": "words"},
+        {**entry, "folder_path": "to-come"},
+    ]
+    process["validation"] = {"dataset_path": "no-such-set"}
+    process["network"]["pretrained_lora_path"] = "elsewhere/a.safetensors"
+    report = await done(server, {"type": "train", "config": config, "check": True, "uploads": ["to-come"]})
+    at = "config.process[0]"
+    assert not report["accepted"]
+    assert {key["path"]: key["note"] for key in report["keys"] if key["verdict"] == "invalid"} == {
+        f"{at}.datasets[0].mask_path": "there is no data set 'never-uploaded' here: upload it first, or name another",
+        f"{at}.datasets[1].folder_path": "there is no data set 'theirs' here: upload it first, or name another",
+        f"{at}.datasets[3].folder_path": "data set 'words' has no pictures",
+        f"{at}.validation.dataset_path": "there is no data set 'no-such-set' here: upload it first, or name another",
+        f"{at}.network.pretrained_lora_path": "is not a .safetensors file of yours",
+    }
+    assert report["counts"]["invalid"] == 5
+    assert {need["path"] for need in report["needs"] if need.get("found") is False} == {
+        f"{at}.datasets[0].mask_path",
+        f"{at}.datasets[1].folder_path",
+        f"{at}.validation.dataset_path",
+        f"{at}.network.pretrained_lora_path",
+    }
+    assert set(server.store.keys()) == stored
+    assert (await done(server, {"type": "processes"}))["processes"] == []
+
+
+async def test_a_check_and_the_training_agree_on_what_is_there(server: LocalServer) -> None:
+    await done(server, upload_payload("cats"))
+    for name, code in (("cats", None), ("never-uploaded", "dataset_not_found")):
+        config = train_config(name)
+        report = await done(server, {"type": "train", "config": config, "check": True})
+        assert report["accepted"] == (code is None)
+        reply = await ask(server, {"type": "train", "config": config})
+        assert reply["output"].get("error_type") == code
+
+
+async def _waited_for(
+    server: LocalServer, payload: dict[str, Any], kind: JobKind, output: dict[str, Any]
+) -> dict[str, Any]:
+    """The final output of a job that lasts until its work has ended with `output`."""
+    async with server.client() as http:
+        job_id = (await http.post("/v2/ep/run", json={"input": payload})).json()["id"]
+        [record] = await server.jobs.claim(kind, OWNER)
+        await server.jobs.start(record.id, OWNER)
+        await server.jobs.complete(record.id, OWNER, output)
+        reply = (await http.get(f"/v2/ep/status-sync/{job_id}?wait=5000")).json()
+    assert reply["status"] == "COMPLETED"
+    final: dict[str, Any] = reply["output"]
+    return final
+
+
+async def test_a_training_that_is_waited_for_still_tells_of_unknown_fields(server: LocalServer) -> None:
+    await done(server, upload_payload("cats"))
+    config = train_config()
+    config["config"]["process"][0]["train"]["stepz"] = 5
+    payload = {"type": "train", "config": config, "wait": True, "webhok": "x"}
+    twice = "In dataset 'cats' these pictures are the same: a.png, b.png."
+    output = await _waited_for(server, payload, JobKind.TRAINING, {"loras": [], "warnings": [twice]})
+    unknown = "config.process[0].train.stepz: is not a key known here and has no effect; did you mean 'steps'?"
+    assert output["warnings"] == ["Unknown field 'webhok' was ignored", unknown, twice]
+    assert "ignored" in output
 
 
 async def test_a_completed_training_tells_its_best_step_and_its_other_key_format(server: LocalServer) -> None:

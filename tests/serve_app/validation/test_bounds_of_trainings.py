@@ -29,7 +29,7 @@ def test_more_than_this_installation_gives_is_refused_where_it_is_asked_for(
     process: dict[str, Any], fields: dict[str, Any], at: tuple[str, str], code: str
 ) -> None:
     validator = Validator(["tiny"], "tiny", workers_max=4)
-    in_yaml, in_json = f"config.process[0].{at[0]}", at[1]
+    in_yaml, in_json = f"config.process[0].{at[0]}", f"spec.{at[1]}"
     with pytest.raises(ConfigInvalid) as refused:
         validator.training(config(**process))
     assert [(p.path, p.code) for p in refused.value.problems] == [(in_yaml, code)]

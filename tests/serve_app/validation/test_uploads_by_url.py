@@ -1,7 +1,7 @@
 """Files that an upload names by URL: fetched from public addresses, and checked like any others."""
 
 from base64 import b64decode
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -35,8 +35,10 @@ def answer(request: httpx.Request) -> httpx.Response:
     return httpx.Response(302, headers={"location": "http://169.254.169.254/"})
 
 
-async def stored(store: InMemoryStore, files: list[dict[str, Any]]) -> dict[str, Any]:
-    outbound = Outbound(any_address=False, timeout_s=5, resolve=public, transport=httpx.MockTransport(answer))
+async def stored(
+    store: InMemoryStore, files: list[dict[str, Any]], answers: Callable[[httpx.Request], httpx.Response] = answer
+) -> dict[str, Any]:
+    outbound = Outbound(any_address=False, timeout_s=5, resolve=public, transport=httpx.MockTransport(answers))
     datasets = DatasetUploads(store, keys_of, BUCKET, utc_now, outbound)
     return await datasets.store("matt", {"training_name": "cats", "files": files})
 
@@ -60,7 +62,7 @@ async def test_what_cannot_be_fetched_is_named_with_everything_else() -> None:
         {"filename": "2.png", "url": "http://example.com/1.png"},
         {"filename": "3.png", "url": "https://inside.example.com/1.png"},
         {"filename": "4.png", "url": "https://example.com/redirect"},
-        {"filename": "5.png", "url": "https://example.com/1.png", "content": picture_base64()},
+        {"filename": "5.png"},
         {"filename": "6.txt", "url": "https://example.com/1.png"},
     ]
     with pytest.raises(InvalidRequest) as caught:
@@ -69,10 +71,36 @@ async def test_what_cannot_be_fetched_is_named_with_everything_else() -> None:
         ("files[1].url", "invalid_value"),
         ("files[2].url", "invalid_value"),
         ("files[3].url", "unavailable"),
-        ("files[4].content", "invalid_value"),
+        ("files[4].content", "missing"),
         ("files[5].content", "invalid_value"),
     ]
     assert list(store.keys()) == []
+
+
+@pytest.mark.parametrize("content", [picture_base64(), ""], ids=["bytes", "empty"])
+async def test_a_file_with_bytes_and_a_url_is_refused_before_anything_is_fetched(content: str) -> None:
+    fetched: list[str] = []
+
+    def noted(request: httpx.Request) -> httpx.Response:
+        fetched.append(str(request.url))
+        return answer(request)
+
+    files = [
+        {"filename": "1.png", "url": "https://example.com/1.png"},
+        {"filename": "2.png", "url": "https://example.com/1.png", "content": content},
+    ]
+    store = InMemoryStore()
+    with pytest.raises(InvalidRequest) as caught:
+        await stored(store, files, noted)
+    [problem] = caught.value.problems
+    assert (problem.path, problem.code) == ("files[1].content", "invalid_value")
+    assert "not both" in problem.message
+    assert (fetched, list(store.keys())) == ([], [])
+
+
+async def test_a_misspelt_field_of_a_file_is_warned_of() -> None:
+    files = [{"filename": "1.png", "content": picture_base64(), "contentType": "image/png"}]
+    assert "Unknown field 'files[0].contentType' was ignored" in (await stored(InMemoryStore(), files))["warnings"]
 
 
 async def test_a_file_over_the_cap_is_left_off_while_it_arrives(monkeypatch: pytest.MonkeyPatch) -> None:

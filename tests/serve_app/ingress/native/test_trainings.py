@@ -55,6 +55,18 @@ async def test_a_training_of_an_ai_toolkit_configuration_is_the_process_that_the
     assert (process["id"], process["status"]) == (training["id"], "starting")
 
 
+async def test_a_finished_training_repeats_the_warnings_of_its_acceptance(server: LocalServer) -> None:
+    config = train_config()
+    config["config"]["process"][0]["train"]["stepz"] = 5
+    async with server.client() as http:
+        await upload(http)
+        accepted = (await http.post("/v1/trainings", json={"config": config})).json()
+        training_id = await settle(server, {"loras": [], "warnings": ["These pictures are the same."]})
+        ended = (await http.get(f"/v1/trainings/{training_id}")).json()
+    assert accepted["warnings"]
+    assert ended["result"]["warnings"] == [*accepted["warnings"], "These pictures are the same."]
+
+
 @pytest.mark.parametrize(
     ("body", "status", "code"),
     [
@@ -77,6 +89,23 @@ async def test_what_cannot_be_trained_is_refused_before_anything_is_queued(
         assert reply.headers["content-type"] == "application/problem+json"
         assert reply.json()["request_id"] == reply.headers["x-request-id"]
         assert (await http.get("/v1/trainings")).json()["items"] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"train": {"steps": 0}}, "spec.train.steps"),
+        ({"datasets": [{"local_path": "/etc"}]}, "spec.datasets[0].local_path"),
+        ({"model": "/etc"}, "spec.model"),
+        ({"network": {"pretrained": "elsewhere/a.safetensors"}}, "spec.network.pretrained"),
+    ],
+)
+async def test_a_problem_of_a_spec_has_its_path_in_the_body(
+    server: LocalServer, fields: dict[str, Any], path: str
+) -> None:
+    async with server.client() as http:
+        reply = await http.post("/v1/trainings", json={"spec": SPEC | fields})
+    assert [problem["path"] for problem in reply.json()["validation_errors"]] == [path]
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"spec": NaN}', b'{"config": "\\ud800"}', b"\xff"])
