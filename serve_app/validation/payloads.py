@@ -5,7 +5,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from storage.keys import composed
-
 from train_jobs.generate_spec import Guidance, PictureCount, Share, Steps
 from train_jobs.spec import LORA_ID_PATTERN, SidePx
 
