@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from storage.errors import IdempotencyConflict, IdempotencyInFlight
 from storage.records import Records
 from storage.reply_rows import ReplyRow
+
+NOTED = 0
+"""In the place of an HTTP status."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,16 @@ class KeptReply:
 
     status: int
     body: str
+
+
+@dataclass(frozen=True)
+class NotedReply:
+    """What somebody noted under a name of its own, until `expires_at`. `body` None: nothing any more."""
+
+    tenant: str
+    name: str
+    body: str | None
+    expires_at: datetime
 
 
 class KeptReplies:
@@ -55,3 +68,19 @@ class KeptReplies:
         """The request failed: the same key may be sent again once the cause is mended."""
         with self._records.write("drop_reply") as tx:
             tx.replies.drop(tenant, key)
+
+    def note_replies(self, noted: Sequence[NotedReply]) -> None:
+        """In place of what was noted under the same names."""
+        with self._records.write("note_replies") as tx:
+            tx.replies.drop_expired(self._clock())
+            for one in noted:
+                if one.body is None:
+                    tx.replies.drop(one.tenant, one.name)
+                else:
+                    tx.replies.put(one.tenant, one.name, ReplyRow("", NOTED, one.body, one.expires_at))
+
+    def noted_replies(self, prefix: str) -> list[NotedReply]:
+        """Of all tenants, what was noted under names with that beginning and has not expired."""
+        with self._records.read("noted_replies") as tx:
+            found = tx.replies.beginning_with(prefix, self._clock())
+        return [NotedReply(tenant, name, row.body, row.expires_at) for tenant, name, row in found]

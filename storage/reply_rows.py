@@ -51,6 +51,15 @@ class ReplyRows:
             sa.insert(self._table).values(tenant=tenant, key=key, fingerprint=row.fingerprint, **values)
         )
 
+    def beginning_with(self, prefix: str, now: datetime) -> list[tuple[str, str, ReplyRow]]:
+        """Tenant, key and row of those that have not expired."""
+        table = self._table
+        query = sa.select(table).where(table.c.key.startswith(prefix, autoescape=True), table.c.expires_at > now)
+        return [
+            (row.tenant, row.key, ReplyRow(row.fingerprint, row.status, row.body, row.expires_at))
+            for row in self._connection.execute(query)
+        ]
+
     def drop(self, tenant: str, key: str) -> None:
         self._connection.execute(sa.delete(self._table).where(self._is(tenant, key)))
 

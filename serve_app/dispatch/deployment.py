@@ -10,6 +10,7 @@ from typing import Any
 
 from serve_app.collaborators import DispatchLoad
 from serve_app.dispatch.dispatcher import GenerationDispatcher
+from serve_app.dispatch.lasting_replies import LastingReplies
 from serve_app.dispatch.rates import Grant, Rate, RateLedger
 from serve_app.dispatch.replies import Beginning, EndedReply, Ending, Fingerprint, Reply, ReplyTable
 from serve_app.dispatch.webhooks import WebhookSender
@@ -25,7 +26,7 @@ class Dispatcher:
     """Implements `serve_app.collaborators.Dispatch`. Unhealthy, and so replaced by Serve, once a loop has ended."""
 
     def __init__(self, settings: Settings, inference: Any) -> None:
-        self._replies = ReplyTable(_now)
+        self._replies = LastingReplies(ReplyTable(_now), JobsClient())
         self._rates = RateLedger()
         self._dispatcher = GenerationDispatcher(
             JobsClient(),
@@ -46,6 +47,7 @@ class Dispatcher:
         )
         # Serve runs constructors on the replica's event loop.
         loop = asyncio.get_running_loop()
+        self._restoring = loop.create_task(self._replies.restore())
         self._loops = [loop.create_task(self._dispatcher.run()), loop.create_task(webhooks.run())]
 
     async def check_health(self) -> None:
@@ -69,7 +71,7 @@ class Dispatcher:
         status: Beginning,
         instead_of: str | None = None,
     ) -> str:
-        return self._replies.open(
+        return await self._replies.open(
             tenant,
             runpod_id,
             kept_s=kept_s,
@@ -80,7 +82,8 @@ class Dispatcher:
         )
 
     async def hear_from(self, owner: str) -> list[tuple[str, str]]:
-        return self._replies.hear_from(owner)
+        await self._replies.ready()
+        return self._replies.table.hear_from(owner)
 
     async def settle_reply(
         self,
@@ -91,35 +94,37 @@ class Dispatcher:
         error: str | None = None,
         status: Ending | None = None,
     ) -> Beginning | Ending | None:
-        return self._replies.settle(tenant, runpod_id, output=output, error=error, status=status)
+        return await self._replies.settle(tenant, runpod_id, output=output, error=error, status=status)
 
     async def cancel_reply(self, tenant: str, runpod_id: str) -> Reply | None:
-        return self._replies.cancel(tenant, runpod_id)
+        return await self._replies.cancel(tenant, runpod_id)
 
     async def count_replies(self, tenant: str) -> dict[str, int]:
-        return self._replies.counts(tenant)
+        await self._replies.ready()
+        return self._replies.table.counts(tenant)
 
     async def keep_replies(self, ended: Sequence[EndedReply]) -> None:
         for one in ended:
-            self._replies.keep(one)
+            self._replies.table.keep(one)
 
     async def hand_over_reply(self, tenant: str, runpod_id: str, *, to: str) -> bool:
-        return self._replies.hand_over(tenant, runpod_id, to=to)
+        return self._replies.table.hand_over(tenant, runpod_id, to=to)
 
     async def wait_reply(self, tenant: str, runpod_id: str, timeout_s: float) -> Reply | None:
-        return await self._replies.wait(tenant, runpod_id, timeout_s)
+        await self._replies.ready()
+        return await self._replies.table.wait(tenant, runpod_id, timeout_s)
 
     async def drain_reply(self, tenant: str, runpod_id: str) -> bool:
-        return self._replies.drain(tenant, runpod_id)
+        return self._replies.table.drain(tenant, runpod_id)
 
     async def take_permits(self, key: str, operation: str, rate: Rate, wanted: int) -> Grant:
         return self._rates.take(key, operation, rate, wanted)
 
     async def __del__(self) -> None:
         """Serve's graceful shutdown: stop handing out, let what is under way end, hand back what does not."""
-        for loop in self._loops:
+        for loop in (*self._loops, self._restoring):
             loop.cancel()
-        await asyncio.gather(*self._loops, return_exceptions=True)
+        await asyncio.gather(*self._loops, self._restoring, return_exceptions=True)
         await self._outbound.close()
 
 

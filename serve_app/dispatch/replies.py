@@ -1,8 +1,8 @@
 """The replies of RunPod jobs that have no job record: health, upload, listings, refused requests.
 
 A record is made for trainings and generations only; every other job type ends within its own request, and its reply is
-kept here for as long as RunPod keeps results. The table is bounded and lives in memory: after a restart of the
-dispatcher these ids answer 404, like expired ones. A job ends with the ingress process that does it: one whose process
+kept here for as long as RunPod keeps results. The table is bounded and lives in memory; `lasting_replies` notes what
+must outlive it. A job ends with the ingress process that does it: one whose process
 has not been heard of for a while is FAILED. Who cancels one is told so at once; its process hears of it the next time
 that it is heard from.
 """
@@ -73,6 +73,30 @@ class Fingerprint:
     named_by_client: bool
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A request that was sent before, and the job that it began."""
+
+    runpod_id: str
+    body_sha256: str
+    expires_at: datetime
+    named_by_client: bool
+
+
+@dataclass(frozen=True)
+class SavedReply:
+    """A job as it is noted outside the table, with the key under which its request is known, where there is one."""
+
+    tenant: str
+    runpod_id: str
+    reply: Reply
+    kept_s: float
+    expires_at: datetime
+    owner: str | None
+    fingerprint: str | None
+    seen: Seen | None
+
+
 @dataclass
 class _Entry:
     reply: Reply
@@ -82,14 +106,6 @@ class _Entry:
     fingerprint: str | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     is_drained: bool = False
-
-
-@dataclass(frozen=True)
-class _Seen:
-    runpod_id: str
-    body_sha256: str
-    expires_at: datetime
-    named_by_client: bool
 
 
 class ReplyTable:
@@ -115,7 +131,7 @@ class ReplyTable:
             may_go=lambda entry: entry.reply.is_final,
             dropped=lambda entry: entry.settled.set(),
         )
-        self._seen: FairStore[_Seen] = FairStore(entries_max=entries_max)
+        self._seen: FairStore[Seen] = FairStore(entries_max=entries_max)
         self._heard: dict[str, datetime] = {}
         self._to_stop: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
         self._swept_at = clock()
@@ -146,7 +162,7 @@ class ReplyTable:
                     raise IdempotencyKeyReused
                 return earlier.runpod_id
             expires_at = now + timedelta(seconds=fingerprint.kept_s)
-            seen = _Seen(runpod_id, fingerprint.body_sha256, expires_at, fingerprint.named_by_client)
+            seen = Seen(runpod_id, fingerprint.body_sha256, expires_at, fingerprint.named_by_client)
             self._seen.put(tenant, fingerprint.key, seen)
         if (tenant, runpod_id) in self._entries:
             # It ended on its way here.
@@ -218,6 +234,31 @@ class ReplyTable:
             if entry.owner is not None:
                 self._to_stop[entry.owner].append((tenant, runpod_id))
         return entry.reply
+
+    def saved(self, tenant: str, runpod_id: str) -> SavedReply | None:
+        entry = self._entries.get(tenant, runpod_id)
+        if entry is None:
+            return None
+        seen = None if entry.fingerprint is None else self._seen.get(tenant, entry.fingerprint)
+        return SavedReply(
+            tenant, runpod_id, entry.reply, entry.kept_s, entry.expires_at, entry.owner, entry.fingerprint, seen
+        )
+
+    def put_back(self, saved: SavedReply, *, size_bytes: int) -> None:
+        """What was noted of a job, where nothing newer is known. Its owner is taken to be there until it is silent."""
+        now = self._clock()
+        tenant, key = saved.tenant, saved.fingerprint
+        seen = saved.seen
+        if key is not None and seen is not None and seen.expires_at > now and self._seen.get(tenant, key) is None:
+            self._seen.put(tenant, key, seen)
+        if saved.expires_at <= now or (tenant, saved.runpod_id) in self._entries:
+            return
+        entry = _Entry(saved.reply, saved.kept_s, saved.expires_at, saved.owner, key)
+        if saved.reply.is_final:
+            entry.settled.set()
+        elif saved.owner is not None:
+            self._heard.setdefault(saved.owner, now)
+        self._entries.put(tenant, saved.runpod_id, entry, size_bytes=size_bytes)
 
     def counts(self, tenant: str) -> dict[str, int]:
         """The tenant's jobs that are known here, by status."""

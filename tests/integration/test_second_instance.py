@@ -80,6 +80,14 @@ def test_two_instances_run_side_by_side(running: Running, second: Running) -> No
         assert str(state.ray_address) in done.stdout
 
 
+def listed_once(instance: Running) -> tuple[str, dict[str, Any]]:
+    """A job without a record, sent under a key of its client's: its id and its status."""
+    headers = {"Authorization": f"Bearer {instance.api_key}", "Idempotency-Key": "listing-1"}
+    with httpx.Client(base_url=f"{instance.url}/v2/ep", headers=headers, timeout=60) as http:
+        job_id = http.post("/run", json={"input": {"type": "list_dataset_folders"}}).json()["id"]
+        return job_id, http.get(f"/status-sync/{job_id}").json()
+
+
 def test_a_training_survives_its_instance_and_nothing_else_does(running: Running, home: Home, second: Running) -> None:
     rng = random.Random()
     moments = [2 * SAVE_EVERY] if KILLS == 1 else sorted(rng.randrange(STEPS) for _ in range(KILLS))
@@ -92,11 +100,14 @@ def test_a_training_survives_its_instance_and_nothing_else_does(running: Running
         config = training_config(name="killed", steps=STEPS, save_every=SAVE_EVERY)
         process_id = client.call("train", config=config)["process_id"]
         queued = client.call("train", config=training_config(name="after", steps=1))["process_id"]
+    listed = listed_once(second)
+    assert listed[1]["output"]["folders"] == ["zib"]
     for number, moment in enumerate(moments):
         with killed.client() as client:
             wait_for(lambda step=moment: reached(client, process_id, step))  # type: ignore[misc]
         kill(killed.instance, everything=number % 2 == 1)
         killed = home.start()
+    assert listed_once(killed) == listed
     with killed.client() as client:
         client.call("cancel", process_id=queued)
         process = follow(client, process_id)

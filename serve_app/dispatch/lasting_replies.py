@@ -1,0 +1,144 @@
+"""The reply table with what clients rely on noted in the job records' database: a job without a record, whose id a
+client has, is found again after the table's process was lost, and its `Idempotency-Key` still means it.
+
+Noted is each beginning and each end, before it is told. A job that a record takes over from is not: its record, and the
+key that is kept with it, outlive everything anyway. Where the database does not answer in time the table goes on
+alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from datetime import datetime
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from serve_app.collaborators import JobsApi
+from serve_app.dispatch.replies import Beginning, Ending, Fingerprint, Reply, ReplyTable, SavedReply
+from storage.errors import JobError
+from storage.jobs import Jobs
+from storage.kept_replies import NotedReply
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "quick:"
+# /run is to answer within the three seconds that the JavaScript client waits.
+NOTE_TIMEOUT_S = 1.0
+RESTORE_WAIT_S = 5.0
+RESTORE_RETRY_S = 1.0
+# Larger results, which are files' bytes, are quicker asked for again than kept twice.
+NOTE_BYTES_MAX = 256 * 1024
+
+_SAVED = TypeAdapter(SavedReply)
+
+
+class LastingReplies:
+    """Belongs to one event loop. `restore` is to run once; until it has, calls wait, for `RESTORE_WAIT_S` at most."""
+
+    def __init__(self, table: ReplyTable, jobs: JobsApi) -> None:
+        self.table = table
+        self._jobs = jobs
+        self._is_restored = asyncio.Event()
+
+    async def restore(self) -> None:
+        """Put back what was noted, as soon as the database can be read."""
+        while True:
+            try:
+                noted = await self._jobs.call(Jobs.noted_replies, PREFIX)
+            except JobError as error:
+                logger.warning("The replies of an earlier dispatcher could not be read (%s)", error.code)
+                await asyncio.sleep(RESTORE_RETRY_S)
+                continue
+            for one in noted:
+                self._put_back(one)
+            self._is_restored.set()
+            return
+
+    def _put_back(self, noted: NotedReply) -> None:
+        body = noted.body or ""
+        try:
+            saved = _SAVED.validate_json(body)
+        except ValidationError:
+            logger.warning("A reply that another version noted is not understood")
+            return
+        self.table.put_back(saved, size_bytes=len(body))
+
+    async def ready(self) -> None:
+        if self._is_restored.is_set():
+            return
+        try:
+            await asyncio.wait_for(self._is_restored.wait(), RESTORE_WAIT_S)
+        except TimeoutError:
+            logger.warning("The replies of an earlier dispatcher are still not read; answering without them")
+            # They are put back whenever they are read; until then every call would wait as long.
+            self._is_restored.set()
+
+    async def open(
+        self,
+        tenant: str,
+        runpod_id: str,
+        *,
+        kept_s: float,
+        fingerprint: Fingerprint | None,
+        owner: str,
+        status: Beginning,
+        instead_of: str | None = None,
+    ) -> str:
+        """Like `ReplyTable.open`. Raises IdempotencyKeyReused."""
+        await self.ready()
+        known = self.table.open(
+            tenant,
+            runpod_id,
+            kept_s=kept_s,
+            fingerprint=fingerprint,
+            owner=owner,
+            status=status,
+            instead_of=instead_of,
+        )
+        if known == runpod_id and status == "IN_PROGRESS":
+            await self._note(tenant, runpod_id)
+        return known
+
+    async def settle(
+        self,
+        tenant: str,
+        runpod_id: str,
+        *,
+        output: dict[str, Any] | None = None,
+        error: str | None = None,
+        status: Ending | None = None,
+    ) -> Beginning | Ending | None:
+        """Like `ReplyTable.settle`."""
+        await self.ready()
+        before = self.table.get(tenant, runpod_id)
+        known = self.table.settle(tenant, runpod_id, output=output, error=error, status=status)
+        if before is not None and before.status == "IN_PROGRESS":
+            await self._note(tenant, runpod_id)
+        return known
+
+    async def cancel(self, tenant: str, runpod_id: str) -> Reply | None:
+        """Like `ReplyTable.cancel`."""
+        await self.ready()
+        reply = self.table.cancel(tenant, runpod_id)
+        if reply is not None:
+            await self._note(tenant, runpod_id)
+        return reply
+
+    async def _note(self, tenant: str, runpod_id: str) -> None:
+        saved = self.table.saved(tenant, runpod_id)
+        if saved is None:
+            return
+        body = _SAVED.dump_json(saved).decode()
+        name = f"{PREFIX}{runpod_id}"
+        noted = NotedReply(tenant, name, body if len(body) <= NOTE_BYTES_MAX else None, _needed_until(saved))
+        try:
+            async with asyncio.timeout(NOTE_TIMEOUT_S):
+                await self._jobs.call(Jobs.note_replies, [noted])
+        except (JobError, TimeoutError) as error:
+            logger.warning("Job %s would be forgotten with this dispatcher (%s)", runpod_id, type(error).__name__)
+
+
+def _needed_until(saved: SavedReply) -> datetime:
+    return saved.expires_at if saved.seen is None else max(saved.expires_at, saved.seen.expires_at)

@@ -1,0 +1,135 @@
+"""Jobs without a record after the process that had their replies was lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from serve_app.dispatch import lasting_replies
+from serve_app.dispatch.lasting_replies import LastingReplies
+from serve_app.dispatch.replies import Fingerprint, Reply, ReplyTable
+from serve_app.errors import IdempotencyKeyReused
+from storage.async_jobs import AsyncJobs
+from storage.errors import RecordsUnavailable
+from storage.jobs_testing import JobsWorld
+from tests.storage.postgres import database
+
+KEYED = Fingerprint("key:k", "sha-1", 24 * 3600.0, named_by_client=True)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def world(tmp_path: Any, request: pytest.FixtureRequest) -> Iterator[JobsWorld]:
+    with database(request.param) as url:
+        world = JobsWorld(tmp_path, url=url)
+        yield world
+        world.close()
+
+
+async def fresh(world: JobsWorld) -> LastingReplies:
+    """As a new dispatcher begins."""
+    replies = LastingReplies(ReplyTable(world.clock), AsyncJobs(world.jobs))
+    await replies.restore()
+    return replies
+
+
+async def opened(replies: LastingReplies, name: str, *, fingerprint: Fingerprint | None = None, **named: Any) -> str:
+    options = {"kept_s": 1800.0, "owner": "ingress-1", "status": "IN_PROGRESS", **named}
+    return await replies.open("matt", name, fingerprint=fingerprint, **options)
+
+
+async def test_what_ended_is_told_by_the_next_one_for_as_long(world: JobsWorld) -> None:
+    first = await fresh(world)
+    for name in ("done", "failed", "cancelled"):
+        await opened(first, name)
+    await first.settle("matt", "done", output={"x": [1, None, "\u00e4"]})
+    await first.settle("matt", "failed", output={"error": "no"}, error="no")
+    await first.cancel("matt", "cancelled")
+    told = [first.table.get("matt", name) for name in ("done", "failed", "cancelled")]
+
+    second = await fresh(world)
+    assert [second.table.get("matt", name) for name in ("done", "failed", "cancelled")] == told
+    assert second.table.get("matt2", "done") is None
+    world.clock.advance(1801)
+    assert (await fresh(world)).table.get("matt", "done") is None
+
+
+async def test_what_is_under_way_ends_in_the_next_one_or_is_lost_with_its_process(world: JobsWorld) -> None:
+    first = await fresh(world)
+    await opened(first, "goes on")
+    await opened(first, "is lost", owner="ingress-2")
+    second = await fresh(world)
+    world.clock.advance(20)
+    second.table.hear_from("ingress-1")
+    world.clock.advance(20)
+    second.table.hear_from("ingress-1")
+    lost = second.table.get("matt", "is lost")
+    assert lost is not None
+    assert (lost.status, lost.is_interrupted) == ("FAILED", True)
+    assert await second.settle("matt", "goes on", output={"x": 1}) == "COMPLETED"
+
+
+async def test_a_clients_key_means_the_same_job_after_a_restart(world: JobsWorld) -> None:
+    first = await fresh(world)
+    assert await opened(first, "a", fingerprint=KEYED) == "a"
+    await first.settle("matt", "a", output={})
+    world.clock.advance(23 * 3600)
+    second = await fresh(world)
+    assert second.table.get("matt", "a") is None
+    assert await opened(second, "b", fingerprint=KEYED) == "a"
+    with pytest.raises(IdempotencyKeyReused):
+        await opened(second, "c", fingerprint=Fingerprint("key:k", "sha-2", 3600.0, named_by_client=True))
+
+
+async def test_a_job_that_a_record_takes_over_is_not_noted(world: JobsWorld) -> None:
+    first = await fresh(world)
+    await opened(first, "a", status="IN_QUEUE")
+    assert world.jobs.noted_replies(lasting_replies.PREFIX) == []
+    assert first.table.hand_over("matt", "a", to="a") is False
+
+
+async def test_results_that_are_files_are_not_kept_twice(world: JobsWorld) -> None:
+    first = await fresh(world)
+    await opened(first, "a")
+    await first.settle("matt", "a", output={"data": "x" * lasting_replies.NOTE_BYTES_MAX})
+    assert first.table.get("matt", "a") is not None
+    assert (await fresh(world)).table.get("matt", "a") is None
+
+
+async def test_where_the_records_do_not_answer_the_table_goes_on_alone(
+    world: JobsWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lasting_replies, "RESTORE_WAIT_S", 0.05)
+    monkeypatch.setattr(lasting_replies, "RESTORE_RETRY_S", 0.01)
+    earlier = await fresh(world)
+    await opened(earlier, "before")
+    await earlier.settle("matt", "before", output={"x": 1})
+    jobs = AsyncJobs(world.jobs)
+    call, is_away = jobs.call, True
+
+    async def asked(*args: Any, **kwargs: Any) -> Any:
+        if is_away:
+            raise RecordsUnavailable("test")
+        return await call(*args, **kwargs)
+
+    monkeypatch.setattr(jobs, "call", asked)
+    replies = LastingReplies(ReplyTable(world.clock), jobs)
+    restoring = asyncio.create_task(replies.restore())
+    assert await opened(replies, "a") == "a"
+    assert await replies.settle("matt", "a", output={"x": 2}) == "COMPLETED"
+    is_away = False
+    await restoring
+    found = [replies.table.get("matt", name) for name in ("before", "a")]
+    assert [reply and reply.output for reply in found] == [{"x": 1}, {"x": 2}]
+
+
+async def test_what_another_version_noted_is_left_out(world: JobsWorld) -> None:
+    first = await fresh(world)
+    await opened(first, "a")
+    [noted] = world.jobs.noted_replies(lasting_replies.PREFIX)
+    world.jobs.note_replies([type(noted)("matt", f"{lasting_replies.PREFIX}b", '{"odd": 1}', noted.expires_at)])
+    second = await fresh(world)
+    assert second.table.get("matt", "b") is None
+    assert second.table.get("matt", "a") == Reply("IN_PROGRESS", world.clock())
