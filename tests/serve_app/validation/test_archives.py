@@ -107,8 +107,19 @@ def test_a_file_over_its_own_cap_is_refused(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_more_entries_than_allowed_are_refused_before_they_are_listed(tmp_path: Path) -> None:
-    many = {f"{index}.txt": b"" for index in range(archives.ENTRIES_MAX + 1)}
-    assert "more than 1000" in refusal(zipped(tmp_path, many), tmp_path)
+    many = {f"{index}.txt": b"" for index in range(archives.FILES_MAX + 1)}
+    assert "more than 1000 files" in refusal(zipped(tmp_path, many), tmp_path)
+    entries = {f"__MACOSX/._{index}.txt": b"" for index in range(archives.ENTRIES_MAX + 1)}
+    assert "more than 4000 entries" in refusal(zipped(tmp_path, entries), tmp_path)
+
+
+def test_the_twins_that_a_mac_adds_do_not_count(tmp_path: Path) -> None:
+    files = {f"cats/{index}.txt": b"a cat" for index in range(archives.FILES_MAX)}
+    twins = {f"__MACOSX/cats/._{index}.txt": b"" for index in range(archives.FILES_MAX)}
+    folder = tmp_path / "out"
+    folder.mkdir()
+    unpacked = archives.unpack(zipped(tmp_path, files | twins), folder, "zip", bytes_max=10**6)
+    assert (len(unpacked.files), unpacked.problems) == (archives.FILES_MAX, [])
 
 
 def test_a_directory_larger_than_it_says_is_refused(tmp_path: Path) -> None:
@@ -116,7 +127,7 @@ def test_a_directory_larger_than_it_says_is_refused(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     struct.pack_into("<L", data, data.rfind(b"PK\x05\x06") + 12, 2**31)
     path.write_bytes(data)
-    assert "more than 1000" in refusal(path, tmp_path)
+    assert "more than 4000" in refusal(path, tmp_path)
 
 
 def test_encryption_and_other_compressions_are_refused_by_name(tmp_path: Path) -> None:
