@@ -22,6 +22,7 @@ from train_jobs.spec import MODEL_ALIAS_PATTERN, MODEL_ID_PATTERN, WANDB_NAME_PA
 Schema = Mapping[str, Any]
 Loc = tuple[int | str, ...]
 
+NAME_SHOWN_MAX = 100
 CODES = {"missing": "missing", "extra_forbidden": "unknown_key"}
 PATTERNS = {
     r"\S": "must not be blank",
@@ -64,10 +65,10 @@ def problems_in(found: Iterable[Mapping[str, Any]], schema: Schema) -> list[Prob
 
 
 def format_path(loc: Loc) -> str:
-    """`("datasets", 0, "repeats")` as `datasets[0].repeats`."""
+    """`("datasets", 0, "repeats")` as `datasets[0].repeats`; a name that nobody here gave may be of any length."""
     text = ""
     for part in loc:
-        text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else str(part))
+        text += f"[{part}]" if isinstance(part, int) else f"{'.' if text else ''}{part[:NAME_SHOWN_MAX]}"
     return text
 
 
@@ -117,7 +118,7 @@ def _words(error: Mapping[str, Any], place: Loc, node: Schema, parent: Schema) -
     if kind == "missing":
         return "is missing"
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(place[-1])[:100], sorted(parent.get("properties", {})), n=1)
+        near = difflib.get_close_matches(str(place[-1])[:NAME_SHOWN_MAX], sorted(parent.get("properties", {})), n=1)
         return "is not a field known here" + (f"; did you mean '{near[0]}'?" if near else "")
     if kind == "value_error":
         return str(error["msg"]).removeprefix("Value error, ")

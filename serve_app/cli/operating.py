@@ -11,7 +11,7 @@ from rich.text import Text
 
 from serve_app.cli import cluster
 from serve_app.cli.console import EXIT_FAILED, AsJson, connect, emit, err, out, reported
-from serve_app.cli.keys import keys_table
+from serve_app.cli.keys import print_keys
 from serve_app.settings import Settings
 from storage.breaker import BreakerMode
 
@@ -87,7 +87,7 @@ def list_keys(as_json: AsJson = False) -> None:
         found = client.get("/v1/keys")
         emit(as_json, {"keys": found["items"]})
         if not as_json:
-            out.print(keys_table(found["items"]))
+            print_keys(out, found["items"])
 
 
 @keys.command("revoke")

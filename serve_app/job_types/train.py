@@ -59,7 +59,8 @@ async def train(services: Services, context: JobContext, payload: dict[str, Any]
     request = parse_payload(TrainPayload, payload)
     if request.check:
         report = await services.validation.training_check(request.given)
-        return Finished(await _with_what_exists(services, context.tenant, report, frozenset(request.uploads)))
+        report = await _with_what_exists(services, context.tenant, report, frozenset(request.uploads))
+        return Finished({**report, "warnings": list(unknown_fields(request))})
     plan = await services.validation.training(request.given)
     plan = replace(plan, warnings=(*unknown_fields(request), *plan.warnings))
     return await queue_training(services, context, plan, waits=request.wait)

@@ -198,7 +198,7 @@ def _without_effect(payload: Mapping[str, Any]) -> tuple[str, ...]:
     """Warnings of the fields beside the config of a generation."""
     beside = [name for name, value in sorted(payload.items()) if name not in BESIDE_CONFIG and value is not None]
     known = [name for name in beside if name in GeneratePayload.model_fields]
-    warnings = [f"'{name}' was ignored: it goes with a prompt, not with a config" for name in known]
+    warnings = [f"'{name}' was ignored: it does not go with a config" for name in known]
     return (*warnings, *_ignored([name for name in beside if name not in known]))
 
 

@@ -41,13 +41,14 @@ def runpod(running: Running, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_python_client_streams_the_steps_and_then_the_pictures(runpod: Any) -> None:
-    job = runpod.Endpoint("local").run({**PICTURE, "num_inference_steps": 4, "wait": True})
+    job = runpod.Endpoint("local").run({**PICTURE, "num_inference_steps": 4, "wait": True, "stepz": 3})
     chunks = list(job.stream())
     steps = [chunk["step"] for chunk in chunks if chunk.get("stage") == "denoising"]
     assert steps == sorted(set(steps))
     assert steps[-1] == 4
     assert chunks[-1]["images"][0]["type"] == "redirect"
     assert job.output(timeout=30)["images"]
+    assert job.output(timeout=30)["warnings"] == ["Unknown field 'stepz' was ignored"]
 
 
 def test_the_python_client_cancels_work_and_purges_the_queue(runpod: Any, client: ApiClient) -> None:

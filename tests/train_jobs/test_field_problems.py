@@ -57,6 +57,7 @@ def test_missing_and_unknown_fields_have_codes_of_their_own():
         Problem("sample.previews[0].prompt", "is missing", "missing"),
     ]
     assert found(zzzzzzzz=1) == [Problem("zzzzzzzz", "is not a field known here", "unknown_key")]
+    assert [problem.path for problem in found(**{"z" * 500: 1})] == ["z" * 100]
 
 
 def test_a_wrong_item_does_not_make_its_list_too_short():

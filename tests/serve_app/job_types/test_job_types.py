@@ -242,7 +242,7 @@ async def test_what_stands_beside_a_generate_config_without_effect_is_told(serve
     }
     output = await done(server, {"type": "generate", "config": config, "width": 64, "wiat": True})
     assert output["warnings"] == [
-        "'width' was ignored: it goes with a prompt, not with a config",
+        "'width' was ignored: it does not go with a config",
         "Unknown field 'wiat' was ignored",
     ]
 
@@ -484,7 +484,9 @@ async def test_a_training_may_begin_from_an_adapter_of_the_older_layout(server: 
 
 
 async def test_a_checked_config_is_reported_key_by_key_and_starts_nothing(server: LocalServer) -> None:
-    report = await done(server, {"type": "train", "config": train_config("cats", do_cfg=True), "check": True})
+    asked = {"type": "train", "config": train_config("cats", do_cfg=True), "check": True, "upload": ["cats"]}
+    report = await done(server, asked)
+    assert report["warnings"] == ["Unknown field 'upload' was ignored"]
     verdicts = {key["path"]: key["verdict"] for key in report["keys"]}
     assert not report["accepted"]
     assert verdicts["config.process[0].train.do_cfg"] == "refused"
