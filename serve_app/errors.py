@@ -5,6 +5,8 @@
     +-- KeysNotAllowed          the key may not make or revoke keys
     +-- RouteNotFound           no such path
     +-- MethodNotAllowed        the path exists, the method does not
+    +-- OriginNotAllowed        a browser asks for a page of an origin that is not listed
+    +-- CorsMethodNotAllowed    a browser asks for a method that no route takes
     +-- BodyTooLarge            more bytes than the route takes
     +-- BodyInvalid             not the JSON object that the route takes
     +-- InvalidRequest          well-formed, but wrong; holds every problem found
@@ -70,6 +72,14 @@ class RouteNotFound(ServeError):
 
 class MethodNotAllowed(ServeError):
     code = "method_not_allowed"
+
+
+class OriginNotAllowed(ServeError):
+    code = "origin_not_allowed"
+
+
+class CorsMethodNotAllowed(ServeError):
+    code = "cors_method_not_allowed"
 
 
 class BodyTooLarge(ServeError):

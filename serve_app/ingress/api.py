@@ -9,12 +9,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.routing import Match
 
 from serve_app.errors import BodyInvalid, InvalidRequest, MethodNotAllowed, RouteNotFound, ServeError
 from serve_app.ingress.auth import KeyRing
+from serve_app.ingress.cors import Cors
 from serve_app.ingress.door import Door
 from serve_app.ingress.issued_keys import KnownKeys
 from serve_app.ingress.middleware import Authentication, BodyLimit, EdgeHeaders, Guard, request_id_of
@@ -31,9 +31,6 @@ from serve_app.job_types.context import Services
 from storage.jobs import Jobs
 from train_jobs.errors import Problem
 from train_jobs.spec_json import format_path
-
-ACCEPTED_HEADERS = ("Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "X-Request-ID", "traceparent")
-EXPOSED_HEADERS = ("X-Request-ID", "traceparent", "Retry-After", "Idempotent-Replayed", "X-Seed")
 
 
 def create_app(
@@ -76,7 +73,8 @@ def create_app(
         openapi_url=None,
         middleware=[
             Middleware(EdgeHeaders),
-            *_cors(cors_origins),
+            # In front of Guard, so that pages of these origins can read errors too.
+            *([Middleware(Cors, origins=tuple(cors_origins))] if cors_origins else []),
             Middleware(Guard),
             Middleware(Authentication, keys=keys),
             Middleware(RateLimit, gate=gate),
@@ -106,20 +104,6 @@ def create_app(
     app.include_router(reference_router(app))
     app.openapi = document(app)  # type: ignore[method-assign]
     return app
-
-
-def _cors(origins: Sequence[str]) -> list[Middleware]:
-    """In front of Guard, so that pages of these origins can read errors too. Nothing where no origin is named."""
-    if not origins:
-        return []
-    cors = Middleware(
-        CORSMiddleware,
-        allow_origins=list(origins),
-        allow_methods=["GET", "POST", "DELETE"],
-        allow_headers=ACCEPTED_HEADERS,
-        expose_headers=EXPOSED_HEADERS,
-    )
-    return [cors]
 
 
 async def _routing_error(request: Request, error: Exception) -> Response:

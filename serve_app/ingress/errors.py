@@ -81,6 +81,10 @@ TABLE: dict[type[BaseException], Row] = {
     s.KeysNotAllowed: Row(403, "Keys are made and revoked with the instance's own key only."),
     s.RouteNotFound: Row(404, "There is nothing at this path."),
     s.MethodNotAllowed: Row(405, "This path does not take this method."),
+    s.OriginNotAllowed: Row(
+        403, "Pages of this origin may not call this server: it is not in its setting cors_origins."
+    ),
+    s.CorsMethodNotAllowed: Row(400, "Pages may call this server with GET, POST and DELETE only."),
     s.BodyTooLarge: Row(413, _too_large),
     s.BodyInvalid: Row(400, lambda e: f"Invalid request: {e.reason}"),
     s.InvalidRequest: Row(400, _validation),

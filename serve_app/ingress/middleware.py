@@ -1,9 +1,9 @@
 """What happens to every request before a route sees it, as plain ASGI layers.
 
-Outermost first: EdgeHeaders -> Guard -> Authentication -> RateLimit (`serve_app.ingress.rate_limits`) -> BodyLimit ->
-ShortWays (`serve_app.ingress.short_ways`) -> routes. `proxy_middlewares` puts EdgeHeaders in front of Serve's own
-proxy too, because the proxy obeys the two headers that clients must not set before any replica sees the request, and
-ProxyErrors. Serve's environment must have
+Outermost first: EdgeHeaders -> Cors (`serve_app.ingress.cors`, where origins are named) -> Guard -> Authentication ->
+RateLimit (`serve_app.ingress.rate_limits`) -> BodyLimit -> ShortWays (`serve_app.ingress.short_ways`) -> routes.
+`proxy_middlewares` puts EdgeHeaders in front of Serve's own proxy too, because the proxy obeys the two headers that
+clients must not set before any replica sees the request, and ProxyErrors. Serve's environment must have
 RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.ingress.middleware:proxy_middlewares when it starts.
 """
 
@@ -208,8 +208,8 @@ class BodyLimit:
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """What Serve's proxy puts in front of itself; see the module's text."""
-    return [Middleware(EdgeHeaders), Middleware(ProxyErrors)]
+    """What Serve's proxy puts in front of itself, innermost first, as Serve takes them; see the module's text."""
+    return [Middleware(ProxyErrors), Middleware(EdgeHeaders)]
 
 
 def request_id_of(scope: Scope) -> str:

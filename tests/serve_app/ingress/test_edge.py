@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+from ray.serve._private.http_util import _apply_middlewares
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -85,7 +86,7 @@ async def test_a_trace_parent_comes_back_when_it_is_one(server: LocalServer) -> 
 
 
 def test_the_proxy_gets_the_same_edge() -> None:
-    assert [middleware.cls for middleware in proxy_middlewares()] == [EdgeHeaders, ProxyErrors]
+    assert [middleware.cls for middleware in proxy_middlewares()] == [ProxyErrors, EdgeHeaders]
 
 
 def proxy_that_sends(*messages: Message) -> ASGIApp:
@@ -93,9 +94,9 @@ def proxy_that_sends(*messages: Message) -> ASGIApp:
         for message in messages:
             await send(message)
 
-    for middleware in reversed(proxy_middlewares()):
-        app = middleware.cls(app)
-    return app
+    # In the order in which Serve itself puts them around its proxy.
+    wrapped: ASGIApp = _apply_middlewares(app, proxy_middlewares())
+    return wrapped
 
 
 def sent(status: int, content_type: bytes, body: bytes) -> list[Message]:
