@@ -24,7 +24,18 @@ DESCRIPTION = (
     "for people who start here, `/v2/{endpoint_id}` for clients of RunPod's serverless API, and single routes that "
     "speak OpenAI's and Hugging Face's image calls."
 )
-TAGS = ("trainings", "generations", "datasets", "loras", "keys", "openai", "huggingface", "runpod", "server")
+TAGS = (
+    "trainings",
+    "generations",
+    "datasets",
+    "loras",
+    "keys",
+    "webhooks",
+    "openai",
+    "huggingface",
+    "runpod",
+    "server",
+)
 KEYS_PATH = "/v1/keys"
 METHODS = frozenset({"get", "post", "delete", "put", "patch"})
 ALWAYS = (400, 401, 404, 413, 429, 500, 502, 503, 504)
