@@ -129,6 +129,21 @@ async def test_a_body_of_ten_megabytes_reaches_the_data_sets_and_no_route_beside
         assert (await http.post("/v1/datasets", content=large)).status_code == 400
 
 
+async def test_an_upload_beside_the_request_has_the_limits_of_what_is_checked_at_its_end(server: LocalServer) -> None:
+    async with server.client() as http:
+        for name, size_bytes, status in (
+            ("1.png", 100 * 2**20, 201),
+            ("1.png", 100 * 2**20 + 1, 400),
+            ("1.zip", 500 * 2**20, 201),
+            ("1.zip", 500 * 2**20 + 1, 400),
+        ):
+            file = {"filename": name, "size_bytes": size_bytes}
+            reply = await http.post("/v1/uploads", json={"name": "cats", "files": [file]})
+            assert reply.status_code == status, (name, size_bytes)
+            if status == 400:
+                assert [problem["path"] for problem in reply.json()["validation_errors"]] == ["files[0].size_bytes"]
+
+
 async def test_an_upload_beside_the_request_is_a_data_set_once_it_is_finished(server: LocalServer) -> None:
     data = b64decode(PICTURE["content"])
     async with server.client() as http, server.client(OTHER_KEY) as stranger:
