@@ -40,6 +40,9 @@ MODEL = f"{MODEL_ALIAS_PATTERN}|{MODEL_ID_PATTERN}"
 """The pattern of a model's name here, or of a Hugging Face id."""
 PICTURE = "Base64, a data URL, an https URL, or the key of one of your files (`s3_key`)."
 
+TINY_PNG = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEUlEQVR42mP8z4AdMDEMKQkAzUEBD7t4NqoAAAAASUVORK5CYII="
+"""A red picture of 8 x 8 pixels in base64, for examples."""
+
 # A number that is written with a point or an exponent, and may be a whole one.
 _WHOLE = re.compile(rb"[\s:,\[]-?\d[\d.]*(?:\.0|[eE])")
 _DATASET_FILES, _UPLOAD_FILES = _ending_in(EXTENSIONS), _ending_in((*EXTENSIONS, ZIP))
@@ -197,7 +200,7 @@ class DatasetCreate(Body):
                     "name": "zib",
                     "trigger_word": "zib",
                     "files": [
-                        {"filename": "1.png", "content": "iVBORw0KGgo..."},
+                        {"filename": "1.png", "content": TINY_PNG},
                         {"filename": "1.txt", "content": "YSB6aWI="},
                     ],
                 }
