@@ -87,11 +87,13 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
 
+    @app.head("/livez", include_in_schema=False)
     @app.get("/livez", tags=["server"])
     async def livez() -> Response:
         """This process answers. Touches nothing else."""
         return PlainJson({"alive": True})
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", tags=["server"])
     async def readyz() -> JSONResponse:
         """Whether a request can be served now: storage and its breaker, job records, replicas, a GPU, disk."""
@@ -120,7 +122,7 @@ async def _routing_error(request: Request, error: Exception) -> Response:
 def allowed_methods(request: Request) -> list[str]:
     """The methods of every route at this path; the router itself names only the first one's."""
     found: set[str] = set()
-    for method in ("GET", "POST", "DELETE"):
+    for method in ("GET", "HEAD", "POST", "DELETE"):
         scope = {**request.scope, "method": method}
         if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes):
             found.add(method)

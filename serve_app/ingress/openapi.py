@@ -40,7 +40,7 @@ KEYS_PATH = "/v1/keys"
 METHODS = frozenset({"get", "post", "delete", "put", "patch"})
 ALWAYS = (400, 401, 404, 413, 429, 500, 502, 503, 504)
 ON_WRITES = (409, 422)
-WITH_RETRY_AFTER = frozenset({429, 503})
+WITH_RETRY_AFTER = frozenset({409, 429, 503})
 TITLES = {
     400: "The request is wrong; every problem is named.",
     401: "No valid key.",
@@ -243,7 +243,12 @@ def _error(path: str, status: int) -> dict[str, Any]:
         schema, media = "RunpodError", "application/json"
     reply = _reply(TITLES[status], schema, media)
     if status in WITH_RETRY_AFTER:
-        reply["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
+        reply["headers"] = {
+            "Retry-After": {
+                "description": "Seconds; there where asking again may help.",
+                "schema": {"type": "integer", "minimum": 1},
+            }
+        }
     return reply
 
 

@@ -149,6 +149,17 @@ async def test_another_method_is_told_which_ones_there_are(server: LocalServer) 
     assert (reply.status_code, reply.headers["allow"]) == (405, "GET, POST")
 
 
+async def test_a_load_balancer_may_probe_with_head(server: LocalServer) -> None:
+    async with server.client(key=None) as http:
+        assert (await http.head("/livez")).status_code == 200
+        assert (await http.head("/readyz")).status_code == 401
+    async with server.client() as http:
+        assert (await http.head("/readyz")).status_code == 200
+        assert (await http.put("/livez")).headers["allow"] == "GET, HEAD"
+        server.inference.healthy = False
+        assert (await http.head("/readyz")).status_code == 503
+
+
 async def test_readiness_names_each_part(server: LocalServer) -> None:
     async with server.client() as http:
         ready = (await http.get("/readyz")).json()

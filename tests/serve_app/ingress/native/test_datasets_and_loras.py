@@ -199,6 +199,39 @@ async def test_an_imported_adapter_can_be_drawn_with(server: LocalServer) -> Non
         assert gone.json()["code"] == "lora_not_usable"
 
 
+async def test_pages_of_adapters_have_no_more_than_was_asked_for_and_lead_to_all(
+    server: LocalServer, world: JobsWorld
+) -> None:
+    expected = []
+    for number in range(2):
+        trained(world, keys_of(TENANT).lora_file("train_0123456789ab", f"{number}.safetensors"))
+        world.clock.advance(1)
+    async with server.client() as http:
+        expected = [item["id"] for item in (await http.get("/v1/loras")).json()["items"]]
+        for _ in range(3):
+            expected.insert(0, (await import_lora(server, http, lora_bytes())).json()["id"])
+            world.clock.advance(1)
+        assert [item["id"] for item in (await http.get("/v1/loras")).json()["items"]] == expected
+        for limit in range(1, 6):
+            seen, cursor = [], None
+            while True:
+                params = {"limit": limit} | ({} if cursor is None else {"cursor": cursor})
+                page = (await http.get("/v1/loras", params=params)).json()
+                assert len(page["items"]) <= limit
+                seen += [item["id"] for item in page["items"]]
+                cursor = page["next_cursor"]
+                if cursor is None:
+                    break
+            assert seen == expected, limit
+
+
+@pytest.mark.parametrize("cursor", ["import.", "import.x", "import.eCB5", "import.ä", "x"])
+async def test_a_cursor_that_this_server_did_not_give_is_refused(server: LocalServer, cursor: str) -> None:
+    async with server.client() as http:
+        reply = await http.get("/v1/loras", params={"cursor": cursor})
+    assert (reply.status_code, reply.json()["code"]) == (400, "invalid_cursor")
+
+
 async def test_an_adapter_of_another_tenant_does_not_exist(server: LocalServer, world: JobsWorld) -> None:
     key = keys_of(TENANT).lora_file("train_0123456789ab", "mine.safetensors")
     training = trained(world, key)
