@@ -17,6 +17,7 @@
     +-- ProcessNotFound         unknown or another tenant's process
     +-- ProcessNotCancellable   unknown, another tenant's or already ended
     +-- ProcessNotCompleted     its files do not exist yet
+    +-- ProcessFilesDeleted     it has completed, and its files were deleted
     +-- TrainingNotEnded        what has not ended cannot be continued by another
     +-- LoraNotUsable           the request names an adapter that cannot be applied
     +-- LoraFileInvalid         an imported adapter's file is not one
@@ -85,9 +86,11 @@ class CorsMethodNotAllowed(ServeError):
 class BodyTooLarge(ServeError):
     code = "body_too_large"
 
-    def __init__(self, limit_bytes: int) -> None:
-        super().__init__(limit_bytes)
+    def __init__(self, limit_bytes: int, way_out: str) -> None:
+        """`way_out`: what takes large files where this request went."""
+        super().__init__(limit_bytes, way_out)
         self.limit_bytes = limit_bytes
+        self.way_out = way_out
 
 
 class BodyInvalid(ServeError):
@@ -142,6 +145,10 @@ class ProcessNotCancellable(ServeError):
 
 class ProcessNotCompleted(ServeError):
     code = "process_not_completed"
+
+
+class ProcessFilesDeleted(ServeError):
+    code = "process_files_deleted"
 
 
 class UploadNotFound(ServeError):

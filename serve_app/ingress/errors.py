@@ -70,7 +70,7 @@ def _validation(error: Any) -> str:
 def _too_large(error: s.BodyTooLarge) -> str:
     return (
         f"The request is over {error.limit_bytes / MIB:g} MB. Send large files by presigned upload "
-        "(create_upload) and refer to them."
+        f"({error.way_out}) and refer to them."
     )
 
 
@@ -96,6 +96,7 @@ TABLE: dict[type[BaseException], Row] = {
     s.ProcessNotFound: Row(404, "Process not found"),
     s.ProcessNotCancellable: Row(409, "Process not found or cannot be cancelled"),
     s.ProcessNotCompleted: Row(409, "Process not completed"),
+    s.ProcessFilesDeleted: Row(410, "The process has completed, but its files were deleted."),
     s.UploadNotFound: Row(404, "There is no such upload, or it was created too long ago."),
     s.LoraNotUsable: Row(400, lambda e: f"LoRA '{e.name}' cannot be used: {e.reason}"),
     s.LoraFileInvalid: Row(400, lambda e: f"The file cannot be taken as a LoRA: {e.reason}"),

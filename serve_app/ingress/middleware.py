@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.errors import BodyTooLarge, ServiceUnavailable
 from serve_app.ingress.auth import KeyRing
 from serve_app.ingress.errors import INTERNAL, describe, where_raised
-from serve_app.ingress.replies import error_response
+from serve_app.ingress.replies import RUNPOD_PATH_PREFIX, error_response
 from serve_app.settings import RequestLimits
 
 logger = logging.getLogger(__name__)
@@ -179,9 +179,10 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         limit_bytes = self._limit_bytes(scope["path"])
+        way_out = "create_upload" if scope["path"].startswith(RUNPOD_PATH_PREFIX) else "POST /v1/uploads"
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > limit_bytes:
-            raise BodyTooLarge(limit_bytes)
+            raise BodyTooLarge(limit_bytes, way_out)
         seen_bytes = 0
 
         async def counted_receive() -> Message:
@@ -190,7 +191,7 @@ class BodyLimit:
             if message["type"] == "http.request":
                 seen_bytes += len(message.get("body", b""))
                 if seen_bytes > limit_bytes:
-                    raise BodyTooLarge(limit_bytes)
+                    raise BodyTooLarge(limit_bytes, way_out)
             return message
 
         await self._app(scope, counted_receive, send)

@@ -67,17 +67,24 @@ ERROR_SCHEMAS: dict[str, Any] = {
     "Problem": {
         "type": "object",
         "description": "RFC 9457. `code` is stable.",
-        "required": ["type", "title", "code", "request_id"],
+        "required": ["type", "title", "detail", "code", "request_id"],
         "properties": {
             "type": {"type": "string"},
-            "title": {"type": "string"},
+            "title": {"type": "string", "description": "The phrase of the HTTP status."},
+            "detail": {"type": "string", "description": "What went wrong here, and what to change."},
             "code": {"type": "string", "enum": sorted({str(getattr(cls, "code", "internal_error")) for cls in TABLE})},
             "request_id": {"type": "string"},
             "timeout": {"type": "boolean"},
             "validation_errors": _VALIDATION_ERRORS,
         },
         "examples": [
-            {"type": "about:blank", "title": "job not found", "code": "job_not_found", "request_id": "5f0c6a1e"}
+            {
+                "type": "about:blank",
+                "title": "Not Found",
+                "detail": "job not found",
+                "code": "job_not_found",
+                "request_id": "5f0c6a1e",
+            }
         ],
     },
     "RunpodError": {

@@ -164,22 +164,21 @@ def _schema(name: str, one: _Input, helpers: dict[str, Any]) -> dict[str, Any]:
     read: dict[str, Any] = {} if one.model is None else one.model.model_json_schema(ref_template=REFERENCES)
     helpers |= read.get("$defs", {})
     required = [*read.get("required", []), *([] if one.model is GeneratePayload else ["type"])]
-    schema = {
+    fields = {**read.get("properties", {}), "type": {"type": "string", "enum": list(one.types)}}
+    if one.model is GeneratePayload:
+        fields |= _bounded(fields) | _loras(fields)
+    if name == "RunpodGenerateConfigInput":
+        fields |= _CONFIG | {"wait": {"type": ["boolean", "null"]}}
+    return {
         "type": "object",
         "title": name,
         "description": one.description,
         "required": required,
-        "properties": {**read.get("properties", {}), "type": {"type": "string", "enum": list(one.types)}},
+        "properties": fields,
+        **({"oneOf": _HAS_CONFIG} if _CONFIG.keys() <= fields.keys() else {}),
         "additionalProperties": True,
         "examples": [_example(one)],
     }
-    if one.model is GeneratePayload:
-        schema["properties"] |= _bounded(schema["properties"]) | _loras(schema["properties"])
-    if name == "RunpodGenerateConfigInput":
-        schema["properties"] |= _CONFIG | {"wait": {"type": ["boolean", "null"]}}
-    if _CONFIG.keys() <= schema["properties"].keys():
-        schema["oneOf"] = _HAS_CONFIG
-    return schema
 
 
 def _loras(properties: dict[str, Any]) -> dict[str, Any]:

@@ -152,6 +152,24 @@ async def test_a_body_over_the_limit_is_413_and_names_the_way_out(
         assert "presigned upload" in reply.json()["error"]
 
 
+@pytest.mark.parametrize(
+    ("path", "way_out"),
+    [
+        ("/v2/ep/run", "(create_upload)"),
+        ("/v1/datasets", "(POST /v1/uploads)"),
+        ("/v1/images/generations", "(POST /v1/uploads)"),
+        ("/v1/hf/tiny", "(POST /v1/uploads)"),
+    ],
+)
+async def test_a_body_over_the_limit_is_told_the_way_out_of_its_surface(
+    world: JobsWorld, path: str, way_out: str
+) -> None:
+    limits = RequestLimits(run_body_bytes_max=10, runsync_body_bytes_max=10, other_body_bytes_max=10)
+    async with local_server(world.jobs, world.clock, limits).client() as http:
+        reply = await http.post(path, content=b"x" * 11)
+    assert (reply.status_code, way_out in reply.text) == (413, True)
+
+
 def test_the_limits_are_runpods() -> None:
     limits = RequestLimits()
     assert (limits.run_body_bytes_max, limits.runsync_body_bytes_max) == (10 * 2**20, 20 * 2**20)
