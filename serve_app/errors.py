@@ -5,6 +5,8 @@
     +-- KeysNotAllowed          the key may not make or revoke keys
     +-- RouteNotFound           no such path
     +-- MethodNotAllowed        the path exists, the method does not
+    +-- OriginNotAllowed        a browser asks for a page of an origin that is not listed
+    +-- CorsMethodNotAllowed    a browser asks for a method that no route takes
     +-- BodyTooLarge            more bytes than the route takes
     +-- BodyInvalid             not the JSON object that the route takes
     +-- InvalidRequest          well-formed, but wrong; holds every problem found
@@ -15,6 +17,7 @@
     +-- ProcessNotFound         unknown or another tenant's process
     +-- ProcessNotCancellable   unknown, another tenant's or already ended
     +-- ProcessNotCompleted     its files do not exist yet
+    +-- ProcessFilesDeleted     it has completed, and its files were deleted
     +-- TrainingNotEnded        what has not ended cannot be continued by another
     +-- LoraNotUsable           the request names an adapter that cannot be applied
     +-- LoraFileInvalid         an imported adapter's file is not one
@@ -72,12 +75,22 @@ class MethodNotAllowed(ServeError):
     code = "method_not_allowed"
 
 
+class OriginNotAllowed(ServeError):
+    code = "origin_not_allowed"
+
+
+class CorsMethodNotAllowed(ServeError):
+    code = "cors_method_not_allowed"
+
+
 class BodyTooLarge(ServeError):
     code = "body_too_large"
 
-    def __init__(self, limit_bytes: int) -> None:
-        super().__init__(limit_bytes)
+    def __init__(self, limit_bytes: int, way_out: str) -> None:
+        """`way_out`: what takes large files where this request went."""
+        super().__init__(limit_bytes, way_out)
         self.limit_bytes = limit_bytes
+        self.way_out = way_out
 
 
 class BodyInvalid(ServeError):
@@ -136,6 +149,10 @@ class ProcessNotCancellable(ServeError):
 
 class ProcessNotCompleted(ServeError):
     code = "process_not_completed"
+
+
+class ProcessFilesDeleted(ServeError):
+    code = "process_files_deleted"
 
 
 class UploadNotFound(ServeError):

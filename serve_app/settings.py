@@ -6,7 +6,6 @@ Precedence: constructor arguments, then the environment (``RAYLORA_<FIELD>``), t
 
 from __future__ import annotations
 
-import base64
 import os
 import tomllib
 from importlib.util import find_spec
@@ -23,6 +22,8 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from serve_app.webhook_secrets import MARK as WEBHOOK_MARK
+from serve_app.webhook_secrets import WebhookSecrets, decoded
 from storage.jobs_config import JobsConfig
 from storage.settings import BreakerSettings, RecordsSettings, S3Settings, SweepSettings
 
@@ -32,7 +33,6 @@ TENANT_KEY_LENGTH_MIN = 16
 TINY_MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny" / "model"
 MIB = 1024 * 1024
 TRAINING_WORKERS_MAX = 16
-WEBHOOK_KEY_MARK = "whsec_"
 Rounded = Literal["float8", "int8", "nf4"]
 
 
@@ -67,7 +67,10 @@ class RequestLimits(BaseModel):
 
 
 class WebhookSettings(BaseModel):
-    """`secret`: "whsec_" and base64, as receivers configure it; None: the bytes of the API key sign.
+    """`secret`: of the webhooks of `default_tenant`, "whsec_" and base64, as receivers configure it.
+
+    Without it, and for every other tenant in any case, secrets are derived from the instance's API key
+    (`serve_app.webhook_secrets`).
 
     `any_address` also allows http and private addresses, for installations whose receivers are beside them; it holds
     for files that an upload names by URL too.
@@ -83,8 +86,8 @@ class WebhookSettings(BaseModel):
     @classmethod
     def _is_a_secret(cls, value: SecretStr | None) -> SecretStr | None:
         text = "" if value is None else value.get_secret_value()
-        if value is not None and not (text.startswith(WEBHOOK_KEY_MARK) and _decoded(text)):
-            raise ValueError(f"must be {WEBHOOK_KEY_MARK} followed by base64")
+        if value is not None and not (text.startswith(WEBHOOK_MARK) and decoded(text)):
+            raise ValueError(f"must be {WEBHOOK_MARK} followed by base64")
         return value
 
 
@@ -319,13 +322,13 @@ class Settings(BaseSettings):
     def records(self) -> RecordsSettings:
         return RecordsSettings(url=self.records_url or f"sqlite:///{self.home / 'records.db'}")
 
-    def webhook_secret(self) -> bytes:
-        """The bytes that webhooks are signed with. Raises SettingsIncomplete where there is no API key either."""
-        if self.webhooks.secret is not None:
-            return _decoded(self.webhooks.secret.get_secret_value())
+    def webhook_secrets(self) -> WebhookSecrets:
+        """What webhooks are signed with. Raises SettingsIncomplete where there is no API key to derive it from."""
         if self.api_key is None:
             raise SettingsIncomplete("api_key is not set")
-        return self.api_key.get_secret_value().encode()
+        set_one = self.webhooks.secret
+        given = {} if set_one is None else {self.default_tenant: decoded(set_one.get_secret_value())}
+        return WebhookSecrets(self.api_key.get_secret_value().encode(), given)
 
     def jobs_config(self) -> JobsConfig:
         """What the jobs actor starts with. Raises SettingsIncomplete like ``s3``."""
@@ -340,14 +343,6 @@ class Settings(BaseSettings):
             wandb_api_key=self.wandb_api_key,
             reads_older=self.default_tenant,
         )
-
-
-def _decoded(secret: str) -> bytes:
-    """The bytes of a webhook secret, empty where it is not one."""
-    try:
-        return base64.b64decode(secret.removeprefix(WEBHOOK_KEY_MARK), validate=True)
-    except ValueError:
-        return b""
 
 
 def _file_source(settings_cls: type[BaseSettings]) -> tuple[PydanticBaseSettingsSource, ...]:

@@ -35,6 +35,7 @@ from serve_app.outbound import Outbound
 from serve_app.settings import RequestLimits
 from serve_app.validation.service import ValidationService
 from serve_app.validation.validator import Validator
+from serve_app.webhook_secrets import WebhookSecrets
 from storage.async_jobs import AsyncJobs, AsyncJobsApi
 from storage.jobs import Jobs
 from storage.keys import Keys
@@ -240,6 +241,7 @@ def local_server(jobs: Jobs, clock: Clock, limits: RequestLimits | None = None, 
         "worker_id": "worker-1",
         "environment": {"server": "test"},
         "models": MODELS,
+        "webhook_secrets": WebhookSecrets(b"key of the instance"),
         "limits": limits or RequestLimits(),
         "reads_older": TENANT,
     }

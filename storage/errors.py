@@ -205,6 +205,8 @@ class IdempotencyConflict(JobError):
 
 class IdempotencyInFlight(JobError):
     code = "idempotency_in_flight"
+    # Most first requests end within it; one that does not is asked for again.
+    retry_after_s: ClassVar[float] = 1.0
 
     def __init__(self, key: str) -> None:
         super().__init__("a request with this idempotency key is in flight", key)

@@ -113,7 +113,7 @@ async def list_imported(store: ObjectStore, keys: Keys) -> list[ImportedLora]:
         lora_id, _, name = info.key.removeprefix(prefix).partition("/")
         if name == MANIFEST_NAME:
             found.append(await read_imported(store, keys, lora_id))
-    return sorted(found, key=lambda lora: lora.created_at, reverse=True)
+    return sorted(found, key=lambda lora: (lora.created_at, lora.id), reverse=True)
 
 
 async def delete_imported(store: ObjectStore, keys: Keys, lora_id: str) -> None:

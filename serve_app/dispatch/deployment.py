@@ -43,7 +43,7 @@ class Dispatcher:
             JobsClient(),
             Presenter(store, _now, s3.bucket, s3.prefix, settings.limits),
             self._outbound,
-            secret=settings.webhook_secret(),
+            secrets=settings.webhook_secrets(),
         )
         # Serve runs constructors on the replica's event loop.
         loop = asyncio.get_running_loop()

@@ -20,6 +20,7 @@ from serve_app.errors import AddressRefused, OutboundFailed
 from serve_app.ingress.runpod_status import status_object
 from serve_app.job_types.results import Presenting
 from serve_app.outbound import Outbound
+from serve_app.webhook_secrets import WebhookSecrets
 from storage.errors import JobError, StorageError
 from storage.webhook_record import Webhook
 
@@ -27,22 +28,20 @@ logger = logging.getLogger(__name__)
 
 
 class WebhookSender:
-    """`secret`: the bytes that signatures are made with."""
-
     def __init__(
         self,
         jobs: JobsApi,
         presenting: Presenting,
         outbound: Outbound,
         *,
-        secret: bytes,
+        secrets: WebhookSecrets,
         poll_s: float = 1.0,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
         self._jobs = jobs
         self._presenting = presenting
         self._outbound = outbound
-        self._signer = Signer(secret)
+        self._secrets = secrets
         self._poll_s = poll_s
         self._sleep = sleep
 
@@ -96,7 +95,7 @@ class WebhookSender:
             "User-Agent": "raylora",
             "webhook-id": webhook.message_id,
             "webhook-timestamp": str(int(now.timestamp())),
-            "webhook-signature": self._signer.sign(webhook.message_id, now, body),
+            "webhook-signature": Signer(self._secrets.of(webhook.tenant)).sign(webhook.message_id, now, body),
         }
 
 

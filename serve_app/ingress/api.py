@@ -12,12 +12,12 @@ from fastapi.routing import APIRoute
 from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.routing import Match
 
 from serve_app.errors import BodyInvalid, InvalidRequest, MethodNotAllowed, RouteNotFound, ServeError
 from serve_app.ingress.auth import KeyRing
+from serve_app.ingress.cors import Cors
 from serve_app.ingress.door import Door
 from serve_app.ingress.issued_keys import KnownKeys
 from serve_app.ingress.middleware import Authentication, BodyLimit, EdgeHeaders, Guard, request_id_of
@@ -33,9 +33,6 @@ from serve_app.ingress.short_ways import OftenCalled, ShortWays
 from serve_app.job_types.context import Services
 from storage.jobs import Jobs
 from train_jobs.field_problems import problems_in
-
-ACCEPTED_HEADERS = ("Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "X-Request-ID", "traceparent")
-EXPOSED_HEADERS = ("X-Request-ID", "traceparent", "Retry-After", "Idempotent-Replayed", "X-Seed")
 
 
 def create_app(
@@ -78,7 +75,8 @@ def create_app(
         openapi_url=None,
         middleware=[
             Middleware(EdgeHeaders),
-            *_cors(cors_origins),
+            # In front of Guard, so that pages of these origins can read errors too.
+            *([Middleware(Cors, origins=tuple(cors_origins))] if cors_origins else []),
             Middleware(Guard),
             Middleware(Authentication, keys=keys),
             Middleware(RateLimit, gate=gate),
@@ -91,11 +89,13 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
 
+    @app.head("/livez", include_in_schema=False)
     @app.get("/livez", tags=["server"])
     async def livez() -> Response:
         """This process answers. Touches nothing else."""
         return PlainJson({"alive": True})
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", tags=["server"])
     async def readyz() -> JSONResponse:
         """Whether a request can be served now: storage and its breaker, job records, replicas, a GPU, disk."""
@@ -108,20 +108,6 @@ def create_app(
     app.include_router(reference_router(app))
     app.openapi = document(app)  # type: ignore[method-assign]
     return app
-
-
-def _cors(origins: Sequence[str]) -> list[Middleware]:
-    """In front of Guard, so that pages of these origins can read errors too. Nothing where no origin is named."""
-    if not origins:
-        return []
-    cors = Middleware(
-        CORSMiddleware,
-        allow_origins=list(origins),
-        allow_methods=["GET", "POST", "DELETE"],
-        allow_headers=ACCEPTED_HEADERS,
-        expose_headers=EXPOSED_HEADERS,
-    )
-    return [cors]
 
 
 async def _routing_error(request: Request, error: Exception) -> Response:
@@ -138,7 +124,7 @@ async def _routing_error(request: Request, error: Exception) -> Response:
 def allowed_methods(request: Request) -> list[str]:
     """The methods of every route at this path; the router itself names only the first one's."""
     found: set[str] = set()
-    for method in ("GET", "POST", "DELETE"):
+    for method in ("GET", "HEAD", "POST", "DELETE"):
         scope = {**request.scope, "method": method}
         if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes):
             found.add(method)

@@ -82,6 +82,7 @@ class Ingress:
             rate_limits=settings.rate_limits,
             ingress_replicas=settings.ingress_replicas,
             webhooks=settings.webhooks,
+            webhook_secrets=settings.webhook_secrets(),
             reads_older=settings.default_tenant,
         )
         self._door = None if door is None else _door(door)

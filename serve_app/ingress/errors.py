@@ -70,7 +70,7 @@ def _validation(error: Any) -> str:
 def _too_large(error: s.BodyTooLarge) -> str:
     return (
         f"The request is over {error.limit_bytes / MIB:g} MB. Send large files by presigned upload "
-        "(create_upload) and refer to them."
+        f"({error.way_out}) and refer to them."
     )
 
 
@@ -81,6 +81,10 @@ TABLE: dict[type[BaseException], Row] = {
     s.KeysNotAllowed: Row(403, "Keys are made and revoked with the instance's own key only."),
     s.RouteNotFound: Row(404, "There is nothing at this path."),
     s.MethodNotAllowed: Row(405, "This path does not take this method."),
+    s.OriginNotAllowed: Row(
+        403, "Pages of this origin may not call this server: it is not in its setting cors_origins."
+    ),
+    s.CorsMethodNotAllowed: Row(400, "Pages may call this server with GET, POST and DELETE only."),
     s.BodyTooLarge: Row(413, _too_large),
     s.BodyInvalid: Row(400, lambda e: f"Invalid request: {e.reason}"),
     s.InvalidRequest: Row(400, _validation),
@@ -93,6 +97,7 @@ TABLE: dict[type[BaseException], Row] = {
     s.ProcessNotFound: Row(404, "Process not found"),
     s.ProcessNotCancellable: Row(409, "Process not found or cannot be cancelled"),
     s.ProcessNotCompleted: Row(409, "Process not completed"),
+    s.ProcessFilesDeleted: Row(410, "The process has completed, but its files were deleted."),
     s.UploadNotFound: Row(404, "There is no such upload, or it was created too long ago."),
     s.LoraNotUsable: Row(400, lambda e: f"LoRA '{e.name}' cannot be used: {e.reason}"),
     s.LoraFileInvalid: Row(400, lambda e: f"The file cannot be taken as a LoRA: {e.reason}"),

@@ -1,9 +1,9 @@
 """What happens to every request before a route sees it, as plain ASGI layers.
 
-Outermost first: EdgeHeaders -> Guard -> Authentication -> RateLimit (`serve_app.ingress.rate_limits`) -> BodyLimit ->
-ShortWays (`serve_app.ingress.short_ways`) -> routes. `proxy_middlewares` puts EdgeHeaders in front of Serve's own
-proxy too, because the proxy obeys the two headers that clients must not set before any replica sees the request, and
-ProxyErrors. Serve's environment must have
+Outermost first: EdgeHeaders -> Cors (`serve_app.ingress.cors`, where origins are named) -> Guard -> Authentication ->
+RateLimit (`serve_app.ingress.rate_limits`) -> BodyLimit -> ShortWays (`serve_app.ingress.short_ways`) -> routes.
+`proxy_middlewares` puts EdgeHeaders in front of Serve's own proxy too, because the proxy obeys the two headers that
+clients must not set before any replica sees the request, and ProxyErrors. Serve's environment must have
 RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.ingress.middleware:proxy_middlewares when it starts.
 """
 
@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.errors import BodyTooLarge, ServiceUnavailable
 from serve_app.ingress.auth import KeyRing
 from serve_app.ingress.errors import INTERNAL, describe, where_raised
-from serve_app.ingress.replies import error_response
+from serve_app.ingress.replies import RUNPOD_PATH_PREFIX, error_response
 from serve_app.settings import RequestLimits
 
 logger = logging.getLogger(__name__)
@@ -179,9 +179,10 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         limit_bytes = self._limit_bytes(scope["path"])
+        way_out = "create_upload" if scope["path"].startswith(RUNPOD_PATH_PREFIX) else "POST /v1/uploads"
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > limit_bytes:
-            raise BodyTooLarge(limit_bytes)
+            raise BodyTooLarge(limit_bytes, way_out)
         seen_bytes = 0
 
         async def counted_receive() -> Message:
@@ -190,7 +191,7 @@ class BodyLimit:
             if message["type"] == "http.request":
                 seen_bytes += len(message.get("body", b""))
                 if seen_bytes > limit_bytes:
-                    raise BodyTooLarge(limit_bytes)
+                    raise BodyTooLarge(limit_bytes, way_out)
             return message
 
         await self._app(scope, counted_receive, send)
@@ -208,8 +209,8 @@ class BodyLimit:
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """What Serve's proxy puts in front of itself; see the module's text."""
-    return [Middleware(EdgeHeaders), Middleware(ProxyErrors)]
+    """What Serve's proxy puts in front of itself, innermost first, as Serve takes them; see the module's text."""
+    return [Middleware(ProxyErrors), Middleware(EdgeHeaders)]
 
 
 def request_id_of(scope: Scope) -> str:

@@ -24,12 +24,23 @@ DESCRIPTION = (
     "for people who start here, `/v2/{endpoint_id}` for clients of RunPod's serverless API, and single routes that "
     "speak OpenAI's and Hugging Face's image calls."
 )
-TAGS = ("trainings", "generations", "datasets", "loras", "keys", "openai", "huggingface", "runpod", "server")
+TAGS = (
+    "trainings",
+    "generations",
+    "datasets",
+    "loras",
+    "keys",
+    "webhooks",
+    "openai",
+    "huggingface",
+    "runpod",
+    "server",
+)
 KEYS_PATH = "/v1/keys"
 METHODS = frozenset({"get", "post", "delete", "put", "patch"})
 ALWAYS = (400, 401, 404, 413, 429, 500, 502, 503, 504)
 ON_WRITES = (409, 422)
-WITH_RETRY_AFTER = frozenset({429, 503})
+WITH_RETRY_AFTER = frozenset({409, 429, 503})
 TITLES = {
     400: "The request is wrong; every problem is named.",
     401: "No valid key.",
@@ -56,17 +67,24 @@ ERROR_SCHEMAS: dict[str, Any] = {
     "Problem": {
         "type": "object",
         "description": "RFC 9457. `code` is stable.",
-        "required": ["type", "title", "code", "request_id"],
+        "required": ["type", "title", "detail", "code", "request_id"],
         "properties": {
             "type": {"type": "string"},
-            "title": {"type": "string"},
+            "title": {"type": "string", "description": "The phrase of the HTTP status."},
+            "detail": {"type": "string", "description": "What went wrong here, and what to change."},
             "code": {"type": "string", "enum": sorted({str(getattr(cls, "code", "internal_error")) for cls in TABLE})},
             "request_id": {"type": "string"},
             "timeout": {"type": "boolean"},
             "validation_errors": _VALIDATION_ERRORS,
         },
         "examples": [
-            {"type": "about:blank", "title": "job not found", "code": "job_not_found", "request_id": "5f0c6a1e"}
+            {
+                "type": "about:blank",
+                "title": "Not Found",
+                "detail": "job not found",
+                "code": "job_not_found",
+                "request_id": "5f0c6a1e",
+            }
         ],
     },
     "RunpodError": {
@@ -232,7 +250,12 @@ def _error(path: str, status: int) -> dict[str, Any]:
         schema, media = "RunpodError", "application/json"
     reply = _reply(TITLES[status], schema, media)
     if status in WITH_RETRY_AFTER:
-        reply["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
+        reply["headers"] = {
+            "Retry-After": {
+                "description": "Seconds; there where asking again may help.",
+                "schema": {"type": "integer", "minimum": 1},
+            }
+        }
     return reply
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from serve_app.ingress.envelope import POLICY_MAX_MS, POLICY_MIN_MS
+from serve_app.ingress.openapi_inputs import input_examples, input_reference, input_schemas
 from serve_app.outbound import URL_LENGTH_MAX
 
 STATUSES = ["IN_QUEUE", "IN_PROGRESS", "COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"]
@@ -17,15 +18,12 @@ _HTTPS_URL = f"^https://[A-Za-z0-9]([A-Za-z0-9.-]{{0,252}}[A-Za-z0-9])?(:({_PORT
 _EXAMPLE_ID = "2f0ff4a4-4f0c-4d0c-9d5c-2a1f4a3f5d11-u1"
 
 RUNPOD_SCHEMAS: dict[str, Any] = {
+    **input_schemas(),
     "RunpodRun": {
         "type": "object",
         "required": ["input"],
         "properties": {
-            "input": {
-                "type": "object",
-                "description": "`type` names the job type; a `prompt` without one is `generate`.",
-                "properties": {"type": {"type": "string"}, "prompt": {"type": "string"}},
-            },
+            "input": input_reference(),
             "policy": {
                 "type": ["object", "null"],
                 "properties": {
@@ -46,6 +44,7 @@ RUNPOD_SCHEMAS: dict[str, Any] = {
         "examples": [
             {"input": {"prompt": "a large red star", "width": 64, "height": 64, "seed": 1}},
             {"input": {"type": "health"}, "policy": {"executionTimeout": 600000}},
+            *({"input": example} for example in input_examples()),
         ],
     },
     "RunpodAccepted": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Any
 
 from pydantic_core import to_json
@@ -78,11 +79,15 @@ def openai_error(public: PublicError) -> dict[str, Any]:
     }
 
 
+def problem_head(public: PublicError) -> dict[str, Any]:
+    """RFC 9457: of a problem without a type of its own, `title` is the status' phrase. `detail` is this occurrence."""
+    return {"title": HTTPStatus(public.status).phrase, "detail": public.message, "code": public.code}
+
+
 def _problem(public: PublicError, request_id: str) -> dict[str, Any]:
     return {
         "type": "about:blank",
-        "title": public.message,
-        "code": public.code,
+        **problem_head(public),
         "request_id": request_id,
         **public.details,
     }

@@ -8,6 +8,7 @@ from typing import Any
 
 from serve_app.collaborators import Clock, Dispatch, Inference, JobsApi, Validation, Workers
 from serve_app.settings import RateLimitSettings, RequestLimits, WebhookSettings
+from serve_app.webhook_secrets import WebhookSecrets
 from storage.job_record import JobRecord, NewWebhook
 from storage.keys import Keys
 from storage.objects import ObjectStore
@@ -40,6 +41,7 @@ class Services:
     worker_id: str
     environment: dict[str, str]
     models: tuple[str, ...]
+    webhook_secrets: WebhookSecrets
     defaults: JobDefaults = field(default_factory=JobDefaults)
     limits: RequestLimits = field(default_factory=RequestLimits)
     rate_limits: RateLimitSettings = field(default_factory=RateLimitSettings)

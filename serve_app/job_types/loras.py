@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-from serve_app.errors import ProcessNotCompleted, ProcessNotFound
+from serve_app.errors import ProcessFilesDeleted, ProcessNotCompleted, ProcessNotFound
 from serve_app.job_types.context import Finished, JobContext, Services
 from serve_app.job_types.files import latest_lora, url_item
 from serve_app.job_types.processes import ProcessChoice
@@ -46,7 +46,7 @@ async def list_models(services: Services, context: JobContext, payload: dict[str
 async def download(services: Services, context: JobContext, payload: dict[str, Any]) -> Finished:
     """A training's furthest trained adapter, or a generation's first picture; `files` has all of them.
 
-    Raises ProcessNotFound, ProcessNotCompleted, InvalidRequest, StorageError.
+    Raises ProcessNotFound, ProcessNotCompleted, ProcessFilesDeleted, InvalidRequest, StorageError.
     """
     request = parse_payload(ProcessChoice, payload)
     try:
@@ -57,7 +57,7 @@ async def download(services: Services, context: JobContext, payload: dict[str, A
         raise ProcessNotCompleted
     files = _files(record)
     if not files:
-        raise ProcessNotCompleted
+        raise ProcessFilesDeleted
     items = [await url_item(services.store, stored, expires_s=services.limits.url_expires_s) for stored in files]
     return Finished({**items[0], "process_id": record.id, "files": items})
 

@@ -67,13 +67,27 @@ def process_object(record: JobRecord, keys: Keys, bucket: str, now: datetime) ->
 
 def error_text(record: JobRecord) -> str | None:
     """Why the job did not complete, None where it did or may yet."""
-    if record.state is JobState.TIMED_OUT and record.started_at is not None:
-        return f"Request timeout after {record.timeout_s:g} seconds"
+    if record.state is JobState.TIMED_OUT:
+        return _time_that_ran_out(record)
     if record.error is not None:
         return record.error.message
-    if record.state is JobState.TIMED_OUT:
-        return "The job waited longer than its time to live"
     return "The job failed" if record.state is JobState.FAILED else None
+
+
+def _time_that_ran_out(record: JobRecord) -> str:
+    """The work's own, or that of the whole job: which of them a record tells by its times alone."""
+    if record.started_at is None:
+        return f"The job waited longer than its time to live{_of(record.ttl_s)}"
+    ended_at = record.finished_at or record.updated_at
+    worked_s = (ended_at - record.started_at).total_seconds()
+    lived_s = (ended_at - record.queued_at).total_seconds()
+    if worked_s < record.timeout_s and record.ttl_s is not None and lived_s >= record.ttl_s:
+        return f"The job did not end within its time to live{_of(record.ttl_s)}"
+    return f"Request timeout after {record.timeout_s:g} seconds"
+
+
+def _of(seconds: float | None) -> str:
+    return "" if seconds is None else f" of {seconds:g} seconds"
 
 
 def elapsed_s(record: JobRecord, now: datetime) -> float | None:

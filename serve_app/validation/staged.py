@@ -23,6 +23,7 @@ from serve_app.validation.archives import unpack
 from serve_app.validation.dataset_reply import dataset_reply
 from serve_app.validation.file_checks import (
     EXTENSIONS,
+    FILE_BYTES_MAX,
     IMAGE_TYPES,
     TEXT_TYPES,
     TOTAL_BYTES_MAX,
@@ -46,6 +47,7 @@ from train_jobs.errors import Problem
 
 ZIP = "zip"
 CONTENT_TYPES = {**IMAGE_TYPES, **TEXT_TYPES, ZIP: "application/zip"}
+OVER_SIZE = f"is over {FILE_BYTES_MAX // 2**20} MB; only a {ZIP} may be larger"
 STAGED_KEPT = timedelta(hours=24)
 UPLOAD_ID = re.compile(r"(\d{8}T\d{12}Z)-[0-9a-f]{8}")
 
@@ -181,6 +183,11 @@ class StagedUploads:
             await self._store.delete_many(old)
 
 
+def is_over_size(filename: str, size_bytes: int) -> bool:
+    """Whether this file is larger than one may be. What is in a zip is judged when it is unpacked."""
+    return size_bytes > FILE_BYTES_MAX and extension_of(filename) != ZIP
+
+
 def _check_promises(files: Sequence[StagedFile]) -> None:
     """Raises InvalidRequest for what can be known to be wrong before anything was sent."""
     names = [file.filename for file in files]
@@ -192,6 +199,8 @@ def _check_promises(files: Sequence[StagedFile]) -> None:
     if sum(file.size for file in files) > TOTAL_BYTES_MAX:
         problems.append(Problem("files", f"are over {TOTAL_BYTES_MAX // 2**20} MB in all", "too_large"))
     for index, file in enumerate(files):
+        if is_over_size(file.filename, file.size):
+            problems.append(Problem(f"files[{index}].size", OVER_SIZE, "too_large"))
         offered = CONTENT_TYPES.get(extension_of(file.filename))
         if file.content_type is not None and offered is not None and file.content_type != offered:
             problems.append(Problem(f"files[{index}].content_type", f"must be {offered}", "invalid_value"))

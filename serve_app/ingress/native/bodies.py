@@ -12,14 +12,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from serve_app.errors import InvalidRequest
 from serve_app.ingress.envelope import read_object
 from serve_app.job_types.context import Policy
 from serve_app.settings import TENANT_PATTERN
-from serve_app.validation.file_checks import EXTENSIONS
-from serve_app.validation.staged import ZIP
+from serve_app.validation.file_checks import EXTENSIONS, FILE_BYTES_MAX, TOTAL_BYTES_MAX
+from serve_app.validation.staged import OVER_SIZE, ZIP, is_over_size
 from train_jobs.field_problems import problems_of
 from train_jobs.spec import DATASET_PATTERN, MODEL_ALIAS_PATTERN, MODEL_ID_PATTERN, TrainSpec
 
@@ -39,6 +39,9 @@ LORA_BYTES_MAX = 4 * 1024**3
 MODEL = f"{MODEL_ALIAS_PATTERN}|{MODEL_ID_PATTERN}"
 """The pattern of a model's name here, or of a Hugging Face id."""
 PICTURE = "Base64, a data URL, an https URL, or the key of one of your files (`s3_key`)."
+
+TINY_PNG = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEUlEQVR42mP8z4AdMDEMKQkAzUEBD7t4NqoAAAAASUVORK5CYII="
+"""A red picture of 8 x 8 pixels in base64, for examples."""
 
 # A number that is written with a point or an exponent, and may be a whole one.
 _WHOLE = re.compile(rb"[\s:,\[]-?\d[\d.]*(?:\.0|[eE])")
@@ -197,7 +200,7 @@ class DatasetCreate(Body):
                     "name": "zib",
                     "trigger_word": "zib",
                     "files": [
-                        {"filename": "1.png", "content": "iVBORw0KGgo..."},
+                        {"filename": "1.png", "content": TINY_PNG},
                         {"filename": "1.txt", "content": "YSB6aWI="},
                     ],
                 }
@@ -222,11 +225,27 @@ class DatasetCreate(Body):
 
 
 class UploadFileCreate(Body):
-    """A file to come. `sha256` in hex, checked where it is given."""
+    """A file to come; only a zip may be over 100 MB. `sha256` in hex, checked where it is given."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"size_bytes": {"maximum": FILE_BYTES_MAX}}},
+                {"properties": {"filename": _ending_in((ZIP,))}},
+            ]
+        }
+    )
 
     filename: str = Field(min_length=1, max_length=200, json_schema_extra=_UPLOAD_FILES)
-    size_bytes: int = Field(ge=1, le=500 * 1024**2)
+    size_bytes: int = Field(ge=1, le=TOTAL_BYTES_MAX)
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+
+    @field_validator("size_bytes")
+    @classmethod
+    def _is_a_size_of_its_kind(cls, size_bytes: int, info: ValidationInfo) -> int:
+        if is_over_size(info.data.get("filename", ""), size_bytes):
+            raise ValueError(OVER_SIZE)
+        return size_bytes
 
 
 class UploadCreate(Body):

@@ -15,6 +15,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from serve_app.ingress.errors import describe
+from serve_app.ingress.replies import problem_head
 from serve_app.job_types.context import Services
 from storage.errors import JobError
 from storage.job_record import JobRecord
@@ -71,8 +72,7 @@ class EventStream:
                     record.id, tenant=record.tenant, timeout_s=self._heartbeat_s, until="change", since=since
                 )
             except JobError as error:
-                public = describe(error)
-                yield f"event: error\ndata: {json.dumps({'code': public.code, 'title': public.message})}\n\n"
+                yield f"event: error\ndata: {json.dumps(problem_head(describe(error)))}\n\n"
                 return
             if record.updated_at > since:
                 yield self._event(record, state)

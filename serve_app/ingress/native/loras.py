@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -23,7 +24,7 @@ from serve_app.ingress.native.views import (
 )
 from serve_app.job_types.context import Services
 from serve_app.job_types.files import latest_lora
-from storage.errors import JobNotFound, ObjectNotFound
+from storage.errors import InvalidCursor, JobNotFound, ObjectNotFound
 from storage.imported_loras import (
     IMPORTED_ID_PATTERN,
     ImportedLora,
@@ -40,6 +41,7 @@ from storage.job_record import JOB_ID_PATTERN, JobRecord
 from storage.job_state import JobKind, JobState
 from storage.jobs import Jobs
 
+IMPORT_CURSOR = "import."
 CONTENT_TYPE = "application/octet-stream"
 FILE_FIELDS = ("filename", "size_bytes", "sha256", "format", "step")
 _IMPORTED_ID = re.compile(IMPORTED_ID_PATTERN)
@@ -53,17 +55,25 @@ def loras_router(services: Services, route_class: type[APIRoute]) -> APIRouter:
 
     @router.get("")
     async def list_loras(request: Request, limit: Limit = 50, cursor: Cursor = None) -> Page[Lora]:
-        """Newest first: imported adapters, all on the first page, then those of trainings.
+        """Imported adapters, newest first, then those of trainings, newest first.
 
         A page may be shorter than `limit`, where adapters were deleted.
         """
         tenant = tenant_of(request)
+        after = _place_among_imports(cursor)
+        imported: list[ImportedLora] = []
+        if cursor is None or after is not None:
+            every = await list_imported(services.store, services.keys_of(tenant))
+            imported = [lora for lora in every if after is None or _place(lora) < after]
+            cursor = None
+        shown = imported[:limit]
+        if len(shown) == limit:
+            return Page(items=[*map(_imported, shown)], next_cursor=_cursor_after(shown[-1]))
         page = await services.jobs.list(
-            tenant, kind=JobKind.TRAINING, states=(JobState.COMPLETED,), limit=limit, cursor=cursor
+            tenant, kind=JobKind.TRAINING, states=(JobState.COMPLETED,), limit=limit - len(shown), cursor=cursor
         )
         trained = [_trained(record) for record in page.records if _files_of(record)]
-        imported = [] if cursor is not None else await list_imported(services.store, services.keys_of(tenant))
-        return Page(items=[*map(_imported, imported), *trained], next_cursor=page.next_cursor)
+        return Page(items=[*map(_imported, shown), *trained], next_cursor=page.next_cursor)
 
     @router.post("/import", status_code=201, openapi_extra=takes(LoraImportCreate))
     async def import_lora(
@@ -127,6 +137,26 @@ def loras_router(services: Services, route_class: type[APIRoute]) -> APIRouter:
         await services.store.delete_many(keys)
 
     return router
+
+
+def _place(lora: ImportedLora) -> tuple[datetime, str]:
+    return lora.created_at, lora.id
+
+
+def _cursor_after(lora: ImportedLora) -> str:
+    """Unlike any cursor of records, so that a page knows in which of the two lists it goes on."""
+    return f"{IMPORT_CURSOR}{urlsafe_b64encode(f'{lora.created_at.isoformat()} {lora.id}'.encode()).decode()}"
+
+
+def _place_among_imports(cursor: str | None) -> tuple[datetime, str] | None:
+    """Where the page before ended, None where that was not among imports. Raises InvalidCursor."""
+    if cursor is None or not cursor.startswith(IMPORT_CURSOR):
+        return None
+    try:
+        created_at, lora_id = urlsafe_b64decode(cursor.removeprefix(IMPORT_CURSOR).encode()).decode().split(" ")
+        return datetime.fromisoformat(created_at).astimezone(UTC), lora_id
+    except (ValueError, OverflowError) as error:
+        raise InvalidCursor from error
 
 
 async def _found(services: Services, tenant: str, lora_id: str) -> ImportedLora | JobRecord:

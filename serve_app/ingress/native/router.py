@@ -12,6 +12,7 @@ from serve_app.ingress.native.once import OnceOnly, once_route
 from serve_app.ingress.native.training_files import training_files_router
 from serve_app.ingress.native.trainings import trainings_router
 from serve_app.ingress.native.uploads import uploads_router
+from serve_app.ingress.native.webhooks import webhooks_router
 from serve_app.ingress.openai_images import openai_router
 from serve_app.job_types.context import Services
 
@@ -26,6 +27,7 @@ def native_router(services: Services, keys: KeyRing) -> APIRouter:
     router.include_router(uploads_router(services, route_class))
     router.include_router(loras_router(services, route_class))
     router.include_router(keys_router(services, keys))
+    router.include_router(webhooks_router(services))
     router.include_router(openai_router(services))
     router.include_router(huggingface_router(services))
     return router

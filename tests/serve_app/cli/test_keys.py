@@ -26,7 +26,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, Any]]:
         if request.method == "GET":
             return httpx.Response(200, json={"items": [KEY]})
         if request.url.path.endswith("missing"):
-            problem = {"title": "There is no such key.", "code": "key_not_found"}
+            problem = {"title": "Not Found", "detail": "There is no such key.", "code": "key_not_found"}
             return httpx.Response(404, json=problem)
         return httpx.Response(200, json=KEY | ({"key": "rl_secret"} if request.method == "POST" else {}))
 

@@ -12,8 +12,9 @@ from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from serve_app.dispatch.webhooks import WebhookSender
 from serve_app.errors import OutboundFailed
-from serve_app.settings import Settings, WebhookSettings
-from serve_app.testing import LocalServer, local_server
+from serve_app.settings import Settings, SettingsIncomplete, WebhookSettings
+from serve_app.testing import KEY, OTHER_KEY, LocalServer, local_server
+from serve_app.webhook_secrets import WebhookSecrets
 from storage.errors import JobsUnavailable, StorageFailed
 from storage.job_state import JobKind
 from storage.jobs import utc_now
@@ -22,6 +23,7 @@ from storage.jobs_testing import JobsWorld
 OWNER = "dispatcher-1"
 URL = "https://example.com/hook"
 SECRET = b"a secret of at least 24 bytes"
+SECRETS = WebhookSecrets(b"root", {"matt": SECRET})
 PROMPT = {"prompt": "a red circle"}
 
 
@@ -42,8 +44,8 @@ class Receiver:
         return [json.loads(content) for _, content, _ in self.received]
 
 
-def sender(server: LocalServer, receiver: Receiver) -> WebhookSender:
-    return WebhookSender(server.jobs, server.services, receiver, secret=SECRET)  # type: ignore[arg-type]
+def sender(server: LocalServer, receiver: Receiver, secrets: WebhookSecrets = SECRETS) -> WebhookSender:
+    return WebhookSender(server.jobs, server.services, receiver, secrets=secrets)  # type: ignore[arg-type]
 
 
 async def submit(server: LocalServer, **body: Any) -> str:
@@ -172,17 +174,62 @@ async def test_the_sender_goes_on_when_the_records_were_away(server: LocalServer
 
     server.jobs.take_webhooks = flaky  # type: ignore[method-assign]
     running = asyncio.create_task(
-        WebhookSender(server.jobs, server.services, receiver, secret=SECRET, sleep=sleep).run()  # type: ignore[arg-type]
+        WebhookSender(server.jobs, server.services, receiver, secrets=SECRETS, sleep=sleep).run()  # type: ignore[arg-type]
     )
     await slept.wait()
     running.cancel()
     assert len(receiver.received) == 1
 
 
-def test_the_secret_is_the_one_set_or_the_api_key() -> None:
-    assert Settings(api_key=SecretStr("key")).webhook_secret() == b"key"
-    secret = SecretStr("whsec_" + base64.b64encode(SECRET).decode())
-    assert Settings(webhooks=WebhookSettings(secret=secret)).webhook_secret() == SECRET
-    for wrong in ("plain", "whsec_", "whsec_***"):
-        with pytest.raises(ValidationError):
-            WebhookSettings(secret=SecretStr(wrong))
+async def secret_of(server: LocalServer, key: str) -> str:
+    async with server.client(key) as http:
+        reply = await http.get("/v1/webhooks/secret")
+    assert (reply.status_code, reply.headers["cache-control"]) == (200, "no-store")
+    return str(reply.json()["secret"])
+
+
+async def test_each_tenant_verifies_with_the_secret_that_it_reads_and_with_no_other(world: JobsWorld) -> None:
+    server = local_server(world.jobs, world.clock)
+    world.clock.now = utc_now()
+    receiver = Receiver()
+    await submit(server, input={"type": "health"})
+    async with server.client(OTHER_KEY) as http:
+        await http.post("/v2/ep/run", json={"input": {"type": "health", "of": "other"}, "webhook": URL})
+    await sender(server, receiver, server.services.webhook_secrets).send_due()
+    mine, others = Webhook(await secret_of(server, KEY)), Webhook(await secret_of(server, OTHER_KEY))
+    assert len(receiver.received) == 2
+    for _, content, headers in receiver.received:
+        verifies, refuses = (others, mine) if b"other" in content else (mine, others)
+        assert verifies.verify(content, dict(headers))["status"] == "COMPLETED"
+        with pytest.raises(WebhookVerificationError):
+            refuses.verify(content, dict(headers))
+
+
+def test_without_a_secret_each_tenant_has_one_of_the_instances_key_and_none_is_that_key() -> None:
+    secrets = Settings(api_key=SecretStr("key of the instance")).webhook_secrets()
+    found = [secrets.of(tenant) for tenant in ("default", "bob", "bob2")]
+    assert len({*found, b"key of the instance"}) == 4
+    assert all(len(secret) == 32 for secret in found)
+    assert secrets.of("bob") == Settings(api_key=SecretStr("key of the instance")).webhook_secrets().of("bob")
+    assert secrets.of("bob") != Settings(api_key=SecretStr("another key")).webhook_secrets().of("bob")
+    assert "key of" not in repr(secrets)
+
+
+def test_the_secret_that_is_set_is_the_default_tenants_and_nobody_elses_comes_from_it() -> None:
+    key, text = SecretStr("key of the instance"), "whsec_" + base64.b64encode(SECRET).decode()
+    derived = Settings(api_key=key).webhook_secrets()
+    secrets = Settings(api_key=key, webhooks=WebhookSettings(secret=SecretStr(text))).webhook_secrets()
+    assert secrets.of("default") == SECRET
+    assert secrets.shown_to("default") == text
+    assert secrets.of("bob") == derived.of("bob")
+
+
+@pytest.mark.parametrize("wrong", ["plain", "whsec_", "whsec_***"])
+def test_what_is_no_secret_in_its_notation_is_refused(wrong: str) -> None:
+    with pytest.raises(ValidationError):
+        WebhookSettings(secret=SecretStr(wrong))
+
+
+def test_there_is_no_secret_without_a_key_to_derive_it_from() -> None:
+    with pytest.raises(SettingsIncomplete):
+        Settings().webhook_secrets()

@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+from ray.serve._private.http_util import _apply_middlewares
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -85,7 +86,7 @@ async def test_a_trace_parent_comes_back_when_it_is_one(server: LocalServer) -> 
 
 
 def test_the_proxy_gets_the_same_edge() -> None:
-    assert [middleware.cls for middleware in proxy_middlewares()] == [EdgeHeaders, ProxyErrors]
+    assert [middleware.cls for middleware in proxy_middlewares()] == [ProxyErrors, EdgeHeaders]
 
 
 def proxy_that_sends(*messages: Message) -> ASGIApp:
@@ -93,9 +94,9 @@ def proxy_that_sends(*messages: Message) -> ASGIApp:
         for message in messages:
             await send(message)
 
-    for middleware in reversed(proxy_middlewares()):
-        app = middleware.cls(app)
-    return app
+    # In the order in which Serve itself puts them around its proxy.
+    wrapped: ASGIApp = _apply_middlewares(app, proxy_middlewares())
+    return wrapped
 
 
 def sent(status: int, content_type: bytes, body: bytes) -> list[Message]:
@@ -149,6 +150,24 @@ async def test_a_body_over_the_limit_is_413_and_names_the_way_out(
     for reply in (declared, streamed):
         assert reply.status_code == 413
         assert "presigned upload" in reply.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "way_out"),
+    [
+        ("/v2/ep/run", "(create_upload)"),
+        ("/v1/datasets", "(POST /v1/uploads)"),
+        ("/v1/images/generations", "(POST /v1/uploads)"),
+        ("/v1/hf/tiny", "(POST /v1/uploads)"),
+    ],
+)
+async def test_a_body_over_the_limit_is_told_the_way_out_of_its_surface(
+    world: JobsWorld, path: str, way_out: str
+) -> None:
+    limits = RequestLimits(run_body_bytes_max=10, runsync_body_bytes_max=10, other_body_bytes_max=10)
+    async with local_server(world.jobs, world.clock, limits).client() as http:
+        reply = await http.post(path, content=b"x" * 11)
+    assert (reply.status_code, way_out in reply.text) == (413, True)
 
 
 def test_the_limits_are_runpods() -> None:

@@ -1,4 +1,6 @@
+import json
 import pickle
+from http import HTTPStatus
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ ROOTS = (
 )
 SECRET = "http://10.0.0.1:9000/bucket/key?X-Amz-Signature=abc /root/secret"
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
-    "BodyTooLarge": (10 * 1024 * 1024,),
+    "BodyTooLarge": (10 * 1024 * 1024, "create_upload"),
     "InvalidRequest": ([Problem("prompt", "is missing", "missing")],),
     "ConfigInvalid": ([Problem("config", "is missing", "missing")],),
     "ModelNotServed": ("x", ("tiny",)),
@@ -114,6 +116,15 @@ def test_an_error_that_ray_wrapped_is_described_by_its_cause() -> None:
 
     public = describe(Wrapped(SECRET))
     assert (public.status, public.code, public.retry_after_s) == (503, "storage_unavailable", 13)
+
+
+@pytest.mark.parametrize("cls", EVERY_CLASS, ids=lambda cls: cls.__name__)
+def test_a_problem_has_the_status_as_its_title_and_this_occurrence_as_its_detail(cls: type[Exception]) -> None:
+    error = instance(cls)
+    reply = error_response(error, path="/v1/trainings", request_id="r")
+    problem = json.loads(bytes(reply.body))
+    assert problem["title"] == HTTPStatus(reply.status_code).phrase
+    assert (problem["detail"], problem["code"]) == (describe(error).message, describe(error).code)
 
 
 @pytest.mark.parametrize("path", ["/v2/x/run", "/readyz", "/v1/images/generations", "/v1/hf/tiny"])

@@ -4,12 +4,15 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 from pydantic import SecretStr, ValidationError
+from starlette.types import ASGIApp
 
 from serve_app.collaborators import WorkerCounts
 from serve_app.ingress.api import create_app
 from serve_app.ingress.auth import KeyRing
+from serve_app.ingress.middleware import proxy_middlewares
 from serve_app.ingress.readiness import DiskSpace
 from serve_app.settings import Settings
 from serve_app.testing import LocalServer, local_server
@@ -86,10 +89,52 @@ async def test_browsers_of_a_named_origin_may_and_others_may_not(server: LocalSe
         asked = await http.options("/v1/trainings", headers={"Origin": ORIGIN, **PREFLIGHT})
         assert (asked.status_code, asked.headers["access-control-allow-origin"]) == (200, ORIGIN)
         assert "access-control-allow-credentials" not in asked.headers
-        assert (await http.options("/x", headers={"Origin": f"{ORIGIN}.evil", **PREFLIGHT})).status_code == 400
     async with server.client(key="wrong") as http:
         refused = await http.get("/v1/trainings", headers={"Origin": ORIGIN})
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, ORIGIN)
+
+
+def behind_serves_proxy(app: ASGIApp) -> httpx.AsyncClient:
+    for middleware in proxy_middlewares():
+        app = middleware.cls(app)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+
+
+@pytest.mark.parametrize(
+    ("origin", "method", "status", "code"),
+    [
+        (f"{ORIGIN}.evil", "POST", 403, "origin_not_allowed"),
+        ("null", "POST", 403, "origin_not_allowed"),
+        (ORIGIN, "PATCH", 400, "cors_method_not_allowed"),
+    ],
+)
+async def test_a_refused_preflight_is_an_error_and_no_outage(
+    server: LocalServer, origin: str, method: str, status: int, code: str
+) -> None:
+    app = create_app(server.services, KeyRing({"matt": SecretStr("k")}), cors_origins=(ORIGIN,))
+    asked = {"Origin": origin, **PREFLIGHT, "Access-Control-Request-Method": method}
+    async with behind_serves_proxy(app) as http:
+        runpod = await http.options("/v2/ep/run", headers=asked)
+        native = await http.options("/v1/trainings", headers=asked)
+    assert (runpod.status_code, runpod.json()["error_type"]) == (status, code)
+    assert (native.status_code, native.json()["code"]) == (status, code)
+    for reply in (runpod, native):
+        assert reply.headers["x-request-id"] == reply.json()["request_id"]
+        assert "retry-after" not in reply.headers
+        assert "Origin" in reply.headers["vary"]
+
+
+async def test_pages_may_send_any_header(server: LocalServer) -> None:
+    """OpenAI's client sends `x-stainless-os` and others from a browser."""
+    app = create_app(server.services, KeyRing({"matt": SecretStr("k")}), cors_origins=(ORIGIN,))
+    wanted = "authorization,content-type,x-stainless-os,x-stainless-retry-count"
+    asked = {"Origin": ORIGIN, **PREFLIGHT, "Access-Control-Request-Headers": wanted}
+    async with behind_serves_proxy(app) as http:
+        reply = await http.options("/v1/images/generations", headers=asked)
+    assert reply.status_code == 200
+    assert reply.headers["access-control-allow-origin"] == ORIGIN
+    assert reply.headers["access-control-allow-headers"] == wanted
+    assert reply.headers["x-request-id"]
 
 
 @pytest.mark.parametrize("origin", ["*", "null", "studio.example.com", "https://a.example/path", "https://*.example"])
@@ -102,6 +147,17 @@ async def test_another_method_is_told_which_ones_there_are(server: LocalServer) 
     async with server.client() as http:
         reply = await http.put("/v1/trainings")
     assert (reply.status_code, reply.headers["allow"]) == (405, "GET, POST")
+
+
+async def test_a_load_balancer_may_probe_with_head(server: LocalServer) -> None:
+    async with server.client(key=None) as http:
+        assert (await http.head("/livez")).status_code == 200
+        assert (await http.head("/readyz")).status_code == 401
+    async with server.client() as http:
+        assert (await http.head("/readyz")).status_code == 200
+        assert (await http.put("/livez")).headers["allow"] == "GET, HEAD"
+        server.inference.healthy = False
+        assert (await http.head("/readyz")).status_code == 503
 
 
 async def test_readiness_names_each_part(server: LocalServer) -> None:

@@ -234,6 +234,23 @@ async def test_a_timed_out_job_says_after_how_long(server: LocalServer) -> None:
     assert ended["output"]["timeout"] is True
 
 
+async def test_a_job_whose_time_to_live_ran_out_says_so(server: LocalServer, world: JobsWorld) -> None:
+    async with server.client() as http:
+        body = {**PROMPT, "policy": {"ttl": 5000}}
+        waiting = (await post(http, "run", json=body))["id"]
+        world.clock.advance(6)
+        world.jobs.reap()
+        waited = await status(http, waiting)
+        working = (await post(http, "run", json=body | {"input": {"prompt": "another"}}))["id"]
+        record = await start_one(server)
+        world.clock.advance(6)
+        await server.jobs.timed_out(record, OWNER)
+        worked = await status(http, working)
+    assert (waited["status"], worked["status"]) == ("TIMED_OUT", "TIMED_OUT")
+    assert waited["error"] == "The job waited longer than its time to live of 5 seconds"
+    assert worked["error"] == "The job did not end within its time to live of 5 seconds"
+
+
 async def test_purge_takes_what_is_queued_and_health_counts_truly(server: LocalServer) -> None:
     async with server.client() as http:
         for prompt in "abcd":

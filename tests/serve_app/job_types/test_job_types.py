@@ -454,6 +454,13 @@ async def test_download_says_why_there_is_nothing(server: LocalServer) -> None:
     process_id = (await done(server, {"prompt": "a", "wait": False}))["process_id"]
     assert (await refused(server, {"type": "download", "process_id": process_id}))["error"] == "Process not completed"
     assert (await refused(server, {"type": "download", "process_id": "x"}))["error"] == "Process not found"
+    trained_id = await trained(server)
+    await done(server, {"type": "delete_results", "result_type": "lora", "process_id": trained_id})
+    gone = await refused(server, {"type": "download", "process_id": trained_id})
+    assert (gone["error"], gone["error_type"]) == (
+        "The process has completed, but its files were deleted.",
+        "process_files_deleted",
+    )
 
 
 async def test_a_mask_set_or_an_adapter_that_is_not_there_is_named_before_anything_is_queued(

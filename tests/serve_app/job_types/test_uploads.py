@@ -213,6 +213,7 @@ async def test_a_mask_of_another_size_is_refused(server: LocalServer) -> None:
         ({"filename": "1.exe", "size": 1}, "files[0].filename"),
         ({"filename": "manifest.json", "size": 1}, "files[0].filename"),
         ({"filename": "1.png", "size": 0}, "files.0.size"),
+        ({"filename": "1.png", "size": 100 * 2**20 + 1}, "files[0].size"),
         ({"filename": "1.zip", "size": 501 * 2**20}, "files"),
         ({"filename": "1.png", "size": 1, "content_type": "image/jpeg"}, "files[0].content_type"),
         ({"filename": "1.png", "size": 1, "sha256": "x"}, "files.0.sha256"),
@@ -223,6 +224,11 @@ async def test_a_promise_that_cannot_be_kept_is_refused(server: LocalServer, fil
     found = output["validation_errors"][0]["path"]
     assert found.replace("[", ".").replace("]", "") == path.replace("[", ".").replace("]", "")
     assert list(server.store.keys()) == []
+
+
+async def test_a_promise_at_the_limits_is_taken(server: LocalServer) -> None:
+    for file in ({"filename": "1.png", "size": 100 * 2**20}, {"filename": "1.ZIP", "size": 500 * 2**20}):
+        await done(server, {"type": "create_upload", "training_name": "cats", "files": [file]})
 
 
 async def test_a_token_of_nobody_or_of_another_tenant_is_not_found(server: LocalServer) -> None:

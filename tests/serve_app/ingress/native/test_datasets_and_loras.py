@@ -143,6 +143,21 @@ async def test_a_body_of_ten_megabytes_reaches_the_data_sets_and_no_route_beside
         assert (await http.post("/v1/datasets", content=large)).status_code == 400
 
 
+async def test_an_upload_beside_the_request_has_the_limits_of_what_is_checked_at_its_end(server: LocalServer) -> None:
+    async with server.client() as http:
+        for name, size_bytes, status in (
+            ("1.png", 100 * 2**20, 201),
+            ("1.png", 100 * 2**20 + 1, 400),
+            ("1.zip", 500 * 2**20, 201),
+            ("1.zip", 500 * 2**20 + 1, 400),
+        ):
+            file = {"filename": name, "size_bytes": size_bytes}
+            reply = await http.post("/v1/uploads", json={"name": "cats", "files": [file]})
+            assert reply.status_code == status, (name, size_bytes)
+            if status == 400:
+                assert [problem["path"] for problem in reply.json()["validation_errors"]] == ["files[0].size_bytes"]
+
+
 async def test_an_upload_beside_the_request_is_a_data_set_once_it_is_finished(server: LocalServer) -> None:
     data = b64decode(PICTURE["content"])
     async with server.client() as http, server.client(OTHER_KEY) as stranger:
@@ -196,6 +211,39 @@ async def test_an_imported_adapter_can_be_drawn_with(server: LocalServer) -> Non
         assert server.store.keys() == []
         gone = await http.post("/v1/generations", json={"prompt": "b", "loras": [{"id": lora["id"]}]})
         assert gone.json()["code"] == "lora_not_usable"
+
+
+async def test_pages_of_adapters_have_no_more_than_was_asked_for_and_lead_to_all(
+    server: LocalServer, world: JobsWorld
+) -> None:
+    expected = []
+    for number in range(2):
+        trained(world, keys_of(TENANT).lora_file("train_0123456789ab", f"{number}.safetensors"))
+        world.clock.advance(1)
+    async with server.client() as http:
+        expected = [item["id"] for item in (await http.get("/v1/loras")).json()["items"]]
+        for _ in range(3):
+            expected.insert(0, (await import_lora(server, http, lora_bytes())).json()["id"])
+            world.clock.advance(1)
+        assert [item["id"] for item in (await http.get("/v1/loras")).json()["items"]] == expected
+        for limit in range(1, 6):
+            seen, cursor = [], None
+            while True:
+                params = {"limit": limit} | ({} if cursor is None else {"cursor": cursor})
+                page = (await http.get("/v1/loras", params=params)).json()
+                assert len(page["items"]) <= limit
+                seen += [item["id"] for item in page["items"]]
+                cursor = page["next_cursor"]
+                if cursor is None:
+                    break
+            assert seen == expected, limit
+
+
+@pytest.mark.parametrize("cursor", ["import.", "import.x", "import.eCB5", "import.ä", "x"])
+async def test_a_cursor_that_this_server_did_not_give_is_refused(server: LocalServer, cursor: str) -> None:
+    async with server.client() as http:
+        reply = await http.get("/v1/loras", params={"cursor": cursor})
+    assert (reply.status_code, reply.json()["code"]) == (400, "invalid_cursor")
 
 
 async def test_an_adapter_of_another_tenant_does_not_exist(server: LocalServer, world: JobsWorld) -> None:

@@ -52,6 +52,7 @@ async def test_while_the_first_is_at_work_the_second_is_told_so(server: LocalSer
     second = await send(server)
     gate.set()
     assert (second.status_code, second.json()["code"]) == (409, "idempotency_in_flight")
+    assert second.headers["retry-after"] == "1"
     assert (await first).status_code == 202
 
 

@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from serve_app.testing import OTHER_KEY, TENANT, LocalServer, keys_of, train_config, upload_payload
+from storage.errors import JobsUnavailable
 from storage.job_state import JobKind
 from storage.jobs_testing import JobsWorld
 
@@ -285,6 +286,19 @@ async def test_events_tell_each_state_and_end_with_the_last(server: LocalServer,
     states = [(event["event"], json.loads(event["data"])["state"]) for event in told]
     assert states == [("state", "QUEUED"), ("state", "RUNNING"), ("progress", "RUNNING"), ("state", "COMPLETED")]
     assert [int(event["id"]) for event in told] == sorted({int(event["id"]) for event in told})
+
+
+async def test_a_reader_is_told_why_its_events_end_too_early(server: LocalServer, world: JobsWorld) -> None:
+    async def away(*_: Any, **__: Any) -> Any:
+        raise JobsUnavailable("wait")
+
+    training = world.create(JobKind.TRAINING, tenant=TENANT)
+    server.jobs.wait = away  # type: ignore[method-assign]
+    async with server.client() as http:
+        [_, told] = events_of((await http.get(f"/v1/trainings/{training.id}/events")).text)
+    problem = json.loads(told["data"])
+    assert (told["event"], problem["code"], problem["title"]) == ("error", "jobs_unavailable", "Service Unavailable")
+    assert problem["detail"] == "The jobs service did not answer. Try again."
 
 
 async def test_a_reader_that_saw_the_last_event_is_told_that_nothing_follows(
