@@ -197,6 +197,10 @@ async def test_adapters_are_found_by_training_by_name_and_by_path(server: LocalS
         output = await done(server, {"prompt": "a cat", "wait": False, **payload})
         [lora] = (await server.jobs.get(output["process_id"])).request["loras"]
         assert (lora["key"], lora["scale"], len(lora["sha256"])) == (key, 0.5, 64)
+        asked = payload.get("loras", [payload.get("lora")])[0]
+        assert {name: lora[name] for name in ("id", "path")} == {"id": None, "path": None} | {
+            name: value for name, value in asked.items() if name != "scale"
+        }
     for short in ({"lora": process_id}, {"model_path": key}):
         output = await done(server, {"prompt": "a cat", "wait": False, **short})
         [lora] = (await server.jobs.get(output["process_id"])).request["loras"]
