@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from train_jobs.spec import DATASET_PATTERN
+
 FILES_MAX = 100
 
 
@@ -85,7 +87,7 @@ class DatasetFields(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     training_name: str = Field(pattern=r"^[a-zA-Z0-9_-]+$", max_length=100)
-    dataset_folder: str | None = Field(default=None, pattern=r"^[a-zA-Z0-9_-][a-zA-Z0-9._-]*$", max_length=150)
+    dataset_folder: str | None = Field(default=None, pattern=DATASET_PATTERN, max_length=150)
     trigger_word: str | None = Field(default=None, max_length=100)
     cleanup_existing: bool = True
 

@@ -316,6 +316,10 @@ async def test_an_upload_needs_a_picture(server: LocalServer) -> None:
     [
         {"training_name": "a/b"},
         {"dataset_folder": "../x"},
+        {"dataset_folder": "."},
+        {"dataset_folder": ".."},
+        {"dataset_folder": "." * 151},
+        {"dataset_folder": "..." + "x" * 148},
         {"trigger_word": "x" * 101},
         {"files": []},
         {"training_name": "x" * 101},
@@ -324,6 +328,22 @@ async def test_an_upload_needs_a_picture(server: LocalServer) -> None:
 async def test_fields_out_of_range_are_refused(server: LocalServer, field: dict[str, Any]) -> None:
     output = await refused(server, upload_payload("cats", **field))
     assert output["validation_errors"][0]["path"] == next(iter(field))
+
+
+@pytest.mark.parametrize("folder", [".hidden", "...", "..x", "-cats", "_", "a.b-c_D", "x" * 150])
+async def test_a_folder_of_any_of_its_characters_is_stored_trained_on_and_deleted(
+    server: LocalServer, folder: str
+) -> None:
+    await done(server, upload_payload("cats", dataset_folder=folder))
+    assert (await done(server, {"type": "list_dataset_folders"}))["folders"] == [folder]
+    started = await done(server, {"type": "train", "config": train_config(folder)})
+    async with server.client() as http:
+        path = f"/v1/datasets/{folder.replace('.', '%2E')}"
+        assert (await http.get(path)).json()["name"] == folder
+        assert (await http.delete(path)).json()["code"] == "dataset_in_use"
+        await done(server, {"type": "cancel", "process_id": started["process_id"]})
+        assert (await http.delete(path)).status_code == 204
+    assert (await done(server, {"type": "list_dataset_folders"}))["folders"] == []
 
 
 async def test_an_upload_that_fails_midway_leaves_the_dataset_as_it_was(server: LocalServer) -> None:
