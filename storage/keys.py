@@ -29,6 +29,7 @@ STEP_DIGITS = 9
 MANIFEST_NAME = "manifest.json"
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_FOLDER = re.compile(r"[A-Za-z0-9._-]+")
 _PUNCTUATION_OF_FILES = frozenset(" ._-+=@,()[]!'&~")
 PUNCTUATION_SHOWN = " ".join(sorted(_PUNCTUATION_OF_FILES - {" "}))
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -51,6 +52,16 @@ def check_name(value: str, what: str) -> str:
 def composed(name: str) -> str:
     """A name in Unicode's composed form (NFC), for where names enter: macOS sends them decomposed (NFD)."""
     return unicodedata.normalize("NFC", name)
+
+
+def check_folder(value: str) -> str:
+    """A data set's folder as one segment: ASCII letters, digits, ``. _ -``, whatever it starts with.
+
+    Raises InvalidKey, also for ``.`` and ``..``, which mean other folders.
+    """
+    if not _FOLDER.fullmatch(value) or value in {".", ".."}:
+        raise InvalidKey(value, "a folder must be letters, digits, '.', '_' or '-', and not '.' or '..'")
+    return _bounded(value, "a folder")
 
 
 def check_filename(value: str) -> str:
@@ -194,7 +205,7 @@ class Keys:
         """Of all data sets of the older layout, or of the one in `folder`. Empty where they are not to be read."""
         if not self._reads_older:
             return ()
-        below = "" if folder is None else f"{check_name(folder, 'a folder')}/"
+        below = "" if folder is None else f"{check_folder(folder)}/"
         return tuple(f"{self._prefix}/{name}/{below}" for name in _OLDER_DATASETS)
 
     def older_results_prefixes(self) -> tuple[str, ...]:
@@ -205,7 +216,7 @@ class Keys:
 
     def dataset_manifests_prefix(self, folder: str) -> str:
         """Below it are the uploads of a folder: their files and, last of all written, their manifests."""
-        return f"{self.datasets_prefix()}{check_name(folder, 'a folder')}/"
+        return f"{self.datasets_prefix()}{check_folder(folder)}/"
 
     def dataset_file(self, folder: str, upload_id: str, filename: str) -> str:
         if check_filename(filename).lower() == MANIFEST_NAME:

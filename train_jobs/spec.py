@@ -11,7 +11,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
-DATASET_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,149}$"
+# Not "." and "..", which mean other folders. JSON Schema has no way to say it shorter that pydantic can read.
+DATASET_PATTERN = r"^(\.{0,2}[A-Za-z0-9_-][A-Za-z0-9._-]{0,149}|\.{3}[A-Za-z0-9._-]{0,147})$"
+SUBJECT_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,149}$"
 MODEL_ALIAS_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 MODEL_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
 LORA_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
@@ -43,7 +45,7 @@ class DatasetSpec(Spec):
     an uploaded dataset with a picture of the same name, `alpha_mask` takes the pictures' own transparency.
     """
 
-    dataset: str | None = Field(default=None, pattern=DATASET_PATTERN)
+    dataset: str | None = Field(default=None, max_length=150, pattern=DATASET_PATTERN)
     upload_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,99}$")
     local_path: str | None = Field(default=None, max_length=4096)
     resolutions_px: tuple[SidePx, ...] = Field(default=(512,), min_length=1, max_length=8)
@@ -59,7 +61,7 @@ class DatasetSpec(Spec):
     token_dropout_rate: float = Field(default=0.0, ge=0.0, le=1.0)
     is_regularisation: bool = False
     loss_multiplier: float = Field(default=1.0, ge=0.0, le=1000.0)
-    mask_dataset: str | None = Field(default=None, pattern=DATASET_PATTERN)
+    mask_dataset: str | None = Field(default=None, max_length=150, pattern=DATASET_PATTERN)
     alpha_mask: bool = False
     invert_mask: bool = False
     mask_min_value: float = Field(default=0.0, ge=0.0, le=1.0)
@@ -357,7 +359,7 @@ class TrainSpec(Spec):
     wandb: WandbSpec | None = None
     family: str | None = Field(default=None, pattern=r"^[a-z0-9_]{1,40}$")
     trigger_word: str | None = Field(default=None, max_length=100)
-    subject_id: str | None = Field(default=None, pattern=DATASET_PATTERN)
+    subject_id: str | None = Field(default=None, pattern=SUBJECT_PATTERN)
     continues: str | None = Field(default=None, pattern=r"^train_[0-9a-f]{12}$")
 
     @model_validator(mode="after")

@@ -50,6 +50,9 @@ class Intake:
         if request.first_block_cache and not self._family.block_lists:
             raise SettingNotSupported("first_block_cache", f"{self._family.name} is a UNet without blocks to leave out")
         schedule = self._family.make_schedule(request.scheduler, request.steps, shape)
+        if request.scheduler is None:
+            # What the picture's settings tell; as a name it may be one that only the model itself can ask for.
+            request = replace(request, scheduler=self._family.scheduler_name(schedule))
         return Sample(self._family, request, index, schedule)
 
     def _borrowed(self, samples: Sequence[Sample]) -> list[list[Lease]]:

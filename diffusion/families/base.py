@@ -185,8 +185,13 @@ class Family(ABC):
 
     @property
     @abstractmethod
-    def schedulers(self) -> tuple[str, ...]:
-        """Names that ``make_schedule`` takes."""
+    def schedulers(self) -> Mapping[str, str]:
+        """Names that ``make_schedule`` takes, each with the diffusers class that it means."""
+
+    def scheduler_name(self, schedule: Any) -> str:
+        """The name of a schedule's kind: the first that ``make_schedule`` takes, or its class where it takes none."""
+        made = type(schedule).__name__
+        return next((name for name, cls in self.schedulers.items() if cls == made), made)
 
     @abstractmethod
     def make_schedule(self, name: str | None, steps: int, latent_shape: tuple[int, ...]) -> Any:

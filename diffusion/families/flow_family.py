@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ class FlowFamily(Family):
         return transformer
 
     @property
-    def schedulers(self) -> tuple[str, ...]:
-        return tuple(SCHEDULERS)
+    def schedulers(self) -> Mapping[str, str]:
+        return SCHEDULERS
 
     def picture_tokens(self, latent_shape: tuple[int, ...]) -> int:
         """Tokens that the denoiser makes of a picture's latents ``(C, H, W)``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -39,8 +40,8 @@ class UNetFamily(KlFamily):
         return list(UNET_CONVOLUTIONS) if component == "unet" else []
 
     @property
-    def schedulers(self) -> tuple[str, ...]:
-        return tuple(SCHEDULERS)
+    def schedulers(self) -> Mapping[str, str]:
+        return SCHEDULERS
 
     def make_schedule(self, name: str | None, steps: int, latent_shape: tuple[int, ...]) -> Any:
         return self.noise.make_schedule(name, steps)

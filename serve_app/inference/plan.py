@@ -14,14 +14,21 @@ STRENGTH = 0.8
 
 
 class ResolvedLora(BaseModel):
-    """An adapter that was found at submission. `id` is the training it comes from, None for one given by key."""
+    """An adapter that was found at submission: by the `id` of the training it comes from, or by the `path` of its file,
+    as the client wrote it. One of them is None; records from before there was `path` may have neither."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str | None
+    path: str | None = None
     key: str
     sha256: str | None
     scale: float
+
+    @property
+    def name(self) -> str:
+        """What a picture's settings call it."""
+        return self.id or self.path or self.key
 
 
 class StoredPicture(BaseModel):

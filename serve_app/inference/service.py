@@ -221,7 +221,7 @@ def requested_pictures(
 ) -> list[GenerateRequest]:
     """One engine request per picture: all prompts, `num_images` each; picture `i` uses seed `seed + i`."""
     spec = request.spec
-    loras = tuple(LoraRef(path, lora.scale, lora.id) for path, lora in zip(paths, request.loras, strict=True))
+    loras = tuple(LoraRef(path, lora.scale, lora.name) for path, lora in zip(paths, request.loras, strict=True))
     prompts = [prompt for prompt in spec.prompts for _ in range(spec.num_images)]
     pictures = [
         GenerateRequest(

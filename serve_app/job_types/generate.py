@@ -165,4 +165,4 @@ async def _lora_by_path(services: Services, tenant: str, path: str, scale: float
         info = await services.store.head(key)
     except ObjectNotFound:
         raise LoraNotUsable(path, "there is no such file") from None
-    return ResolvedLora(id=None, key=key, sha256=info.sha256, scale=scale)
+    return ResolvedLora(id=None, path=path, key=key, sha256=info.sha256, scale=scale)

@@ -8,6 +8,8 @@ from storage.keys import composed
 from train_jobs.generate_spec import Guidance, PictureCount, Share, Steps
 from train_jobs.spec import LORA_ID_PATTERN, SidePx
 
+from train_jobs.spec import DATASET_PATTERN
+
 FILES_MAX = 100
 
 Filename = Annotated[
@@ -96,7 +98,7 @@ class DatasetFields(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     training_name: str = Field(pattern=r"^[a-zA-Z0-9_-]+$", max_length=100)
-    dataset_folder: str | None = Field(default=None, pattern=r"^[a-zA-Z0-9_-][a-zA-Z0-9._-]*$", max_length=150)
+    dataset_folder: str | None = Field(default=None, pattern=DATASET_PATTERN, max_length=150)
     trigger_word: str | None = Field(default=None, max_length=100)
     cleanup_existing: bool = True
 

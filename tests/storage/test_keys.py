@@ -159,6 +159,19 @@ def test_a_name_that_is_no_identifier_is_refused(name: str) -> None:
         check_name(name, "a name")
 
 
+@pytest.mark.parametrize("folder", ["", ".", "..", "a b", "a/b", "é", "a\n", "x" * 201])
+def test_a_folder_that_is_none_is_refused(folder: str) -> None:
+    with pytest.raises(InvalidKey):
+        Keys("raylora", "matt").dataset_manifests_prefix(folder)
+
+
+@pytest.mark.parametrize("folder", [".hidden", "...", "-rf", "_"])
+def test_a_folder_may_start_with_a_dot_or_a_dash(folder: str) -> None:
+    keys = Keys("raylora", "matt")
+    assert keys.dataset_manifests_prefix(folder) == f"raylora/matt/datasets/{folder}/"
+    assert place_of("raylora", keys.dataset_manifest(folder, "u1")) == Place("datasets", "matt", "u1", folder)
+
+
 def test_a_key_of_an_older_layout_is_accepted() -> None:
     assert check_key("my-models/dataset/Some Folder/.caption #1.txt")
 

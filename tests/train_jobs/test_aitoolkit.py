@@ -274,8 +274,10 @@ def test_a_name_with_other_characters_is_stored_safely_and_said_so() -> None:
         (r"C:\data\cats", "cats"),
         ("cats", "cats"),
         ("/", None),
+        (".", None),
         ("..", None),
-        ("a/.hidden", None),
+        ("a/.hidden", ".hidden"),
+        ("a/-cats", "-cats"),
         ("a/b c", None),
     ],
 )

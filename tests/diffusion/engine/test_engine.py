@@ -317,6 +317,22 @@ def test_a_request_without_a_size_gets_the_models_own(family: StableDiffusion1) 
     assert (picture.settings["width"], picture.settings["height"]) == (native, native)
 
 
+def test_a_pictures_settings_tell_the_scheduler_that_drew_it(family: StableDiffusion1) -> None:
+    own, euler = Engine(family).generate(
+        [dataclasses.replace(PLAIN, scheduler=name, steps=1) for name in (None, "euler")]
+    )
+    assert (own.settings["scheduler"], euler.settings["scheduler"]) == ("ddim", "euler")
+    by_name = dataclasses.replace(PLAIN, scheduler="ddim")
+    assert difference(pixels(Engine(family), by_name)[0], pixels(Engine(family), PLAIN)[0]) < TOLERANCE
+
+
+def test_a_scheduler_that_only_the_model_itself_asks_for_is_told_by_its_class(family: StableDiffusion1) -> None:
+    class OfTheModel(diffusers.DDIMScheduler):
+        pass
+
+    assert family.scheduler_name(OfTheModel()) == "OfTheModel"
+
+
 def test_the_time_of_an_iteration_is_told_while_it_lasts(family: StableDiffusion1) -> None:
     now = {"s": 100.0}
     engine = Engine(family, clock=lambda: now["s"])

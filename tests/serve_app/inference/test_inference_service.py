@@ -151,6 +151,20 @@ async def test_what_the_output_names_is_stored_with_its_digest(replica: Replica,
     assert settings["prompt"] == "a cat"
 
 
+@pytest.mark.parametrize(
+    ("by", "name"),
+    [
+        ({"id": "train_0123456789ab"}, "train_0123456789ab"),
+        ({"id": None, "path": "s3://bucket/raylora/matt/a.safetensors"}, "s3://bucket/raylora/matt/a.safetensors"),
+        ({"id": None}, "raylora/matt/a.safetensors"),
+    ],
+)
+def test_the_settings_call_an_adapter_what_the_client_called_it(by: dict[str, Any], name: str) -> None:
+    used = ResolvedLora(**by, key="raylora/matt/a.safetensors", sha256=None, scale=1.0)
+    [picture] = requested_pictures(request(loras=(used,)), [Path("/cache/0f3a.safetensors")])
+    assert picture.settings()["loras"] == [{"name": name, "scale": 1.0}]
+
+
 def test_each_picture_has_the_next_seed_over_all_prompts() -> None:
     pictures = requested_pictures(request(prompts=("a", "b"), num_images=2), [])
     assert [(p.prompt, p.seed) for p in pictures] == [("a", 5), ("a", 6), ("b", 7), ("b", 8)]

@@ -197,6 +197,10 @@ async def test_adapters_are_found_by_training_by_name_and_by_path(server: LocalS
         output = await done(server, {"prompt": "a cat", "wait": False, **payload})
         [lora] = (await server.jobs.get(output["process_id"])).request["loras"]
         assert (lora["key"], lora["scale"], len(lora["sha256"])) == (key, 0.5, 64)
+        asked = payload.get("loras", [payload.get("lora")])[0]
+        assert {name: lora[name] for name in ("id", "path")} == {"id": None, "path": None} | {
+            name: value for name, value in asked.items() if name != "scale"
+        }
     for short in ({"lora": process_id}, {"model_path": key}):
         output = await done(server, {"prompt": "a cat", "wait": False, **short})
         [lora] = (await server.jobs.get(output["process_id"])).request["loras"]
@@ -339,6 +343,10 @@ async def test_an_upload_needs_a_picture(server: LocalServer) -> None:
     [
         {"training_name": "a/b"},
         {"dataset_folder": "../x"},
+        {"dataset_folder": "."},
+        {"dataset_folder": ".."},
+        {"dataset_folder": "." * 151},
+        {"dataset_folder": "..." + "x" * 148},
         {"trigger_word": "x" * 101},
         {"files": []},
         {"training_name": "x" * 101},
@@ -347,6 +355,22 @@ async def test_an_upload_needs_a_picture(server: LocalServer) -> None:
 async def test_fields_out_of_range_are_refused(server: LocalServer, field: dict[str, Any]) -> None:
     output = await refused(server, upload_payload("cats", **field))
     assert output["validation_errors"][0]["path"] == next(iter(field))
+
+
+@pytest.mark.parametrize("folder", [".hidden", "...", "..x", "-cats", "_", "a.b-c_D", "x" * 150])
+async def test_a_folder_of_any_of_its_characters_is_stored_trained_on_and_deleted(
+    server: LocalServer, folder: str
+) -> None:
+    await done(server, upload_payload("cats", dataset_folder=folder))
+    assert (await done(server, {"type": "list_dataset_folders"}))["folders"] == [folder]
+    started = await done(server, {"type": "train", "config": train_config(folder)})
+    async with server.client() as http:
+        path = f"/v1/datasets/{folder.replace('.', '%2E')}"
+        assert (await http.get(path)).json()["name"] == folder
+        assert (await http.delete(path)).json()["code"] == "dataset_in_use"
+        await done(server, {"type": "cancel", "process_id": started["process_id"]})
+        assert (await http.delete(path)).status_code == 204
+    assert (await done(server, {"type": "list_dataset_folders"}))["folders"] == []
 
 
 async def test_an_upload_that_fails_midway_leaves_the_dataset_as_it_was(server: LocalServer) -> None:
