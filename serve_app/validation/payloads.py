@@ -6,9 +6,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from storage.keys import composed
 from train_jobs.generate_spec import Guidance, PictureCount, Share, Steps
-from train_jobs.spec import LORA_ID_PATTERN, SidePx
-
-from train_jobs.spec import DATASET_PATTERN
+from train_jobs.spec import DATASET_PATTERN, LORA_ID_PATTERN, SidePx
 
 FILES_MAX = 100
 
