@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from serve_app.dispatch.rates import Grant, Rate
-from serve_app.dispatch.replies import Beginning, EndedReply, Ending, Fingerprint, Reply
+from serve_app.dispatch.replies import EndedReply, Opening, Reply, Status
 from serve_app.inference.plan import GenerationWork, StartingPoint
 from storage.async_jobs import AsyncJobsApi
 from storage.imported_loras import ImportedLora
@@ -95,27 +95,9 @@ class Dispatch(Protocol):
         ...
 
     async def load(self) -> DispatchLoad: ...
-    async def open_reply(
-        self,
-        tenant: str,
-        runpod_id: str,
-        *,
-        kept_s: float,
-        fingerprint: Fingerprint | None,
-        owner: str,
-        status: Beginning,
-        instead_of: str | None = None,
-    ) -> str: ...
+    async def open_reply(self, tenant: str, runpod_id: str, opening: Opening) -> str: ...
     async def hear_from(self, owner: str) -> list[tuple[str, str]]: ...
-    async def settle_reply(
-        self,
-        tenant: str,
-        runpod_id: str,
-        *,
-        output: dict[str, Any] | None = None,
-        error: str | None = None,
-        status: Ending | None = None,
-    ) -> Beginning | Ending | None: ...
+    async def settle_reply(self, ended: EndedReply) -> Status | None: ...
     async def cancel_reply(self, tenant: str, runpod_id: str) -> Reply | None: ...
     async def count_replies(self, tenant: str) -> dict[str, int]: ...
     async def keep_replies(self, ended: Sequence[EndedReply]) -> None: ...

@@ -20,7 +20,7 @@ from serve_app.collaborators import (
     Workers,
 )
 from serve_app.dispatch.rates import Grant, Rate
-from serve_app.dispatch.replies import Beginning, EndedReply, Ending, Fingerprint, Reply
+from serve_app.dispatch.replies import EndedReply, Opening, Reply, Status
 from serve_app.errors import ServiceUnavailable
 from serve_app.inference.plan import GenerationWork
 from serve_app.ingress.errors import unwrapped
@@ -122,44 +122,18 @@ class HandleDispatch:
         load: DispatchLoad = await answer(DISPATCH, self._handle.load.remote(), CALL_TIMEOUT_S)
         return load
 
-    async def open_reply(
-        self,
-        tenant: str,
-        runpod_id: str,
-        *,
-        kept_s: float,
-        fingerprint: Fingerprint | None,
-        owner: str,
-        status: Beginning,
-        instead_of: str | None = None,
-    ) -> str:
-        response = self._handle.open_reply.remote(
-            tenant,
-            runpod_id,
-            kept_s=kept_s,
-            fingerprint=fingerprint,
-            owner=owner,
-            status=status,
-            instead_of=instead_of,
-        )
+    async def open_reply(self, tenant: str, runpod_id: str, opening: Opening) -> str:
+        response = self._handle.open_reply.remote(tenant, runpod_id, opening)
         return str(await answer(DISPATCH, response, CALL_TIMEOUT_S))
 
     async def hear_from(self, owner: str) -> list[tuple[str, str]]:
         stopped: list[tuple[str, str]] = await answer(DISPATCH, self._handle.hear_from.remote(owner), CALL_TIMEOUT_S)
         return stopped
 
-    async def settle_reply(
-        self,
-        tenant: str,
-        runpod_id: str,
-        *,
-        output: dict[str, Any] | None = None,
-        error: str | None = None,
-        status: Ending | None = None,
-    ) -> Beginning | Ending | None:
-        response = self._handle.settle_reply.remote(tenant, runpod_id, output=output, error=error, status=status)
-        ended: Beginning | Ending | None = await answer(DISPATCH, response, CALL_TIMEOUT_S)
-        return ended
+    async def settle_reply(self, ended: EndedReply) -> Status | None:
+        response = self._handle.settle_reply.remote(ended)
+        status: Status | None = await answer(DISPATCH, response, CALL_TIMEOUT_S)
+        return status
 
     async def cancel_reply(self, tenant: str, runpod_id: str) -> Reply | None:
         response = self._handle.cancel_reply.remote(tenant, runpod_id)

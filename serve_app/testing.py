@@ -26,7 +26,7 @@ from serve_app.collaborators import (
     WorkerCounts,
 )
 from serve_app.dispatch.rates import Grant, Rate, RateLedger
-from serve_app.dispatch.replies import Beginning, EndedReply, Ending, Fingerprint, Reply, ReplyTable
+from serve_app.dispatch.replies import EndedReply, Opening, Reply, ReplyTable, Status
 from serve_app.inference.plan import GenerationRequest, GenerationWork
 from serve_app.ingress.api import create_app
 from serve_app.ingress.auth import KeyRing
@@ -81,40 +81,14 @@ class LocalDispatch:
     async def load(self) -> DispatchLoad:
         return DispatchLoad(running=0, slots=1)
 
-    async def open_reply(
-        self,
-        tenant: str,
-        runpod_id: str,
-        *,
-        kept_s: float,
-        fingerprint: Fingerprint | None,
-        owner: str,
-        status: Beginning,
-        instead_of: str | None = None,
-    ) -> str:
-        return self.replies.open(
-            tenant,
-            runpod_id,
-            kept_s=kept_s,
-            fingerprint=fingerprint,
-            owner=owner,
-            status=status,
-            instead_of=instead_of,
-        )
+    async def open_reply(self, tenant: str, runpod_id: str, opening: Opening) -> str:
+        return self.replies.open(tenant, runpod_id, opening)
 
     async def hear_from(self, owner: str) -> list[tuple[str, str]]:
         return self.replies.hear_from(owner)
 
-    async def settle_reply(
-        self,
-        tenant: str,
-        runpod_id: str,
-        *,
-        output: dict[str, Any] | None = None,
-        error: str | None = None,
-        status: Ending | None = None,
-    ) -> Beginning | Ending | None:
-        return self.replies.settle(tenant, runpod_id, output=output, error=error, status=status)
+    async def settle_reply(self, ended: EndedReply) -> Status | None:
+        return self.replies.settle(ended)
 
     async def cancel_reply(self, tenant: str, runpod_id: str) -> Reply | None:
         return self.replies.cancel(tenant, runpod_id)

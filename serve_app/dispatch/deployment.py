@@ -12,7 +12,7 @@ from serve_app.collaborators import DispatchLoad
 from serve_app.dispatch.dispatcher import GenerationDispatcher
 from serve_app.dispatch.lasting_replies import LastingReplies
 from serve_app.dispatch.rates import Grant, Rate, RateLedger
-from serve_app.dispatch.replies import Beginning, EndedReply, Ending, Fingerprint, Reply, ReplyTable
+from serve_app.dispatch.replies import EndedReply, Opening, Reply, ReplyTable, Status
 from serve_app.dispatch.webhooks import WebhookSender
 from serve_app.handles import HandleInference
 from serve_app.job_types.results import Presenter
@@ -60,41 +60,15 @@ class Dispatcher:
     async def load(self) -> DispatchLoad:
         return self._dispatcher.load()
 
-    async def open_reply(
-        self,
-        tenant: str,
-        runpod_id: str,
-        *,
-        kept_s: float,
-        fingerprint: Fingerprint | None,
-        owner: str,
-        status: Beginning,
-        instead_of: str | None = None,
-    ) -> str:
-        return await self._replies.open(
-            tenant,
-            runpod_id,
-            kept_s=kept_s,
-            fingerprint=fingerprint,
-            owner=owner,
-            status=status,
-            instead_of=instead_of,
-        )
+    async def open_reply(self, tenant: str, runpod_id: str, opening: Opening) -> str:
+        return await self._replies.open(tenant, runpod_id, opening)
 
     async def hear_from(self, owner: str) -> list[tuple[str, str]]:
         await self._replies.ready()
         return self._replies.table.hear_from(owner)
 
-    async def settle_reply(
-        self,
-        tenant: str,
-        runpod_id: str,
-        *,
-        output: dict[str, Any] | None = None,
-        error: str | None = None,
-        status: Ending | None = None,
-    ) -> Beginning | Ending | None:
-        return await self._replies.settle(tenant, runpod_id, output=output, error=error, status=status)
+    async def settle_reply(self, ended: EndedReply) -> Status | None:
+        return await self._replies.settle(ended)
 
     async def cancel_reply(self, tenant: str, runpod_id: str) -> Reply | None:
         return await self._replies.cancel(tenant, runpod_id)

@@ -11,12 +11,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from datetime import datetime
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from serve_app.collaborators import JobsApi
-from serve_app.dispatch.replies import Beginning, Ending, Fingerprint, Reply, ReplyTable, SavedReply
+from serve_app.dispatch.replies import EndedReply, Opening, Reply, ReplyTable, SavedReply, Status
 from storage.errors import JobError
 from storage.jobs import Jobs
 from storage.kept_replies import NotedReply
@@ -75,48 +74,22 @@ class LastingReplies:
             # They are put back whenever they are read; until then every call would wait as long.
             self._is_restored.set()
 
-    async def open(
-        self,
-        tenant: str,
-        runpod_id: str,
-        *,
-        kept_s: float,
-        fingerprint: Fingerprint | None,
-        owner: str,
-        status: Beginning,
-        instead_of: str | None = None,
-    ) -> str:
+    async def open(self, tenant: str, runpod_id: str, opening: Opening) -> str:
         """Like `ReplyTable.open`. Raises IdempotencyKeyReused."""
         await self.ready()
-        known = self.table.open(
-            tenant,
-            runpod_id,
-            kept_s=kept_s,
-            fingerprint=fingerprint,
-            owner=owner,
-            status=status,
-            instead_of=instead_of,
-        )
-        if known == runpod_id and status == "IN_PROGRESS":
+        known = self.table.open(tenant, runpod_id, opening)
+        if known == runpod_id and opening.status == "IN_PROGRESS":
             await self._note(tenant, runpod_id)
         return known
 
-    async def settle(
-        self,
-        tenant: str,
-        runpod_id: str,
-        *,
-        output: dict[str, Any] | None = None,
-        error: str | None = None,
-        status: Ending | None = None,
-    ) -> Beginning | Ending | None:
+    async def settle(self, ended: EndedReply) -> Status | None:
         """Like `ReplyTable.settle`."""
         await self.ready()
-        before = self.table.get(tenant, runpod_id)
-        known = self.table.settle(tenant, runpod_id, output=output, error=error, status=status)
+        before = self.table.get(ended.tenant, ended.runpod_id)
+        status = self.table.settle(ended)
         if before is not None and before.status == "IN_PROGRESS":
-            await self._note(tenant, runpod_id)
-        return known
+            await self._note(ended.tenant, ended.runpod_id)
+        return status
 
     async def cancel(self, tenant: str, runpod_id: str) -> Reply | None:
         """Like `ReplyTable.cancel`."""

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from serve_app.dispatch.fair_store import FairStore
 from serve_app.errors import IdempotencyKeyReused, JobInterrupted
@@ -25,7 +25,7 @@ SWEEP_INTERVAL = timedelta(seconds=1)
 WAIT_SLICE_S = 5.0
 OWNER_SILENT_MAX = timedelta(seconds=30)
 Beginning = Literal["IN_QUEUE", "IN_PROGRESS"]
-Ending = Literal["COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"]
+Status = Literal[Beginning, "COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Reply:
     it could say so here.
     """
 
-    status: Beginning | Ending
+    status: Status
     created_at: datetime
     finished_at: datetime | None = None
     output: dict[str, Any] | None = None
@@ -71,6 +71,18 @@ class Fingerprint:
     body_sha256: str
     kept_s: float
     named_by_client: bool
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A job that begins. `owner` is the process that does it, which must be heard from until it has ended; None is
+    believed for ever. `instead_of` is the id of an earlier same request that does not count any more."""
+
+    kept_s: float
+    fingerprint: Fingerprint | None = None
+    owner: str | None = None
+    status: Beginning = "IN_QUEUE"
+    instead_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -136,28 +148,17 @@ class ReplyTable:
         self._to_stop: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
         self._swept_at = clock()
 
-    def open(
-        self,
-        tenant: str,
-        runpod_id: str,
-        *,
-        kept_s: float,
-        fingerprint: Fingerprint | None,
-        owner: str | None = None,
-        status: Beginning = "IN_QUEUE",
-        instead_of: str | None = None,
-    ) -> str:
+    def open(self, tenant: str, runpod_id: str, opening: Opening) -> str:
         """Note a job that begins now. Returns `runpod_id`, or the id of the same request that came before.
 
-        `owner` is the process that does it, which must be heard from until it has ended; None is believed for ever.
-        `instead_of` is the id of an earlier same request that does not count any more. Raises IdempotencyKeyReused
-        where the client's key came with another body.
+        Raises IdempotencyKeyReused where the client's key came with another body.
         """
         now = self._clock()
         self._sweep(now)
+        fingerprint = opening.fingerprint
         if fingerprint is not None:
             earlier = self._seen.get(tenant, fingerprint.key)
-            if earlier is not None and earlier.expires_at > now and earlier.runpod_id != instead_of:
+            if earlier is not None and earlier.expires_at > now and earlier.runpod_id != opening.instead_of:
                 if earlier.body_sha256 != fingerprint.body_sha256:
                     raise IdempotencyKeyReused
                 return earlier.runpod_id
@@ -167,12 +168,12 @@ class ReplyTable:
         if (tenant, runpod_id) in self._entries:
             # It ended on its way here.
             return runpod_id
-        reply = Reply(status, created_at=now)
+        reply = Reply(opening.status, created_at=now)
         mark = None if fingerprint is None else fingerprint.key
         ends_at = now + timedelta(seconds=self._pending_max_s)
-        self._entries.put(tenant, runpod_id, _Entry(reply, kept_s, ends_at, owner, mark))
-        if owner is not None:
-            self._heard[owner] = now
+        self._entries.put(tenant, runpod_id, _Entry(reply, opening.kept_s, ends_at, opening.owner, mark))
+        if opening.owner is not None:
+            self._heard[opening.owner] = now
         return runpod_id
 
     def hear_from(self, owner: str) -> list[tuple[str, str]]:
@@ -182,46 +183,28 @@ class ReplyTable:
         self._sweep(self._clock())
         return self._to_stop.pop(owner, [])
 
-    def settle(
-        self,
-        tenant: str,
-        runpod_id: str,
-        *,
-        output: dict[str, Any] | None = None,
-        error: str | None = None,
-        status: Ending | None = None,
-    ) -> Beginning | Ending | None:
-        """Note how the job ended; a second ending is ignored. Without a `status`, `error` makes it FAILED.
+    def settle(self, ended: EndedReply) -> Status | None:
+        """Note how the job ended; a second ending is ignored.
 
         Returns the status that it ended with, None where nothing is known of it.
         """
-        entry = self._entries.get(tenant, runpod_id)
+        entry = self._entries.get(ended.tenant, ended.runpod_id)
         if entry is None:
             return None
         if not entry.reply.is_final:
-            self._settle(
-                tenant, runpod_id, entry, status or ("COMPLETED" if error is None else "FAILED"), output, error
-            )
+            self._settle(ended.tenant, ended.runpod_id, entry, ended.reply)
         return entry.reply.status
 
-    def _settle(
-        self,
-        tenant: str,
-        runpod_id: str,
-        entry: _Entry,
-        status: Ending,
-        output: dict[str, Any] | None,
-        error: str | None,
-        *,
-        is_interrupted: bool = False,
-    ) -> None:
+    def _settle(self, tenant: str, runpod_id: str, entry: _Entry, reply: Reply) -> None:
+        """With the times that this table knows."""
         now = self._clock()
-        entry.reply = Reply(status, entry.reply.created_at, now, output, error, is_interrupted)
+        entry.reply = replace(reply, created_at=entry.reply.created_at, finished_at=now)
         entry.expires_at = now + timedelta(seconds=entry.kept_s)
-        if status != "COMPLETED":
+        if reply.status != "COMPLETED":
             self._forget_unnamed(tenant, entry)
         entry.settled.set()
-        self._entries.put(tenant, runpod_id, entry, size_bytes=len(json.dumps(output)) if output is not None else 0)
+        size_bytes = 0 if reply.output is None else len(json.dumps(reply.output))
+        self._entries.put(tenant, runpod_id, entry, size_bytes=size_bytes)
 
     def cancel(self, tenant: str, runpod_id: str) -> Reply | None:
         """A job that has not ended is CANCELLED from now on. Returns how it stands, None where nothing is known of
@@ -230,7 +213,7 @@ class ReplyTable:
         if entry is None:
             return None
         if not entry.reply.is_final:
-            self._settle(tenant, runpod_id, entry, "CANCELLED", None, None)
+            self._settle(tenant, runpod_id, entry, Reply("CANCELLED", entry.reply.created_at))
             if entry.owner is not None:
                 self._to_stop[entry.owner].append((tenant, runpod_id))
         return entry.reply
@@ -271,10 +254,7 @@ class ReplyTable:
             expires_at = self._clock() + timedelta(seconds=ended.kept_s)
             begun = _Entry(Reply("IN_PROGRESS", ended.reply.created_at), ended.kept_s, expires_at)
             self._entries.put(ended.tenant, ended.runpod_id, begun)
-        reply = ended.reply
-        self.settle(
-            ended.tenant, ended.runpod_id, output=reply.output, error=reply.error, status=cast(Ending, reply.status)
-        )
+        self.settle(ended)
 
     def hand_over(self, tenant: str, runpod_id: str, *, to: str) -> bool:
         """A job record answers from now on, under the id `to`; the same request sent again is told that id.
@@ -345,10 +325,12 @@ class ReplyTable:
         if not silent:
             return
         told = describe(JobInterrupted())
+        output = {"error": told.message, "error_type": told.code}
         for tenant, runpod_id, entry in self._entries.items():
             if entry.owner in silent and not entry.reply.is_final:
-                output = {"error": told.message, "error_type": told.code}
-                self._settle(tenant, runpod_id, entry, "FAILED", output, told.message, is_interrupted=True)
+                began = entry.reply.created_at
+                lost = Reply("FAILED", began, output=output, error=told.message, is_interrupted=True)
+                self._settle(tenant, runpod_id, entry, lost)
         for owner in silent:
             del self._heard[owner]
             self._to_stop.pop(owner, None)

@@ -8,10 +8,10 @@ import hashlib
 import logging
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any
 
-from serve_app.dispatch.replies import Beginning, EndedReply, Ending, Fingerprint, Reply
+from serve_app.dispatch.replies import Beginning, EndedReply, Fingerprint, Opening, Reply, Status
 from serve_app.errors import RequestTimedOut, ServiceUnavailable
 from serve_app.ingress.envelope import read_envelope
 from serve_app.ingress.errors import INTERNAL, describe
@@ -165,23 +165,17 @@ class JobRunner:
 
     async def _open(self, key: Key, job: _Job, fingerprint: Fingerprint | None) -> str:
         """Have the shared table note the job. Returns its id, or that of the same request before it."""
-        opening = functools.partial(
-            self._services.dispatch.open_reply,
-            *key,
-            kept_s=job.kept_s,
-            fingerprint=fingerprint,
-            owner=self._owner,
-            status=job.status,
-        )
+        dispatch = self._services.dispatch
+        opening = Opening(job.kept_s, fingerprint, self._owner, job.status)
         tenant, runpod_id = key
-        known = await opening()
+        known = await dispatch.open_reply(tenant, runpod_id, opening)
         if known == runpod_id or fingerprint is None or fingerprint.named_by_client:
             return known
         record = await find_record(self._services.jobs, tenant, known)
         if record is None or not record.state.is_terminal or record.state is JobState.COMPLETED:
             return known
         # Sent again because that one came to nothing, and not by a client that had waited too short.
-        return await opening(instead_of=known)
+        return await dispatch.open_reply(tenant, runpod_id, replace(opening, instead_of=known))
 
     async def _told(self, key: Key, job: _Job) -> None:
         """Tell the shared table of a job that goes on when its request has ended. Raises ServiceUnavailable."""
@@ -231,7 +225,7 @@ class JobRunner:
         """Run the job type and keep its reply. Returns the id under which the job is found."""
         services = self._services
         began = services.clock()
-        status: Ending = "COMPLETED"
+        status: Status = "COMPLETED"
         error: str | None = None
         output: dict[str, Any] | None
         job.is_handling = True
@@ -276,10 +270,7 @@ class JobRunner:
         if not await self._is_told(job):
             await self.near.keep(ended)
             return reply
-        dispatch = self._services.dispatch
-        known = await dispatch.settle_reply(
-            *key, output=reply.output, error=reply.error, status=cast(Ending, reply.status)
-        )
+        known = await self._services.dispatch.settle_reply(ended)
         if known is None:
             # The table was lost, and knows nothing of what it had been told.
             await self.near.keep(ended)

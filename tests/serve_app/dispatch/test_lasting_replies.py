@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from serve_app.dispatch import lasting_replies
 from serve_app.dispatch.lasting_replies import LastingReplies
-from serve_app.dispatch.replies import Fingerprint, Reply, ReplyTable
+from serve_app.dispatch.replies import EndedReply, Fingerprint, Opening, Reply, ReplyTable, Status
 from serve_app.errors import IdempotencyKeyReused
 from storage.async_jobs import AsyncJobs
 from storage.errors import RecordsUnavailable
@@ -37,15 +38,22 @@ async def fresh(world: JobsWorld) -> LastingReplies:
 
 async def opened(replies: LastingReplies, name: str, *, fingerprint: Fingerprint | None = None, **named: Any) -> str:
     options = {"kept_s": 1800.0, "owner": "ingress-1", "status": "IN_PROGRESS", **named}
-    return await replies.open("matt", name, fingerprint=fingerprint, **options)
+    return await replies.open("matt", name, Opening(fingerprint=fingerprint, **options))
+
+
+async def settled(
+    replies: LastingReplies, name: str, output: dict[str, Any], error: str | None = None
+) -> Status | None:
+    reply = Reply("COMPLETED" if error is None else "FAILED", datetime.now(UTC), output=output, error=error)
+    return await replies.settle(EndedReply("matt", name, reply, 1800.0))
 
 
 async def test_what_ended_is_told_by_the_next_one_for_as_long(world: JobsWorld) -> None:
     first = await fresh(world)
     for name in ("done", "failed", "cancelled"):
         await opened(first, name)
-    await first.settle("matt", "done", output={"x": [1, None, "\u00e4"]})
-    await first.settle("matt", "failed", output={"error": "no"}, error="no")
+    await settled(first, "done", {"x": [1, None, "\u00e4"]})
+    await settled(first, "failed", {"error": "no"}, error="no")
     await first.cancel("matt", "cancelled")
     told = [first.table.get("matt", name) for name in ("done", "failed", "cancelled")]
 
@@ -68,13 +76,13 @@ async def test_what_is_under_way_ends_in_the_next_one_or_is_lost_with_its_proces
     lost = second.table.get("matt", "is lost")
     assert lost is not None
     assert (lost.status, lost.is_interrupted) == ("FAILED", True)
-    assert await second.settle("matt", "goes on", output={"x": 1}) == "COMPLETED"
+    assert await settled(second, "goes on", {"x": 1}) == "COMPLETED"
 
 
 async def test_a_clients_key_means_the_same_job_after_a_restart(world: JobsWorld) -> None:
     first = await fresh(world)
     assert await opened(first, "a", fingerprint=KEYED) == "a"
-    await first.settle("matt", "a", output={})
+    await settled(first, "a", {})
     world.clock.advance(23 * 3600)
     second = await fresh(world)
     assert second.table.get("matt", "a") is None
@@ -93,7 +101,7 @@ async def test_a_job_that_a_record_takes_over_is_not_noted(world: JobsWorld) -> 
 async def test_results_that_are_files_are_not_kept_twice(world: JobsWorld) -> None:
     first = await fresh(world)
     await opened(first, "a")
-    await first.settle("matt", "a", output={"data": "x" * lasting_replies.NOTE_BYTES_MAX})
+    await settled(first, "a", {"data": "x" * lasting_replies.NOTE_BYTES_MAX})
     assert first.table.get("matt", "a") is not None
     assert (await fresh(world)).table.get("matt", "a") is None
 
@@ -105,7 +113,7 @@ async def test_where_the_records_do_not_answer_the_table_goes_on_alone(
     monkeypatch.setattr(lasting_replies, "RESTORE_RETRY_S", 0.01)
     earlier = await fresh(world)
     await opened(earlier, "before")
-    await earlier.settle("matt", "before", output={"x": 1})
+    await settled(earlier, "before", {"x": 1})
     jobs = AsyncJobs(world.jobs)
     call, is_away = jobs.call, True
 
@@ -118,7 +126,7 @@ async def test_where_the_records_do_not_answer_the_table_goes_on_alone(
     replies = LastingReplies(ReplyTable(world.clock), jobs)
     restoring = asyncio.create_task(replies.restore())
     assert await opened(replies, "a") == "a"
-    assert await replies.settle("matt", "a", output={"x": 2}) == "COMPLETED"
+    assert await settled(replies, "a", {"x": 2}) == "COMPLETED"
     is_away = False
     await restoring
     found = [replies.table.get("matt", name) for name in ("before", "a")]

@@ -1,8 +1,10 @@
 import asyncio
+from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 
-from serve_app.dispatch.replies import Fingerprint, ReplyTable
+from serve_app.dispatch.replies import EndedReply, Fingerprint, Opening, Reply, ReplyTable
 from serve_app.errors import IdempotencyKeyReused
 from storage.jobs_testing import ManualClock
 
@@ -16,7 +18,12 @@ def table(**bounds: int) -> tuple[ReplyTable, ManualClock]:
 
 
 def opened(replies: ReplyTable, name: str, fingerprint: Fingerprint | None = None, tenant: str = "matt") -> str:
-    return replies.open(tenant, name, kept_s=60.0, fingerprint=fingerprint)
+    return replies.open(tenant, name, Opening(60.0, fingerprint))
+
+
+def settle(replies: ReplyTable, name: str, output: dict[str, Any], error: str | None = None) -> None:
+    reply = Reply("COMPLETED" if error is None else "FAILED", datetime.now(UTC), output=output, error=error)
+    replies.settle(EndedReply("matt", name, reply, 60.0))
 
 
 def test_a_reply_is_queued_then_final_then_gone() -> None:
@@ -25,7 +32,7 @@ def test_a_reply_is_queued_then_final_then_gone() -> None:
     reply = replies.get("matt", "a")
     assert reply is not None
     assert reply.status == "IN_QUEUE"
-    replies.settle("matt", "a", output={"x": 1})
+    settle(replies, "a", output={"x": 1})
     clock.advance(59)
     reply = replies.get("matt", "a")
     assert reply is not None
@@ -42,7 +49,7 @@ def test_what_never_ends_is_forgotten_too() -> None:
 
 
 def owned(replies: ReplyTable, name: str, owner: str) -> None:
-    replies.open("matt", name, kept_s=60.0, fingerprint=None, owner=owner)
+    replies.open("matt", name, Opening(60.0, owner=owner))
 
 
 def test_a_job_whose_process_is_silent_has_failed_and_says_so_once() -> None:
@@ -57,14 +64,14 @@ def test_a_job_whose_process_is_silent_has_failed_and_says_so_once() -> None:
     assert held is not None
     assert (lost.status, lost.is_interrupted, held.status) == ("FAILED", True, "IN_QUEUE")
     assert lost.output == {"error": lost.error, "error_type": "job_interrupted"}
-    replies.settle("matt", "lost", output={"done": True})
+    settle(replies, "lost", output={"done": True})
     assert replies.get("matt", "lost") == lost
 
 
 def test_what_ended_before_its_process_was_lost_keeps_its_end() -> None:
     replies, clock = table()
     owned(replies, "a", "silent")
-    replies.settle("matt", "a", output={"x": 1})
+    settle(replies, "a", output={"x": 1})
     clock.advance(31)
     reply = replies.get("matt", "a")
     assert reply is not None
@@ -74,8 +81,8 @@ def test_what_ended_before_its_process_was_lost_keeps_its_end() -> None:
 def test_a_second_ending_is_ignored() -> None:
     replies, _ = table()
     opened(replies, "a")
-    replies.settle("matt", "a", output={}, error="first")
-    replies.settle("matt", "a", output={})
+    settle(replies, "a", output={}, error="first")
+    settle(replies, "a", output={})
     reply = replies.get("matt", "a")
     assert reply is not None
     assert (reply.status, reply.error) == ("FAILED", "first")
@@ -83,7 +90,7 @@ def test_a_second_ending_is_ignored() -> None:
 
 def test_settling_what_is_unknown_is_harmless() -> None:
     replies, _ = table()
-    replies.settle("matt", "a", output={})
+    settle(replies, "a", output={})
     assert replies.get("matt", "a") is None
 
 
@@ -114,8 +121,8 @@ def test_a_failure_frees_the_body_but_not_the_clients_key() -> None:
     replies, _ = table()
     opened(replies, "a", BY_BODY)
     opened(replies, "b", BY_KEY)
-    replies.settle("matt", "a", output={}, error="no")
-    replies.settle("matt", "b", output={}, error="no")
+    settle(replies, "a", output={}, error="no")
+    settle(replies, "b", output={}, error="no")
     assert opened(replies, "c", BY_BODY) == "c"
     assert opened(replies, "d", BY_KEY) == "b"
 
@@ -136,7 +143,7 @@ def test_the_table_is_bounded_by_number_and_by_bytes() -> None:
     replies, _ = table(bytes_max=50)
     for name in "ab":
         opened(replies, name)
-        replies.settle("matt", name, output={"x": "y" * 30})
+        settle(replies, name, output={"x": "y" * 30})
     assert [replies.get("matt", name) is not None for name in "ab"] == [False, True]
 
 
@@ -145,7 +152,7 @@ async def test_a_waiter_hears_of_the_end_at_once() -> None:
     opened(replies, "a")
     waiter = asyncio.create_task(replies.wait("matt", "a", 60.0))
     await asyncio.sleep(0)
-    replies.settle("matt", "a", output={"x": 1})
+    settle(replies, "a", output={"x": 1})
     reply = await waiter
     assert reply is not None
     assert reply.status == "COMPLETED"

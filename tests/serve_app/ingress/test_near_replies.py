@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.dispatch.replies import EndedReply, Reply, ReplyTable
+from serve_app.dispatch.replies import EndedReply, Opening, Reply, ReplyTable
 from serve_app.errors import ServiceUnavailable
 from serve_app.ingress import near_replies
 from serve_app.ingress.near_replies import NearReplies
@@ -109,9 +109,9 @@ async def test_a_message_holds_only_so_many_bytes(monkeypatch: pytest.MonkeyPatc
 def test_a_job_that_ended_before_it_was_opened_stays_ended() -> None:
     table = ReplyTable(lambda: NOW)
     table.keep(ended(1))
-    assert table.open("a", "1", kept_s=60, fingerprint=None) == "1"
+    assert table.open("a", "1", Opening(60)) == "1"
     assert table.get("a", "1") == ended(1).reply
-    table.open("a", "2", kept_s=60, fingerprint=None)
+    table.open("a", "2", Opening(60))
     table.keep(ended(2))
     table.keep(ended(2, {"n": "again"}))
     assert table.get("a", "2") == ended(2).reply

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from serve_app.dispatch.replies import Opening
 from serve_app.settings import RequestLimits
 from serve_app.testing import OTHER_KEY, TENANT, LocalServer, local_server, train_config, upload_payload
 from storage.errors import StorageUnavailable
@@ -347,7 +348,7 @@ async def test_an_accepted_training_is_still_completed_after_a_restart(server: L
 
 async def test_a_job_whose_ingress_was_lost_is_its_record_or_has_failed(server: LocalServer, world: JobsWorld) -> None:
     for runpod_id in ("recorded-u1", "nothing-u1"):
-        server.dispatch.replies.open(TENANT, runpod_id, kept_s=60.0, fingerprint=None, owner="lost")
+        server.dispatch.replies.open(TENANT, runpod_id, Opening(60.0, owner="lost"))
     await server.jobs.create(NewJob(kind=JobKind.GENERATION, tenant=TENANT, request={}, runpod_id="recorded-u1"))
     async with server.client() as http:
         assert (await status(http, "nothing-u1"))["status"] == "IN_QUEUE"
