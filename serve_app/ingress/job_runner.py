@@ -135,7 +135,7 @@ class JobRunner:
         is_sync = call.wait_s is not None
         runpod_id = f"{SYNC_PREFIX if is_sync else ''}{self._new_uuid()}-u1"
         digest = hashlib.sha256(call.body).hexdigest()
-        name = envelope.input.get("type", "generate" if "prompt" in envelope.input else None)
+        name = _type_named(envelope.input)
         fingerprint = self._fingerprint(call, name, digest)
         job = _Job(
             status="IN_QUEUE" if name in TAKEN_OVER else "IN_PROGRESS",
@@ -211,13 +211,13 @@ class JobRunner:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.warning("The reply of a job could not be kept: %s", describe(error).code)
 
-    def _fingerprint(self, call: Submission, name: Any, digest: str) -> Fingerprint | None:
+    def _fingerprint(self, call: Submission, name: str | None, digest: str) -> Fingerprint | None:
         """The client's key; else, for /run of types that start work, the body itself for a short time."""
         limits = self._services.limits
         if call.idempotency_key is not None:
             key = f"key:{call.idempotency_key}"
             return Fingerprint(key, digest, limits.idempotency_kept_s, named_by_client=True)
-        if call.wait_s is None and isinstance(name, str) and name in STARTS_WORK and limits.same_body_window_s > 0:
+        if call.wait_s is None and name in STARTS_WORK and limits.same_body_window_s > 0:
             return Fingerprint(f"body:{digest}", digest, limits.same_body_window_s, named_by_client=False)
         return None
 
@@ -264,7 +264,7 @@ class JobRunner:
         return context.runpod_id
 
     async def _kept(self, context: JobContext, job: _Job, reply: Reply) -> Reply:
-        """The reply that the job's id has from now on: another one where the job was cancelled meanwhile."""
+        """The reply that the job's id has from now on: another where it was cancelled, or taken for lost, before."""
         key = (context.tenant, context.runpod_id)
         ended = EndedReply(*key, reply, job.kept_s)
         if not await self._is_told(job):
@@ -274,7 +274,9 @@ class JobRunner:
         if known is None:
             # The table was lost, and knows nothing of what it had been told.
             await self.near.keep(ended)
-        return reply if known in (None, reply.status) else Reply("CANCELLED", reply.created_at, reply.finished_at)
+        if known in (None, reply.status):
+            return reply
+        return await self._services.dispatch.wait_reply(*key, 0.0) or reply
 
     async def _cancel_record(self, context: JobContext) -> None:
         """Stop what the job had begun by the time that it was cancelled."""
@@ -330,3 +332,9 @@ class JobRunner:
                 await self._cancel_record(context)
         await self.wake_for(record)
         return found_as
+
+
+def _type_named(payload: dict[str, Any]) -> str | None:
+    """The job type that a payload names, known or not; None where it names none."""
+    name = payload.get("type", "generate" if "prompt" in payload else None)
+    return name if isinstance(name, str) else None

@@ -163,3 +163,40 @@ async def test_the_same_body_after_it_was_done_is_the_job_that_was_done(quick: L
         await quick.jobs.start(claimed[0].id, "d", worker_id="gpu-0")
         await quick.jobs.complete(claimed[0].id, "d", {"images": []})
         assert (await post(http, "run", json=PROMPT))["id"] == first
+
+
+@pytest.mark.parametrize("name", [[], {}, None, 1, ["generate"]])
+@pytest.mark.parametrize("call", ["run", "runsync"])
+async def test_a_type_that_is_no_name_is_a_job_that_failed(quick: LocalServer, call: str, name: Any) -> None:
+    async with quick.client() as http:
+        job_id = (await post(http, call, json={"input": {"type": name}}))["id"]
+        ended = await post(http, f"status-sync/{job_id}")
+    assert ended["status"] == "FAILED"
+
+
+async def test_a_job_that_was_taken_for_lost_has_one_end(quick: LocalServer, world: JobsWorld) -> None:
+    held = quick.store.hold("put")
+    async with quick.client() as http:
+        job_id = (await post(http, "run", json=UPLOAD | {"webhook": "https://example.com/told"}))["id"]
+        world.clock.advance(31)
+        quick.dispatch.replies.hear_from("another")
+        assert (await post(http, f"status/{job_id}"))["status"] == "FAILED"
+        held.set()
+        async with asyncio.timeout(20):
+            while not (told := await quick.jobs.take_webhooks()):  # noqa: ASYNC110 - the job's task ends by itself
+                await asyncio.sleep(0.01)
+        assert (await post(http, f"status/{job_id}"))["status"] == "FAILED"
+    assert told[0].body is not None
+    assert told[0].body["status"] == "FAILED"
+
+
+async def test_a_process_has_its_own_worker_and_not_the_one_that_answers(quick: LocalServer) -> None:
+    async with quick.client() as http:
+        accepted = await post(http, "runsync", json={"input": {**PROMPT["input"], "wait": False}})
+        asked = {"input": {"type": "process_status", "process_id": accepted["output"]["process_id"]}}
+        assert (await post(http, "runsync", json=asked))["output"]["worker_id"] is None
+        [record] = await quick.jobs.claim(JobKind.GENERATION, "d")
+        await quick.jobs.start(record.id, "d", worker_id="gpu-0")
+        assert (await post(http, "runsync", json=asked))["output"]["worker_id"] == "gpu-0"
+        listed = (await post(http, "runsync", json={"input": {"type": "list_models"}}))["output"]
+    assert listed["worker_id"]
