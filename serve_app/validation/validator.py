@@ -108,10 +108,13 @@ class Validator:
 
     def generation(self, payload: dict[str, Any]) -> GenerationPlan:
         """Raises ConfigInvalid, InvalidRequest, ModelNotServed. A seed left open is chosen here: it is known then."""
-        config = payload.get("config", payload.get("yaml_config"))
-        if config is None:
+        given = [payload[name] for name in ("config", "yaml_config") if payload.get(name) is not None]
+        if len(given) > 1:
+            raise InvalidRequest([Problem("yaml_config", "is the same as config: give one of them", "invalid_value")])
+        if not given:
             plan = self._from_prompt(payload)
         else:
+            config = given[0]
             _refuse_given(payload, OF_PICTURES, "goes with a prompt, not with a config")
             plan = self._from_config(config)
             plan = replace(plan, warnings=(*_without_effect(payload), *plan.warnings))

@@ -162,6 +162,11 @@ async def test_a_training_is_refused_before_anything_is_queued(server: LocalServ
     assert sum((await server.jobs.counts()).values()) == 0
 
 
+async def test_a_generation_has_one_config(server: LocalServer) -> None:
+    output = await refused(server, {"type": "generate", "config": "a: b", "yaml_config": "a: b"})
+    assert [problem["path"] for problem in output["validation_errors"]] == ["yaml_config"]
+
+
 async def test_another_tenants_dataset_does_not_exist(server: LocalServer) -> None:
     await done(server, upload_payload("cats"), key=OTHER_KEY)
     output = await refused(server, {"type": "train", "config": train_config("cats")})
