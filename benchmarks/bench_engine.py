@@ -18,7 +18,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +37,7 @@ from diffusion.engine import Engine, GenerateRequest, LoraRef
 from diffusion.families import Family, load_family
 
 RESULTS = Path(__file__).resolve().parent / "results"
+ENGINE = "engine"
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Bench:
         self.graph_requests = options.graph_requests
         self.steps = options.steps or size.steps
         self.requests = options.requests or size.requests
+        self.loads, self.traffic_rounds = options.loads, options.traffic_rounds
         dtype = getattr(torch, options.dtype)
         self.folder = folder
         build_pipeline(size).save_pretrained(folder / "model", safe_serialization=True)
@@ -200,31 +203,61 @@ def first_after_change(bench: Bench) -> None:
 
 
 def mixed_traffic(bench: Bench) -> None:
-    """Poisson arrivals, adapters by Zipf's law; the same workload for every way of serving it."""
+    """Poisson arrivals, adapters by Zipf's law; the same workload for every way of serving it.
+
+    A load of 1 is what the engine does when all of its batches are full. Each round draws a workload of its own, and
+    begins with another way than the one before, so that a machine that changes meanwhile favours none.
+    """
     engine = Engine(bench.family, batch_max=8)
     probe = [bench.request(i, i) for i in range(8)]
     engine.render(probe)
     capacity = 8 / seconds(lambda: engine.render(probe))
-    workload = draw_workload(
-        count=bench.requests, rate=1.5 * capacity, adapters=len(bench.paths), seed=1, request=bench.request
-    )
-    stock = copy.deepcopy(bench.stock)
-    ways: dict[str, Callable[[Workload], Served]] = {
-        "engine": lambda w: engine_traffic(engine, w),
-        "stock, one at a time, switching adapters": lambda w: stock_one_by_one(stock, w),
-        "stock, batched by adapter": lambda w: by_adapter(copy.deepcopy(bench.stock), w),
-        "peft adapter_names": lambda w: peft_names(copy.deepcopy(bench.stock), w),
-    }
-    served = {name: way(workload) for name, way in ways.items()}
-    ours = served.pop("engine")
-    for name, other in served.items():
-        targets = {"stock, one at a time, switching adapters": ">= 2.5" if bench.name == "tiny" else ">= 1.3"}
-        bench.add(f"mixed traffic over {name}", ours.images_per_s, other.images_per_s, "images/s",
-                  ours.images_per_s / other.images_per_s, None, targets.get(name, ""))  # fmt: skip
-        for quantile, mine, theirs in (("p50", ours.p50_s, other.p50_s), ("p99", ours.p99_s, other.p99_s)):
-            wanted = ">= 2.0" if (quantile, name) == ("p99", "stock, batched by adapter") else ""
-            bench.add(f"  {quantile} latency, {name}", mine, theirs, "s", theirs / mine, None, wanted)
+    stock, batched, named = (copy.deepcopy(bench.stock) for _ in range(3))
+    ways: list[tuple[str, Callable[[Workload], Served]]] = [
+        (ENGINE, lambda w: engine_traffic(engine, w)),
+        ("stock, one at a time, switching adapters", lambda w: stock_one_by_one(stock, w)),
+        ("stock, batched by adapter", lambda w: by_adapter(batched, w)),
+        ("peft adapter_names", lambda w: peft_names(named, w)),
+    ]
+    for load in bench.loads:
+        served: defaultdict[str, list[Served]] = defaultdict(list)
+        for number in range(bench.traffic_rounds):
+            workload = draw_workload(
+                count=bench.requests,
+                rate=load * capacity,
+                adapters=len(bench.paths),
+                seed=number + 1,
+                request=bench.request,
+            )
+            first = number % len(ways)
+            for name, way in ways[first:] + ways[:first]:
+                served[name].append(way(workload))
+        _tell_traffic(bench, load, served)
     engine.close()
+
+
+def _tell_traffic(bench: Bench, load: float, served: Mapping[str, Sequence[Served]]) -> None:
+    """Medians of the rounds' ratios."""
+    for name in [name for name in served if name != ENGINE]:
+        rounds = list(zip(served[ENGINE], served[name], strict=True))
+        throughput = {"stock, one at a time, switching adapters": ">= 2.5" if bench.name == "tiny" else ">= 1.3"}
+        p99 = {"stock, batched by adapter": ">= 2.0"}
+        for title, field, unit, wanted in (
+            ("", "images_per_s", "images/s", throughput.get(name, "") if load > 1 else ""),
+            (" p50 latency", "p50_s", "s", ""),
+            (" p99 latency", "p99_s", "s", p99.get(name, "")),
+        ):
+            values = [(getattr(ours, field), getattr(other, field)) for ours, other in rounds]
+            ratios = [a / b if field == "images_per_s" else b / a for a, b in values]
+            bench.add(
+                f"mixed traffic, load {load:g},{title} over {name}",
+                statistics.median(a for a, _ in values),
+                statistics.median(b for _, b in values),
+                unit,
+                statistics.median(ratios),
+                max(ratios) - min(ratios),
+                wanted,
+            )
 
 
 def cold_adapter(bench: Bench) -> None:
@@ -297,6 +330,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--adapters", type=int, default=100)
     parser.add_argument("--requests", type=int, help="of the mixed traffic")
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.9, 1.5], help="of the mixed traffic")
+    parser.add_argument("--traffic-rounds", type=int, default=3)
     parser.add_argument("--graph-requests", type=int, default=1000)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--machine", help="names the result file; the default is the GPU, or the CPU and its threads")

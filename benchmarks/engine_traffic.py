@@ -103,6 +103,9 @@ class Resident:
     """A stock pipeline that keeps the last few adapters loaded, as a server of its kind would."""
 
     def __init__(self, pipeline: Any) -> None:
+        # Those of the round before.
+        if pipeline.get_list_adapters():
+            pipeline.unload_lora_weights()
         self._pipeline, self._names = pipeline, list[str]()
 
     def ensure(self, requests: Sequence[GenerateRequest]) -> list[str]:
