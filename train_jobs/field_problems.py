@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from train_jobs.errors import Problem
-from train_jobs.spec import MODEL_ALIAS_PATTERN, MODEL_ID_PATTERN, WANDB_NAME_PATTERN
+from train_jobs.spec import DATASET_PATTERN, MODEL_ALIAS_PATTERN, MODEL_ID_PATTERN, WANDB_NAME_PATTERN
 
 Schema = Mapping[str, Any]
 Loc = tuple[int | str, ...]
@@ -30,6 +30,7 @@ PATTERNS = {
     r"\.safetensors$": "must end in .safetensors",
     r"^train_[0-9a-f]{12}$": "must be the id of a training, such as train_0123456789ab",
     r"^\.[A-Za-z0-9]{1,10}$": "must be a dot and 1 to 10 letters or digits, such as .txt",
+    DATASET_PATTERN: "must be 1 to 150 characters: letters, digits, . _ -, and not . or ..",
     f"{MODEL_ALIAS_PATTERN}|{MODEL_ID_PATTERN}": "must be a model's name here or a Hugging Face id such as org/name",
     WANDB_NAME_PATTERN: "must be 1 to 128 characters without / \\ # ? % and :",
 }

@@ -39,7 +39,7 @@ def found(**fields: Any) -> list[Problem]:
         (
             {"datasets": [{"dataset": "/"}]},
             "datasets[0].dataset",
-            "must be 1 to 150 characters: letters, digits, . _ - (the first: letters, digits, _)",
+            "must be 1 to 150 characters: letters, digits, . _ -, and not . or ..",
         ),
         ({"family": "SD"}, "family", "must be 1 to 40 characters: lower-case letters, digits, _"),
         ({"network": {"pretrained": "x"}}, "network.pretrained", "must end in .safetensors"),

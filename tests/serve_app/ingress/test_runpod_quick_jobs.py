@@ -13,6 +13,7 @@ from serve_app.settings import RequestLimits
 from serve_app.testing import TENANT, LocalServer, local_server, upload_payload
 from storage.job_state import JobKind, JobState
 from storage.jobs_testing import JobsWorld
+from storage.webhook_record import Webhook
 
 PROMPT = {"input": {"prompt": "a red circle"}}
 UPLOAD = {"input": upload_payload("cats")}
@@ -31,6 +32,20 @@ async def post(http: httpx.AsyncClient, path: str, **options: Any) -> dict[str, 
     return body
 
 
+async def webhooks_of(server: LocalServer) -> list[Webhook]:
+    """Once there are any: the last that the task of a job does."""
+    async with asyncio.timeout(20):
+        while not (told := await server.jobs.take_webhooks()):  # noqa: ASYNC110 - the job's task ends by itself
+            await asyncio.sleep(0.01)
+    return told
+
+
+async def is_cancelled(server: LocalServer) -> bool:
+    """Whether the only record is."""
+    [record] = (await server.jobs.list(TENANT)).records
+    return record.state is JobState.CANCELLED
+
+
 async def test_a_cancelled_upload_stops_and_says_so_once(quick: LocalServer, world: JobsWorld) -> None:
     held = quick.store.hold("put")
     async with quick.client() as http:
@@ -40,9 +55,7 @@ async def test_a_cancelled_upload_stops_and_says_so_once(quick: LocalServer, wor
         assert await post(http, f"cancel/{job_id}") == {"id": job_id, "status": "CANCELLED"}
         ended = await post(http, f"status-sync/{job_id}")
         assert (ended["status"], "error" in ended, "output" in ended) == ("CANCELLED", False, False)
-        async with asyncio.timeout(20):
-            while not (told := await quick.jobs.take_webhooks()):  # noqa: ASYNC110 - the job's task ends by itself
-                await asyncio.sleep(0.01)
+        told = await webhooks_of(quick)
         held.set()
         assert quick.store.keys() == []
         assert (await post(http, f"status/{job_id}"))["status"] == "CANCELLED"
@@ -65,10 +78,10 @@ async def test_what_another_replica_cancelled_stops_here(
     monkeypatch.setattr(job_runner, "KEEP_INTERVAL_S", 0.01)
     held = quick.store.hold("put")
     async with quick.client() as http:
-        job_id = (await post(http, "run", json=UPLOAD))["id"]
+        job_id = (await post(http, "run", json=UPLOAD | {"webhook": "https://example.com/told"}))["id"]
         cancelled = quick.dispatch.replies.cancel(TENANT, job_id)
         assert cancelled is not None
-        await asyncio.sleep(0.2)
+        assert len(await webhooks_of(quick)) == 1
         held.set()
         await asyncio.sleep(0.05)
         assert (await post(http, f"status/{job_id}"))["status"] == "CANCELLED"
@@ -91,11 +104,11 @@ async def test_a_generation_cancelled_while_it_is_accepted_does_not_run(
         job_id = (await post(http, "run", json=PROMPT))["id"]
         assert (await post(http, f"status/{job_id}"))["status"] == "IN_QUEUE"
         assert (await post(http, f"cancel/{job_id}"))["status"] == "CANCELLED"
-        await asyncio.sleep(0.05)
-        made.set()
         assert (await post(http, f"status/{job_id}"))["status"] == "CANCELLED"
-    [record] = world.jobs.list(TENANT).records
-    assert record.state is JobState.CANCELLED
+        async with asyncio.timeout(20):
+            while not await is_cancelled(quick):  # noqa: ASYNC110 - the job's task ends by itself
+                await asyncio.sleep(0.01)
+        made.set()
     assert await quick.jobs.claim(JobKind.GENERATION, "dispatcher-1") == []
 
 
@@ -128,15 +141,14 @@ async def test_health_counts_jobs_without_a_record_too(quick: LocalServer) -> No
         failed = await post(http, "runsync", json={"input": {"type": "nonsense"}})
         assert failed["status"] == "FAILED"
         await post(http, "run", json=UPLOAD)
-        await asyncio.sleep(0.4)
-        after = (await http.get("/v2/ep/health")).json()["jobs"]
-    assert {name: after[name] - before[name] for name in before} == {
-        "completed": 2,
-        "failed": 1,
-        "inProgress": 1,
-        "inQueue": 0,
-        "retried": 0,
-    }
+        wanted = {"completed": 2, "failed": 1, "inProgress": 1, "inQueue": 0, "retried": 0}
+        async with asyncio.timeout(20):
+            while True:
+                after = (await http.get("/v2/ep/health")).json()["jobs"]
+                if {name: after[name] - before[name] for name in before} == wanted:
+                    return
+                # Replies of /runsync are told together.
+                await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize("wait", [True, False])
@@ -151,6 +163,11 @@ async def test_the_same_body_after_a_cancel_is_a_new_job(quick: LocalServer, wai
         await quick.jobs.request_cancel(records[0].id, tenant=TENANT)
         again, twice = await asyncio.gather(post(http, "run", json=body), post(http, "run", json=body))
         assert again["id"] == twice["id"] != first
+        async with asyncio.timeout(20):
+            while len((await quick.jobs.list(TENANT)).records) < 2:  # noqa: ASYNC110 - accepted by itself
+                await asyncio.sleep(0.01)
+        assert (await post(http, "run", json=body))["id"] == again["id"]
+        await asyncio.sleep(0.05)
         assert len((await quick.jobs.list(TENANT)).records) == 2
 
 
@@ -182,9 +199,7 @@ async def test_a_job_that_was_taken_for_lost_has_one_end(quick: LocalServer, wor
         quick.dispatch.replies.hear_from("another")
         assert (await post(http, f"status/{job_id}"))["status"] == "FAILED"
         held.set()
-        async with asyncio.timeout(20):
-            while not (told := await quick.jobs.take_webhooks()):  # noqa: ASYNC110 - the job's task ends by itself
-                await asyncio.sleep(0.01)
+        told = await webhooks_of(quick)
         assert (await post(http, f"status/{job_id}"))["status"] == "FAILED"
     assert told[0].body is not None
     assert told[0].body["status"] == "FAILED"
