@@ -114,7 +114,7 @@ def _write(file: Path, result: dict[str, Any]) -> None:
     order = {victim: place for place, victim in enumerate(VICTIMS)}
     found.sort(key=lambda cell: (order[cell["victim"]], cell["work"], PHASES.index(cell["phase"])))
     about = {
-        "command": "python benchmarks/faults.py, by victims",
+        "command": " ".join(["python benchmarks/faults.py", *sys.argv[1:]]),
         "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "processor": processor()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
