@@ -96,9 +96,9 @@ STATEFUL = {
 PICTURES = frozenset({"init_image", "mask"})
 # Operations whose bodies must hold more than a schema can say.
 BEYOND_SCHEMAS = {
-    "POST /v1/datasets": "the files must be pictures, and names in Unicode's normal form",
+    "POST /v1/datasets": "the files must be pictures, and no two names the same once they are composed",
     "POST /v1/trainings": "a configuration is YAML text, and a spec's fields must fit each other",
-    "POST /v1/uploads": "names must be in Unicode's normal form, and all sizes together under a limit",
+    "POST /v1/uploads": "no two names may be the same once composed, and all sizes together are under a limit",
 }
 
 
