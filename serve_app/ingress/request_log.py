@@ -133,7 +133,9 @@ class RequestLog:
         self._file = file
         self._metrics = told
         self._ended: list[Ended] = []
-        self._in_flight = self._shown = 0
+        self._in_flight = 0
+        # A replica that is never seen busy is to be seen idle.
+        self._shown: int | None = None
         self._flushing = asyncio.Lock()
 
     def began(self) -> None:

@@ -186,3 +186,9 @@ def test_ray_takes_every_metric() -> None:
     metrics.count(labels, 2)
     metrics.observe(labels, 0.5)
     metrics.show_in_flight(0)
+
+
+async def test_a_replica_that_was_never_caught_busy_is_told_of_as_idle(scene: Scene) -> None:
+    await scene.log.flush()
+    await scene.log.flush()
+    assert scene.told.in_flight == [0]
