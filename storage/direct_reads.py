@@ -176,6 +176,7 @@ class DirectReads:
             return False
         path, inode = self._file
         try:
+            # At every read: a Path takes longer for it than the system.
             return os.stat(path).st_ino != inode
         except OSError:
             return True

@@ -92,6 +92,9 @@ class JobRunner:
         if not is_new:
             return runpod_id, None
         key = (call.tenant, runpod_id)
+        if key not in self._jobs:
+            # It ended before this request went on; its reply is with the shared table.
+            return runpod_id, None
         job, task = self._jobs[key], self._tasks[key]
         await asyncio.wait({task}, timeout=max(0.0, until - asyncio.get_running_loop().time()))
         if task.done():
@@ -142,11 +145,6 @@ class JobRunner:
             kept_s=limits.runsync_result_kept_s if is_sync else limits.run_result_kept_s,
             is_untold=is_sync and fingerprint is None,
         )
-        key = (call.tenant, runpod_id)
-        if not job.is_untold:
-            known = await self._open(key, job, fingerprint)
-            if known != runpod_id:
-                return known, False
         context = JobContext(
             tenant=call.tenant,
             request_id=call.request_id,
@@ -156,12 +154,30 @@ class JobRunner:
             policy=envelope.job_policy(),
             webhook=envelope.new_webhook(),
         )
+        if job.is_untold:
+            self._start(context, job, envelope.input)
+            return runpod_id, True
+        # A client that goes away meanwhile would leave a job that is noted, and that nobody does.
+        return await asyncio.shield(
+            asyncio.create_task(self._open_and_start(context, job, fingerprint, envelope.input))
+        )
+
+    async def _open_and_start(
+        self, context: JobContext, job: _Job, fingerprint: Fingerprint | None, payload: dict[str, Any]
+    ) -> tuple[str, bool]:
+        known = await self._open((context.tenant, context.runpod_id), job, fingerprint)
+        if known != context.runpod_id:
+            return known, False
+        self._start(context, job, payload)
+        return context.runpod_id, True
+
+    def _start(self, context: JobContext, job: _Job, payload: dict[str, Any]) -> None:
+        key = (context.tenant, context.runpod_id)
         self._jobs[key] = job
-        task = self._tasks[key] = asyncio.create_task(self._execute(context, job, envelope.input))
+        task = self._tasks[key] = asyncio.create_task(self._execute(context, job, payload))
         task.add_done_callback(functools.partial(self._ended, key))
         if self._keeping is None or self._keeping.done():
             self._keeping = asyncio.create_task(self._keep())
-        return runpod_id, True
 
     async def _open(self, key: Key, job: _Job, fingerprint: Fingerprint | None) -> str:
         """Have the shared table note the job. Returns its id, or that of the same request before it."""

@@ -215,3 +215,26 @@ async def test_a_process_has_its_own_worker_and_not_the_one_that_answers(quick: 
         assert (await post(http, "runsync", json=asked))["output"]["worker_id"] == "gpu-0"
         listed = (await post(http, "runsync", json={"input": {"type": "list_models"}}))["output"]
     assert listed["worker_id"]
+
+
+async def test_a_client_that_goes_away_while_its_job_is_noted_leaves_one_that_is_done(
+    quick: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noting, may_go_on, opened = asyncio.Event(), asyncio.Event(), quick.dispatch.open_reply
+
+    async def slow(*args: Any) -> str:
+        known = await opened(*args)
+        noting.set()
+        await may_go_on.wait()
+        return known
+
+    monkeypatch.setattr(quick.dispatch, "open_reply", slow)
+    async with quick.client() as http:
+        keyed = {"json": {"input": {"type": "list_models"}}, "headers": {"Idempotency-Key": "k"}}
+        gone = asyncio.create_task(http.post("/v2/ep/run", **keyed))
+        await noting.wait()
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        may_go_on.set()
+        job_id = (await post(http, "run", **keyed))["id"]
+        assert (await post(http, f"status-sync/{job_id}?wait=5000"))["status"] == "COMPLETED"
