@@ -20,7 +20,7 @@ from serve_app.collaborators import (
     Workers,
 )
 from serve_app.dispatch.rates import Grant, Rate
-from serve_app.dispatch.replies import EndedReply, Opening, Reply, Status
+from serve_app.dispatch.reply import EndedReply, Opening, Reopened, Reply, Settled
 from serve_app.errors import ServiceUnavailable
 from serve_app.inference.plan import GenerationWork
 from serve_app.ingress.errors import unwrapped
@@ -130,10 +130,15 @@ class HandleDispatch:
         stopped: list[tuple[str, str]] = await answer(DISPATCH, self._handle.hear_from.remote(owner), CALL_TIMEOUT_S)
         return stopped
 
-    async def settle_reply(self, ended: EndedReply) -> Status | None:
+    async def reopen_reply(self, tenant: str, runpod_id: str, *, owner: str, kept_s: float) -> Reopened:
+        response = self._handle.reopen_reply.remote(tenant, runpod_id, owner=owner, kept_s=kept_s)
+        reopened: Reopened = await answer(DISPATCH, response, CALL_TIMEOUT_S)
+        return reopened
+
+    async def settle_reply(self, ended: EndedReply) -> Settled | None:
         response = self._handle.settle_reply.remote(ended)
-        status: Status | None = await answer(DISPATCH, response, CALL_TIMEOUT_S)
-        return status
+        settled: Settled | None = await answer(DISPATCH, response, CALL_TIMEOUT_S)
+        return settled
 
     async def cancel_reply(self, tenant: str, runpod_id: str) -> Reply | None:
         response = self._handle.cancel_reply.remote(tenant, runpod_id)

@@ -26,7 +26,8 @@ from serve_app.collaborators import (
     WorkerCounts,
 )
 from serve_app.dispatch.rates import Grant, Rate, RateLedger
-from serve_app.dispatch.replies import EndedReply, Opening, Reply, ReplyTable, Status
+from serve_app.dispatch.replies import ReplyTable
+from serve_app.dispatch.reply import EndedReply, Opening, Reopened, Reply, Settled
 from serve_app.inference.plan import GenerationRequest, GenerationWork
 from serve_app.ingress.api import create_app
 from serve_app.ingress.auth import KeyRing
@@ -87,7 +88,10 @@ class LocalDispatch:
     async def hear_from(self, owner: str) -> list[tuple[str, str]]:
         return self.replies.hear_from(owner)
 
-    async def settle_reply(self, ended: EndedReply) -> Status | None:
+    async def reopen_reply(self, tenant: str, runpod_id: str, *, owner: str, kept_s: float) -> Reopened:
+        return self.replies.reopen(tenant, runpod_id, owner=owner, kept_s=kept_s)
+
+    async def settle_reply(self, ended: EndedReply) -> Settled | None:
         return self.replies.settle(ended)
 
     async def cancel_reply(self, tenant: str, runpod_id: str) -> Reply | None:

@@ -70,7 +70,7 @@ class Engine:
         self._turns = turns or nullcontext()
         self._limits = BatchLimits(batch_max)
         self._slots = LoraSlots(family, fixed_shapes=compiled is not None)
-        self._prompts = Prompts(family, self._slots)
+        self._prompts = Prompts(family, self._slots, self._admission)
         self._denoiser = Denoiser(family, self._slots, self._limits, self._admission, fixed_shapes=compiled is not None)
         self._decoder = Decoder(family, self._admission, pictures_max=decode_max, tiled=tiled)
         if compiled is not None:

@@ -12,7 +12,8 @@ from serve_app.collaborators import DispatchLoad
 from serve_app.dispatch.dispatcher import GenerationDispatcher
 from serve_app.dispatch.lasting_replies import LastingReplies
 from serve_app.dispatch.rates import Grant, Rate, RateLedger
-from serve_app.dispatch.replies import EndedReply, Opening, Reply, ReplyTable, Status
+from serve_app.dispatch.replies import ReplyTable
+from serve_app.dispatch.reply import EndedReply, Opening, Reopened, Reply, Settled
 from serve_app.dispatch.webhooks import WebhookSender
 from serve_app.handles import HandleInference
 from serve_app.job_types.results import Presenter
@@ -67,7 +68,10 @@ class Dispatcher:
         await self._replies.ready()
         return self._replies.table.hear_from(owner)
 
-    async def settle_reply(self, ended: EndedReply) -> Status | None:
+    async def reopen_reply(self, tenant: str, runpod_id: str, *, owner: str, kept_s: float) -> Reopened:
+        return await self._replies.reopen(tenant, runpod_id, owner=owner, kept_s=kept_s)
+
+    async def settle_reply(self, ended: EndedReply) -> Settled | None:
         return await self._replies.settle(ended)
 
     async def cancel_reply(self, tenant: str, runpod_id: str) -> Reply | None:

@@ -1,21 +1,23 @@
 """The reply table with what clients rely on noted in the job records' database: a job without a record, whose id a
 client has, is found again after the table's process was lost, and its `Idempotency-Key` still means it.
 
-Noted is each beginning and each end, before it is told. A job that a record takes over from is not: its record, and the
-key that is kept with it, outlive everything anyway. Where the database does not answer in time the table goes on
-alone.
+Noted is each beginning and each end, before it is told. The beginning of a job that a record is to take over from is
+not: its record, and the key that is kept with it, outlive everything anyway. Where the database does not answer in time
+the table goes on alone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 from datetime import datetime
 
 from pydantic import TypeAdapter, ValidationError
 
 from serve_app.collaborators import JobsApi
-from serve_app.dispatch.replies import EndedReply, Opening, Reply, ReplyTable, SavedReply, Status
+from serve_app.dispatch.replies import ReplyTable
+from serve_app.dispatch.reply import EndedReply, Opening, Reopened, Reply, SavedReply, Settled
 from storage.errors import JobError
 from storage.jobs import Jobs
 from storage.kept_replies import NotedReply
@@ -27,7 +29,8 @@ PREFIX = "quick:"
 NOTE_TIMEOUT_S = 1.0
 RESTORE_WAIT_S = 5.0
 RESTORE_RETRY_S = 1.0
-# Larger results, which are files' bytes, are quicker asked for again than kept twice.
+# Larger results, which are files' bytes, are quicker asked for again than kept twice; what is larger only by what was
+# sent with a job is noted without it, and cannot be retried after a restart.
 NOTE_BYTES_MAX = 256 * 1024
 
 _SAVED = TypeAdapter(SavedReply)
@@ -82,14 +85,21 @@ class LastingReplies:
             await self._note(tenant, runpod_id)
         return known
 
-    async def settle(self, ended: EndedReply) -> Status | None:
+    async def reopen(self, tenant: str, runpod_id: str, *, owner: str, kept_s: float) -> Reopened:
+        """Like `ReplyTable.reopen`. Raises RunpodJobNotFound, RunpodJobNotRetryable, RunpodJobNotKept."""
+        await self.ready()
+        reopened = self.table.reopen(tenant, runpod_id, owner=owner, kept_s=kept_s)
+        await self._note(tenant, runpod_id)
+        return reopened
+
+    async def settle(self, ended: EndedReply) -> Settled | None:
         """Like `ReplyTable.settle`."""
         await self.ready()
         before = self.table.get(ended.tenant, ended.runpod_id)
-        status = self.table.settle(ended)
-        if before is not None and before.status == "IN_PROGRESS":
+        settled = self.table.settle(ended)
+        if before is not None and not before.is_final and (before.status == "IN_PROGRESS" or ended.reply.is_retryable):
             await self._note(ended.tenant, ended.runpod_id)
-        return status
+        return settled
 
     async def cancel(self, tenant: str, runpod_id: str) -> Reply | None:
         """Like `ReplyTable.cancel`."""
@@ -104,6 +114,8 @@ class LastingReplies:
         if saved is None:
             return
         body = _SAVED.dump_json(saved).decode()
+        if len(body) > NOTE_BYTES_MAX and saved.sent is not None:
+            body = _SAVED.dump_json(replace(saved, sent=None)).decode()
         name = f"{PREFIX}{runpod_id}"
         noted = NotedReply(tenant, name, body if len(body) <= NOTE_BYTES_MAX else None, _needed_until(saved))
         try:

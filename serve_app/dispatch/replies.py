@@ -2,9 +2,10 @@
 
 A record is made for trainings and generations only; every other job type ends within its own request, and its reply is
 kept here for as long as RunPod keeps results. The table is bounded and lives in memory; `lasting_replies` notes what
-must outlive it. A job ends with the ingress process that does it: one whose process
-has not been heard of for a while is FAILED. Who cancels one is told so at once; its process hears of it the next time
-that it is heard from.
+must outlive it. A job ends with the ingress process that does it: one whose process has not been heard of for a while
+is FAILED. Who cancels one is told so at once; its process hears of it the next time that it is heard from. What was
+sent with a job is kept beside its reply until it has come to something, so that one that failed can be done again
+under its id.
 """
 
 from __future__ import annotations
@@ -15,98 +16,22 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Any, Literal
 
 from serve_app.dispatch.fair_store import FairStore
-from serve_app.errors import IdempotencyKeyReused, JobInterrupted
+from serve_app.dispatch.reply import EndedReply, Opening, Reopened, Reply, SavedReply, Seen, Sent, Settled
+from serve_app.errors import (
+    IdempotencyKeyReused,
+    JobInterrupted,
+    RunpodJobNotFound,
+    RunpodJobNotKept,
+    RunpodJobNotRetryable,
+)
 from serve_app.ingress.errors import describe
 
 SWEEP_INTERVAL = timedelta(seconds=1)
 WAIT_SLICE_S = 5.0
 OWNER_SILENT_MAX = timedelta(seconds=30)
-Beginning = Literal["IN_QUEUE", "IN_PROGRESS"]
-Status = Literal[Beginning, "COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"]
-
-
-@dataclass(frozen=True)
-class Reply:
-    """How a job without a record stands. `error` is set exactly where `status` is FAILED or TIMED_OUT.
-
-    A job of which a record may take over is IN_QUEUE until then, so that its status never goes backwards; any other is
-    IN_PROGRESS. `is_interrupted`: its process was lost, which may have happened after it had made a record and before
-    it could say so here.
-    """
-
-    status: Status
-    created_at: datetime
-    finished_at: datetime | None = None
-    output: dict[str, Any] | None = None
-    error: str | None = None
-    is_interrupted: bool = False
-
-    @property
-    def is_final(self) -> bool:
-        return self.status not in ("IN_QUEUE", "IN_PROGRESS")
-
-
-@dataclass(frozen=True)
-class EndedReply:
-    """A final reply that is to be found under its id for `kept_s`."""
-
-    tenant: str
-    runpod_id: str
-    reply: Reply
-    kept_s: float
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What makes two requests the same one: the client's key, or the body itself; kept for `kept_s`.
-
-    Where the client named no key, the fingerprint of a request that failed is forgotten at once, so that the same
-    body can be sent again after its cause was mended.
-    """
-
-    key: str
-    body_sha256: str
-    kept_s: float
-    named_by_client: bool
-
-
-@dataclass(frozen=True)
-class Opening:
-    """A job that begins. `owner` is the process that does it, which must be heard from until it has ended; None is
-    believed for ever. `instead_of` is the id of an earlier same request that does not count any more."""
-
-    kept_s: float
-    fingerprint: Fingerprint | None = None
-    owner: str | None = None
-    status: Beginning = "IN_QUEUE"
-    instead_of: str | None = None
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A request that was sent before, and the job that it began."""
-
-    runpod_id: str
-    body_sha256: str
-    expires_at: datetime
-    named_by_client: bool
-
-
-@dataclass(frozen=True)
-class SavedReply:
-    """A job as it is noted outside the table, with the key under which its request is known, where there is one."""
-
-    tenant: str
-    runpod_id: str
-    reply: Reply
-    kept_s: float
-    expires_at: datetime
-    owner: str | None
-    fingerprint: str | None
-    seen: Seen | None
+RETRIED = "retried"
 
 
 @dataclass
@@ -144,6 +69,8 @@ class ReplyTable:
             dropped=lambda entry: entry.settled.set(),
         )
         self._seen: FairStore[Seen] = FairStore(entries_max=entries_max)
+        # With bounds of its own: a job that cannot be retried is better than one whose reply is lost.
+        self._sent: FairStore[Sent] = FairStore(entries_max=entries_max, bytes_max=bytes_max)
         self._heard: dict[str, datetime] = {}
         self._to_stop: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
         self._swept_at = clock()
@@ -172,9 +99,36 @@ class ReplyTable:
         mark = None if fingerprint is None else fingerprint.key
         ends_at = now + timedelta(seconds=self._pending_max_s)
         self._entries.put(tenant, runpod_id, _Entry(reply, opening.kept_s, ends_at, opening.owner, mark))
+        self._keep_sent(tenant, runpod_id, opening.sent)
         if opening.owner is not None:
             self._heard[opening.owner] = now
         return runpod_id
+
+    def reopen(self, tenant: str, runpod_id: str, *, owner: str, kept_s: float) -> Reopened:
+        """A job that failed or timed out begins once more, at the process `owner`.
+
+        Raises RunpodJobNotFound, RunpodJobNotRetryable, RunpodJobNotKept (what was sent with it is not there any more).
+        """
+        now = self._clock()
+        if self.get(tenant, runpod_id) is None:
+            raise RunpodJobNotFound
+        entry = self._entries.get(tenant, runpod_id)
+        if entry is None or not entry.reply.is_retryable:
+            raise RunpodJobNotRetryable
+        sent = self._sent.get(tenant, runpod_id)
+        if sent is None:
+            raise RunpodJobNotKept
+        attempt = entry.reply.attempt + 1
+        begun = _Entry(
+            Reply(sent.begins_as, created_at=now, attempt=attempt),
+            kept_s,
+            now + timedelta(seconds=self._pending_max_s),
+            owner,
+            entry.fingerprint,
+        )
+        self._entries.put(tenant, runpod_id, begun)
+        self._heard[owner] = now
+        return Reopened(sent, attempt)
 
     def hear_from(self, owner: str) -> list[tuple[str, str]]:
         """That process is still there, and so are the jobs that it opened. Returns those of them, by tenant and id,
@@ -183,22 +137,24 @@ class ReplyTable:
         self._sweep(self._clock())
         return self._to_stop.pop(owner, [])
 
-    def settle(self, ended: EndedReply) -> Status | None:
-        """Note how the job ended; a second ending is ignored.
+    def settle(self, ended: EndedReply) -> Settled | None:
+        """Note how the job ended; a second ending is ignored, and so is that of an attempt which was given up.
 
-        Returns the status that it ended with, None where nothing is known of it.
+        Returns how it ended, None where nothing is known of it.
         """
         entry = self._entries.get(ended.tenant, ended.runpod_id)
         if entry is None:
             return None
-        if not entry.reply.is_final:
+        if not entry.reply.is_final and entry.reply.attempt == ended.reply.attempt:
             self._settle(ended.tenant, ended.runpod_id, entry, ended.reply)
-        return entry.reply.status
+        return Settled(entry.reply.status, entry.reply.attempt)
 
     def _settle(self, tenant: str, runpod_id: str, entry: _Entry, reply: Reply) -> None:
         """With the times that this table knows."""
         now = self._clock()
-        entry.reply = replace(reply, created_at=entry.reply.created_at, finished_at=now)
+        entry.reply = replace(reply, created_at=entry.reply.created_at, finished_at=now, attempt=entry.reply.attempt)
+        if not reply.is_retryable:
+            self._sent.pop(tenant, runpod_id)
         entry.expires_at = now + timedelta(seconds=entry.kept_s)
         if reply.status != "COMPLETED":
             self._forget_unnamed(tenant, entry)
@@ -224,8 +180,9 @@ class ReplyTable:
             return None
         seen = None if entry.fingerprint is None else self._seen.get(tenant, entry.fingerprint)
         return SavedReply(
-            tenant, runpod_id, entry.reply, entry.kept_s, entry.expires_at, entry.owner, entry.fingerprint, seen
-        )
+            tenant, runpod_id, entry.reply, entry.kept_s, entry.expires_at, entry.owner, entry.fingerprint, seen,
+            self._sent.get(tenant, runpod_id),
+        )  # fmt: skip
 
     def put_back(self, saved: SavedReply, *, size_bytes: int) -> None:
         """What was noted of a job, where nothing newer is known. Its owner is taken to be there until it is silent."""
@@ -242,19 +199,27 @@ class ReplyTable:
         elif saved.owner is not None:
             self._heard.setdefault(saved.owner, now)
         self._entries.put(tenant, saved.runpod_id, entry, size_bytes=size_bytes)
+        self._keep_sent(tenant, saved.runpod_id, saved.sent)
 
     def counts(self, tenant: str) -> dict[str, int]:
-        """The tenant's jobs that are known here, by status."""
+        """The tenant's jobs that are known here, by status, and as `retried` how often they were."""
         self._sweep(self._clock())
-        return dict(Counter(entry.reply.status for entry in self._entries.of(tenant)))
+        replies = [entry.reply for entry in self._entries.of(tenant)]
+        return {**Counter(reply.status for reply in replies), RETRIED: sum(reply.attempt - 1 for reply in replies)}
 
     def keep(self, ended: EndedReply) -> None:
         """Note a job that has ended, whether it was opened before or not; a second ending is ignored."""
-        if (ended.tenant, ended.runpod_id) not in self._entries:
+        tenant, runpod_id, reply = ended.tenant, ended.runpod_id, ended.reply
+        if (tenant, runpod_id) not in self._entries:
             expires_at = self._clock() + timedelta(seconds=ended.kept_s)
-            begun = _Entry(Reply("IN_PROGRESS", ended.reply.created_at), ended.kept_s, expires_at)
-            self._entries.put(ended.tenant, ended.runpod_id, begun)
+            begun = Reply("IN_PROGRESS", reply.created_at, attempt=reply.attempt)
+            self._entries.put(tenant, runpod_id, _Entry(begun, ended.kept_s, expires_at))
+            self._keep_sent(tenant, runpod_id, ended.sent)
         self.settle(ended)
+
+    def _keep_sent(self, tenant: str, runpod_id: str, sent: Sent | None) -> None:
+        if sent is not None:
+            self._sent.put(tenant, runpod_id, sent, size_bytes=sent.size_bytes)
 
     def hand_over(self, tenant: str, runpod_id: str, *, to: str) -> bool:
         """A job record answers from now on, under the id `to`; the same request sent again is told that id.
@@ -267,6 +232,7 @@ class ReplyTable:
             if seen is not None:
                 self._seen.put(tenant, entry.fingerprint, replace(seen, runpod_id=to))
         self._entries.pop(tenant, runpod_id)
+        self._sent.pop(tenant, runpod_id)
         return entry is not None and entry.reply.status == "CANCELLED"
 
     def get(self, tenant: str, runpod_id: str) -> Reply | None:
@@ -315,6 +281,9 @@ class ReplyTable:
         for tenant, runpod_id, entry in self._entries.items():
             if entry.expires_at <= now:
                 self._entries.pop(tenant, runpod_id)
+        for tenant, runpod_id, _ in self._sent.items():
+            if (tenant, runpod_id) not in self._entries:
+                self._sent.pop(tenant, runpod_id)
         for tenant, mark, seen in self._seen.items():
             if seen.expires_at <= now:
                 self._seen.pop(tenant, mark)

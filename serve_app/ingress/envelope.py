@@ -7,15 +7,15 @@ from typing import Any, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve_app.errors import BodyInvalid, InvalidRequest
-from serve_app.job_types.context import Policy
 from serve_app.outbound import url_problem
+from serve_app.policy import Policy
 from serve_app.settings import WebhookSettings
-from storage.job_record import NewWebhook
 from train_jobs.errors import Problem
 from train_jobs.field_problems import problems_of
 
 POLICY_MIN_MS = 5_000
 POLICY_MAX_MS = 7 * 24 * 3600 * 1000
+S3_CONFIG_IGNORED = "s3Config was ignored: this server stores the results itself, and the output says where"
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 # A lone half of a surrogate pair: valid JSON, but no text; it would fail far from here.
@@ -38,10 +38,12 @@ class RunEnvelope(BaseModel):
     input: dict[str, Any]
     policy: PolicyFields | None = None
     webhook: str | None = None
-    s3Config: dict[str, Any] | None = None
+    # Holds the client's secrets: nothing of it is kept, or told.
+    s3Config: dict[str, Any] | None = Field(default=None, repr=False)
 
-    def new_webhook(self) -> NewWebhook | None:
-        return None if self.webhook is None else NewWebhook(url=self.webhook, input=self.input)
+    def warnings(self) -> tuple[str, ...]:
+        """Of what is taken and does nothing: a client that names a bucket expects its results there."""
+        return () if self.s3Config is None else (S3_CONFIG_IGNORED,)
 
     def job_policy(self) -> Policy:
         fields = self.policy
@@ -66,8 +68,6 @@ def read_envelope(body: bytes, webhooks: WebhookSettings) -> RunEnvelope:
     if envelope.webhook is not None:
         problem = url_problem(envelope.webhook, any_address=webhooks.any_address)
         refused += [] if problem is None else [Problem("webhook", problem, "invalid_value")]
-    if envelope.s3Config is not None:
-        refused.append(Problem("s3Config", "is not offered: results are stored by this server", "unsupported"))
     if refused:
         raise InvalidRequest(refused)
     return envelope

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from serve_app.dispatch.replies import Beginning, EndedReply, Fingerprint, Opening, Reply, Status
+from serve_app.dispatch.reply import EndedReply, Fingerprint, Opening, Reply, Sent, Settled, Status
 from serve_app.errors import RequestTimedOut, ServiceUnavailable
 from serve_app.ingress.envelope import read_envelope
 from serve_app.ingress.errors import INTERNAL, describe
@@ -32,7 +32,7 @@ from serve_app.job_types.context import (
 )
 from serve_app.job_types.results import accepted_message
 from storage.errors import JobError
-from storage.job_record import JobRecord
+from storage.job_record import JobRecord, NewWebhook
 from storage.job_state import JobKind, JobState
 
 logger = logging.getLogger(__name__)
@@ -58,12 +58,13 @@ class Submission:
 
 @dataclass
 class _Job:
-    """A job under way. `is_untold`: no client knows its id yet, and nothing but this process knows of it until it is
-    `telling` the shared table. `is_handling`: what it does can still be stopped."""
+    """An attempt under way. `is_untold`: no client knows its id yet, and nothing but this process knows of it until it
+    is `telling` the shared table. `is_handling`: what it does can still be stopped."""
 
-    status: Beginning
+    sent: Sent
     kept_s: float
     is_untold: bool
+    attempt: int = 1
     telling: asyncio.Task[str] | None = None
     reply: Reply | None = None
     is_handling: bool = False
@@ -102,6 +103,25 @@ class JobRunner:
         await self._told(key, job)
         return runpod_id, None
 
+    async def retry(self, tenant: str, request_id: str, runpod_id: str) -> None:
+        """Do a job once more that failed or timed out, and has no record, under its id.
+
+        Raises RunpodJobNotFound, RunpodJobNotRetryable, RunpodJobNotKept, ServiceUnavailable.
+        """
+        await self.near.arrived(tenant, runpod_id)
+        await asyncio.shield(asyncio.create_task(self._reopen_and_start(tenant, request_id, runpod_id)))
+
+    async def _reopen_and_start(self, tenant: str, request_id: str, runpod_id: str) -> None:
+        kept_s = self._services.limits.run_result_kept_s
+        again = await self._services.dispatch.reopen_reply(tenant, runpod_id, owner=self._owner, kept_s=kept_s)
+        given_up = self._tasks.get((tenant, runpod_id))
+        if given_up is not None:
+            # It was taken for lost, because nobody had heard of this process for a while.
+            given_up.cancel()
+            await asyncio.gather(given_up, return_exceptions=True)
+        job = _Job(again.sent, kept_s, is_untold=False, attempt=again.attempt)
+        self._start(_context(tenant, request_id, runpod_id, again.sent), job)
+
     def stop(self, tenant: str, runpod_id: str) -> None:
         """End what is done here for a job that was cancelled, where that is still possible."""
         job = self._jobs.get((tenant, runpod_id))
@@ -137,44 +157,43 @@ class JobRunner:
         envelope = read_envelope(call.body, services.webhooks)
         is_sync = call.wait_s is not None
         runpod_id = f"{SYNC_PREFIX if is_sync else ''}{self._new_uuid()}-u1"
-        digest = hashlib.sha256(call.body).hexdigest()
         name = _type_named(envelope.input)
-        fingerprint = self._fingerprint(call, name, digest)
+        sent = Sent(
+            input=envelope.input,
+            policy=envelope.job_policy(),
+            webhook_url=envelope.webhook,
+            idempotency_key=call.idempotency_key,
+            body_sha256=hashlib.sha256(call.body).hexdigest(),
+            size_bytes=len(call.body),
+            begins_as="IN_QUEUE" if name in TAKEN_OVER else "IN_PROGRESS",
+            warnings=envelope.warnings(),
+        )
+        fingerprint = self._fingerprint(call, name, sent.body_sha256)
         job = _Job(
-            status="IN_QUEUE" if name in TAKEN_OVER else "IN_PROGRESS",
+            sent,
             kept_s=limits.runsync_result_kept_s if is_sync else limits.run_result_kept_s,
             is_untold=is_sync and fingerprint is None,
         )
-        context = JobContext(
-            tenant=call.tenant,
-            request_id=call.request_id,
-            runpod_id=runpod_id,
-            body_sha256=digest,
-            idempotency_key=call.idempotency_key,
-            policy=envelope.job_policy(),
-            webhook=envelope.new_webhook(),
-        )
+        context = _context(call.tenant, call.request_id, runpod_id, sent)
         if job.is_untold:
-            self._start(context, job, envelope.input)
+            self._start(context, job)
             return runpod_id, True
         # A client that goes away meanwhile would leave a job that is noted, and that nobody does.
-        return await asyncio.shield(
-            asyncio.create_task(self._open_and_start(context, job, fingerprint, envelope.input))
-        )
+        return await asyncio.shield(asyncio.create_task(self._open_and_start(context, job, fingerprint)))
 
     async def _open_and_start(
-        self, context: JobContext, job: _Job, fingerprint: Fingerprint | None, payload: dict[str, Any]
+        self, context: JobContext, job: _Job, fingerprint: Fingerprint | None
     ) -> tuple[str, bool]:
         known = await self._open((context.tenant, context.runpod_id), job, fingerprint)
         if known != context.runpod_id:
             return known, False
-        self._start(context, job, payload)
+        self._start(context, job)
         return context.runpod_id, True
 
-    def _start(self, context: JobContext, job: _Job, payload: dict[str, Any]) -> None:
+    def _start(self, context: JobContext, job: _Job) -> None:
         key = (context.tenant, context.runpod_id)
         self._jobs[key] = job
-        task = self._tasks[key] = asyncio.create_task(self._execute(context, job, payload))
+        task = self._tasks[key] = asyncio.create_task(self._execute(context, job))
         task.add_done_callback(functools.partial(self._ended, key))
         if self._keeping is None or self._keeping.done():
             self._keeping = asyncio.create_task(self._keep())
@@ -182,7 +201,7 @@ class JobRunner:
     async def _open(self, key: Key, job: _Job, fingerprint: Fingerprint | None) -> str:
         """Have the shared table note the job. Returns its id, or that of the same request before it."""
         dispatch = self._services.dispatch
-        opening = Opening(job.kept_s, fingerprint, self._owner, job.status)
+        opening = Opening(job.kept_s, fingerprint, self._owner, job.sent.begins_as, sent=job.sent)
         tenant, runpod_id = key
         known = await dispatch.open_reply(tenant, runpod_id, opening)
         if known == runpod_id or fingerprint is None or fingerprint.named_by_client:
@@ -237,7 +256,7 @@ class JobRunner:
             return Fingerprint(f"body:{digest}", digest, limits.same_body_window_s, named_by_client=False)
         return None
 
-    async def _execute(self, context: JobContext, job: _Job, payload: dict[str, Any]) -> str:
+    async def _execute(self, context: JobContext, job: _Job) -> str:
         """Run the job type and keep its reply. Returns the id under which the job is found."""
         services = self._services
         began = services.clock()
@@ -246,7 +265,7 @@ class JobRunner:
         output: dict[str, Any] | None
         job.is_handling = True
         try:
-            outcome = await self._handled(context, payload)
+            outcome = await self._handled(context, job.sent.input)
         except asyncio.CancelledError:
             if not job.is_cancelled:
                 raise
@@ -262,6 +281,8 @@ class JobRunner:
             if isinstance(outcome, Following) and not is_accepted_only(outcome.record):
                 return await self._followed(context, job, outcome.record)
             output = await self._output_of(outcome)
+            if context.warnings:
+                output = {**output, "warnings": [*context.warnings, *output.get("warnings", [])]}
         job.is_handling = False
         now = services.clock()
         if output is not None:
@@ -273,7 +294,10 @@ class JobRunner:
                 duration_ms=round((now - began).total_seconds() * 1000),
                 timestamp=now,
             )
-        job.reply = await self._kept(context, job, Reply(status, began, now, output, error))
+        job.reply = await self._kept(context, job, Reply(status, began, now, output, error, attempt=job.attempt))
+        if job.reply.attempt != job.attempt:
+            # Taken for lost, and retried: what this attempt came to is nobody's any more.
+            return context.runpod_id
         if job.reply.status == "CANCELLED":
             await self._cancel_record(context)
         await self._tell(context, job.reply)
@@ -283,14 +307,16 @@ class JobRunner:
         """The reply that the job's id has from now on: another where it was cancelled, or taken for lost, before."""
         key = (context.tenant, context.runpod_id)
         ended = EndedReply(*key, reply, job.kept_s)
+        # The table has what was sent where it was told of the beginning.
+        whole = EndedReply(*key, reply, job.kept_s, job.sent) if reply.is_retryable else ended
         if not await self._is_told(job):
-            await self.near.keep(ended)
+            await self.near.keep(whole)
             return reply
         known = await self._services.dispatch.settle_reply(ended)
         if known is None:
             # The table was lost, and knows nothing of what it had been told.
-            await self.near.keep(ended)
-        if known in (None, reply.status):
+            await self.near.keep(whole)
+        if known in (None, Settled(reply.status, reply.attempt)):
             return reply
         return await self._services.dispatch.wait_reply(*key, 0.0) or reply
 
@@ -348,6 +374,19 @@ class JobRunner:
                 await self._cancel_record(context)
         await self.wake_for(record)
         return found_as
+
+
+def _context(tenant: str, request_id: str, runpod_id: str, sent: Sent) -> JobContext:
+    return JobContext(
+        tenant=tenant,
+        request_id=request_id,
+        runpod_id=runpod_id,
+        body_sha256=sent.body_sha256,
+        idempotency_key=sent.idempotency_key,
+        policy=sent.policy,
+        webhook=None if sent.webhook_url is None else NewWebhook(url=sent.webhook_url, input=sent.input),
+        warnings=sent.warnings,
+    )
 
 
 def _type_named(payload: dict[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from pydantic_core import to_json
 
 from serve_app.collaborators import Dispatch
-from serve_app.dispatch.replies import EndedReply, Reply
+from serve_app.dispatch.reply import EndedReply, Reply
 from serve_app.errors import ServiceUnavailable
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class NearReplies:
 
     async def keep(self, ended: EndedReply) -> None:
         """Raises nothing: the reply itself is good, whether it can be found again or not."""
-        size_bytes = len(to_json(ended.reply.output))
+        size_bytes = len(to_json(ended.reply.output)) + (0 if ended.sent is None else ended.sent.size_bytes)
         self._waiting[ended.tenant, ended.runpod_id] = (ended, size_bytes)
         self._bytes += size_bytes
         while len(self._waiting) > WAITING_MAX or (self._bytes > WAITING_BYTES_MAX and len(self._waiting) > 1):

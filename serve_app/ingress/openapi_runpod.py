@@ -39,7 +39,10 @@ RUNPOD_SCHEMAS: dict[str, Any] = {
                 "pattern": _HTTPS_URL,
                 "examples": ["https://example.com/hook"],
             },
-            "s3Config": {"type": "null", "description": "Not offered: results are stored by this server."},
+            "s3Config": {
+                "type": ["object", "null"],
+                "description": "Ignored, with a warning in the output: results are stored by this server.",
+            },
         },
         "examples": [
             {"input": {"prompt": "a large red star", "width": 64, "height": 64, "seed": 1}},

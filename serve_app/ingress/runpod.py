@@ -52,7 +52,7 @@ def runpod_router(jobs: RunpodJobs, often: OftenCalled, limits: RequestLimits) -
 
     @router.post("/retry/{job_id}")
     async def retry(request: Request, job_id: str) -> Response:
-        return PlainJson(await jobs.retry(tenant_of(request.scope), job_id))
+        return PlainJson(await jobs.retry(tenant_of(request.scope), request_id_of(request.scope), job_id))
 
     @router.post("/purge-queue")
     async def purge_queue(request: Request) -> Response:

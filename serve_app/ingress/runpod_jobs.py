@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from serve_app.dispatch.replies import Reply
-from serve_app.errors import RunpodJobNotFound, RunpodJobNotKept, RunpodJobNotRetryable
+from serve_app.dispatch.replies import RETRIED
+from serve_app.dispatch.reply import Reply
+from serve_app.errors import RunpodJobNotFound, RunpodJobNotRetryable
 from serve_app.ingress.job_runner import JobRunner, Submission
 from serve_app.ingress.runpod_records import find_record
 from serve_app.ingress.runpod_status import status_object
@@ -102,12 +103,15 @@ class RunpodJobs:
             return {"id": runpod_id, "status": runpod_status(ended)}
         return {"id": runpod_id, "status": "CANCELLED"}
 
-    async def retry(self, tenant: str, runpod_id: str) -> dict[str, Any]:
-        """Queues a FAILED or TIMED_OUT job again. Raises RunpodJobNotFound, RunpodJobNotRetryable, JobNotRetryable."""
+    async def retry(self, tenant: str, request_id: str, runpod_id: str) -> dict[str, Any]:
+        """Queues a FAILED or TIMED_OUT job again.
+
+        Raises RunpodJobNotFound, RunpodJobNotRetryable, RunpodJobNotKept, JobNotRetryable.
+        """
         reply = await self._reply(tenant, runpod_id, 0.0)
         if reply is not None:
-            # What was sent with it, an upload for example, is not kept.
-            raise RunpodJobNotKept if reply.status in ("FAILED", "TIMED_OUT") else RunpodJobNotRetryable
+            await self._runner.retry(tenant, request_id, runpod_id)
+            return {"id": runpod_id, "status": "IN_QUEUE"}
         record = await self._record(tenant, runpod_id)
         if is_accepted_only(record):
             raise RunpodJobNotRetryable
@@ -135,7 +139,7 @@ class RunpodJobs:
                 "failed": counts[JobState.FAILED] + counts[JobState.TIMED_OUT] + quick["FAILED"] + quick["TIMED_OUT"],
                 "inProgress": counts[JobState.STARTING] + counts[JobState.RUNNING] + quick["IN_PROGRESS"],
                 "inQueue": counts[JobState.QUEUED] + quick["IN_QUEUE"],
-                "retried": retried,
+                "retried": retried + quick[RETRIED],
             },
             "workers": {
                 "idle": workers.idle,

@@ -11,7 +11,7 @@ import asyncio
 import json
 from typing import Any
 
-from serve_app.dispatch.replies import Reply
+from serve_app.dispatch.reply import Reply
 from serve_app.errors import RunpodJobNotFound
 from serve_app.ingress.runpod_status import status_object
 from serve_app.ingress.runpod_view import RUNPOD_STATUS, runpod_status

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Any
 
-from serve_app.dispatch.replies import Reply
+from serve_app.dispatch.reply import Reply
 from serve_app.job_types.context import is_accepted_only, public_runpod_id
 from serve_app.job_types.process_object import error_text
 from serve_app.settings import RequestLimits
@@ -75,6 +75,8 @@ def reply_view(runpod_id: str, reply: Reply, now: datetime, worker_id: str) -> d
         view["output"] = reply.output
     if reply.error is not None:
         view["error"] = reply.error
+    if reply.attempt > 1:
+        view["retries"] = reply.attempt - 1
     return view
 
 

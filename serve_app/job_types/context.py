@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serve_app.collaborators import Clock, Dispatch, Inference, JobsApi, Validation, Workers
+from serve_app.policy import Policy
 from serve_app.settings import RateLimitSettings, RequestLimits, WebhookSettings
 from serve_app.webhook_secrets import WebhookSecrets
 from storage.job_record import JobRecord, NewWebhook
@@ -56,23 +57,11 @@ class Services:
 
 
 @dataclass(frozen=True)
-class Policy:
-    """RunPod's `policy`, in seconds. `low_priority` jobs run when nothing else waits."""
-
-    execution_timeout_s: float | None = None
-    ttl_s: float | None = None
-    low_priority: bool = False
-
-    @property
-    def priority(self) -> int:
-        return -1 if self.low_priority else 0
-
-
-@dataclass(frozen=True)
 class JobContext:
     """The request around a job type's input.
 
     `runpod_id` is empty outside the RunPod surface. `body_sha256` is the hex digest of the whole body as sent.
+    `warnings` are of what stands around the input, and belong into the output.
     """
 
     tenant: str
@@ -82,6 +71,7 @@ class JobContext:
     idempotency_key: str | None = None
     policy: Policy = field(default_factory=Policy)
     webhook: NewWebhook | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

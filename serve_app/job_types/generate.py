@@ -68,7 +68,7 @@ async def _queued(
             kind=JobKind.GENERATION,
             tenant=context.tenant,
             request=request.as_json(),
-            notes={"warnings": list(plan.warnings)},
+            notes={"warnings": [*context.warnings, *plan.warnings]},
             job_id=process_id,
             runpod_id=runpod_id_of(context, waits=waits),
             webhook=webhook_of(context, waits=waits),

@@ -74,7 +74,7 @@ async def queue_training(services: Services, context: JobContext, plan: Training
             kind=JobKind.TRAINING,
             tenant=context.tenant,
             request=spec,
-            notes={"ignored": list(plan.ignored), "warnings": list(plan.warnings)},
+            notes={"ignored": list(plan.ignored), "warnings": [*context.warnings, *plan.warnings]},
             runpod_id=runpod_id_of(context, waits=waits),
             webhook=webhook_of(context, waits=waits),
             idempotency_key=context.idempotency_key,

@@ -11,7 +11,8 @@ from serve_app.errors import RouteNotFound
 from serve_app.ingress.auth import Principal
 from serve_app.ingress.envelope import read_idempotency_key
 from serve_app.ingress.middleware import request_id_of
-from serve_app.job_types.context import JobContext, Policy, Services
+from serve_app.job_types.context import JobContext, Services
+from serve_app.policy import Policy
 from storage.errors import JobNotFound
 from storage.job_record import JOB_ID_PATTERN, JobRecord
 from storage.job_state import JobKind

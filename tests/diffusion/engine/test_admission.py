@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from diffusion.engine.lora_slots import LoraSlots
 from diffusion.engine.memory import HostMemory
 from diffusion.errors import InsufficientMemory
 from diffusion.families import StableDiffusion1
+from diffusion.families.base import TextEmbeds
 from diffusion.testing import ScriptedMemory
 
 PLAIN = GenerateRequest(prompt="a red ring", width=64, height=64, steps=4, guidance_scale=7.5, seed=3)
@@ -150,6 +151,68 @@ def test_a_picture_known_not_to_fit_the_vae_goes_in_tiles_at_once(family: Stable
     with memory.holding(75 * MIB):
         engine.render([dataclasses.replace(PLAIN, steps=1)])
     assert memory.given_back == 0
+
+
+def hold_prompts(family: StableDiffusion1, memory: ScriptedMemory, each_bytes: int) -> list[int]:
+    """Calls of the text encoder take memory. Returns the prompts of each call."""
+    prompts: list[int] = []
+    encode = family.encode_prompts
+
+    def held_encode(texts: Sequence[str]) -> TextEmbeds:
+        prompts.append(len(texts))
+        with memory.holding(each_bytes * len(texts)):
+            return encode(texts)
+
+    family.encode_prompts = held_encode  # type: ignore[method-assign]
+    return prompts
+
+
+def test_prompts_are_encoded_as_many_at_once_as_fit(family: StableDiffusion1) -> None:
+    memory = ScriptedMemory(75 * MIB)
+    alone = Engine(family).render([PLAIN])[0].pixels_CHW
+    prompts = hold_prompts(family, memory, 20 * MIB)
+    requests = [PLAIN, *(dataclasses.replace(PLAIN, prompt=f"number {seed}", seed=seed) for seed in range(5))]
+    made = Engine(family, memory=memory).render(requests)[0].pixels_CHW
+    # The negative prompt, which all share, and six others; four would take 80 MiB.
+    assert prompts == [1, 3, 3]
+    assert memory.given_back == 0
+    assert float((made - alone).abs().max()) < 1e-4
+
+
+def test_prompts_that_turn_out_not_to_fit_go_in_halves(family: StableDiffusion1) -> None:
+    memory = ScriptedMemory(75 * MIB)
+    prompts = hold_prompts(family, memory, 20 * MIB)
+    engine = Engine(family, memory=memory)
+    engine.render([PLAIN])
+    family.encode_prompts = hold_more(family.encode_prompts, memory)  # type: ignore[method-assign]
+    engine.render([dataclasses.replace(PLAIN, prompt=f"number {seed}", seed=seed) for seed in range(3)])
+    assert prompts == [1, 1, 3, 1, 2]
+    assert memory.given_back == 1
+
+
+def hold_more(encode: Callable[[Sequence[str]], TextEmbeds], memory: ScriptedMemory) -> Callable[..., TextEmbeds]:
+    """Others take memory as soon as a call has begun."""
+
+    def held_encode(texts: Sequence[str]) -> TextEmbeds:
+        with memory.holding(20 * MIB):
+            return encode(texts)
+
+    return held_encode
+
+
+def test_a_prompt_known_not_to_fit_fails_alone_with_the_numbers(family: StableDiffusion1) -> None:
+    memory = ScriptedMemory(75 * MIB)
+    hold_prompts(family, memory, 20 * MIB)
+    engine = Engine(family, memory=memory)
+    engine.render([PLAIN])
+    with memory.holding(60 * MIB):
+        known = engine.submit([dataclasses.replace(PLAIN, seed=4)])
+        other = engine.submit([dataclasses.replace(PLAIN, prompt="another")])
+        while engine.step():
+            pass
+        known.images()
+        with pytest.raises(InsufficientMemory, match="a prompt needs 20 MiB, 15 MiB are free"):
+            other.images()
 
 
 def test_a_device_that_tells_no_peaks_is_not_asked(family: StableDiffusion1) -> None:

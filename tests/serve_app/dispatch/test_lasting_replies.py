@@ -11,8 +11,10 @@ import pytest
 
 from serve_app.dispatch import lasting_replies
 from serve_app.dispatch.lasting_replies import LastingReplies
-from serve_app.dispatch.replies import EndedReply, Fingerprint, Opening, Reply, ReplyTable, Status
-from serve_app.errors import IdempotencyKeyReused
+from serve_app.dispatch.replies import ReplyTable
+from serve_app.dispatch.reply import EndedReply, Fingerprint, Opening, Reply, Sent, Settled
+from serve_app.errors import IdempotencyKeyReused, RunpodJobNotKept
+from serve_app.policy import Policy
 from storage.async_jobs import AsyncJobs
 from storage.errors import RecordsUnavailable
 from storage.jobs_testing import JobsWorld
@@ -43,7 +45,7 @@ async def opened(replies: LastingReplies, name: str, *, fingerprint: Fingerprint
 
 async def settled(
     replies: LastingReplies, name: str, output: dict[str, Any], error: str | None = None
-) -> Status | None:
+) -> Settled | None:
     reply = Reply("COMPLETED" if error is None else "FAILED", datetime.now(UTC), output=output, error=error)
     return await replies.settle(EndedReply("matt", name, reply, 1800.0))
 
@@ -76,7 +78,7 @@ async def test_what_is_under_way_ends_in_the_next_one_or_is_lost_with_its_proces
     lost = second.table.get("matt", "is lost")
     assert lost is not None
     assert (lost.status, lost.is_interrupted) == ("FAILED", True)
-    assert await settled(second, "goes on", {"x": 1}) == "COMPLETED"
+    assert await settled(second, "goes on", {"x": 1}) == Settled("COMPLETED", 1)
 
 
 async def test_a_clients_key_means_the_same_job_after_a_restart(world: JobsWorld) -> None:
@@ -106,6 +108,41 @@ async def test_results_that_are_files_are_not_kept_twice(world: JobsWorld) -> No
     assert (await fresh(world)).table.get("matt", "a") is None
 
 
+def sent(text: str) -> Sent:
+    return Sent(
+        {"type": "upload", "data": text},
+        Policy(ttl_s=60.5),
+        "https://example.com",
+        "k",
+        "sha-1",
+        len(text),
+        "IN_PROGRESS",
+    )
+
+
+@pytest.mark.parametrize("status", ["IN_PROGRESS", "IN_QUEUE"])
+async def test_what_failed_is_retried_after_a_restart_and_its_retry_is_noted(world: JobsWorld, status: str) -> None:
+    first = await fresh(world)
+    await opened(first, "a", status=status, sent=sent("\u00e4"))
+    await settled(first, "a", {}, error="no")
+    second = await fresh(world)
+    again = await second.reopen("matt", "a", owner="ingress-2", kept_s=1800.0)
+    assert (again.sent, again.attempt) == (sent("\u00e4"), 2)
+    reply = (await fresh(world)).table.get("matt", "a")
+    assert reply is not None
+    assert (reply.status, reply.attempt) == ("IN_PROGRESS", 2)
+
+
+async def test_a_failure_is_noted_without_what_was_sent_where_that_is_large(world: JobsWorld) -> None:
+    first = await fresh(world)
+    await opened(first, "a", sent=sent("x" * lasting_replies.NOTE_BYTES_MAX))
+    await settled(first, "a", {}, error="no")
+    second = await fresh(world)
+    assert second.table.get("matt", "a") is not None
+    with pytest.raises(RunpodJobNotKept):
+        await second.reopen("matt", "a", owner="ingress-2", kept_s=1800.0)
+
+
 async def test_where_the_records_do_not_answer_the_table_goes_on_alone(
     world: JobsWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +163,7 @@ async def test_where_the_records_do_not_answer_the_table_goes_on_alone(
     replies = LastingReplies(ReplyTable(world.clock), jobs)
     restoring = asyncio.create_task(replies.restore())
     assert await opened(replies, "a") == "a"
-    assert await settled(replies, "a", {"x": 2}) == "COMPLETED"
+    assert await settled(replies, "a", {"x": 2}) == Settled("COMPLETED", 1)
     is_away = False
     await restoring
     found = [replies.table.get("matt", name) for name in ("before", "a")]

@@ -1,11 +1,18 @@
 import asyncio
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from serve_app.dispatch.replies import EndedReply, Fingerprint, Opening, Reply, ReplyTable
-from serve_app.errors import IdempotencyKeyReused
+from serve_app.dispatch.replies import ReplyTable
+from serve_app.dispatch.reply import EndedReply, Fingerprint, Opening, Reopened, Reply, Sent, Settled, Status
+from serve_app.errors import (
+    IdempotencyKeyReused,
+    RunpodJobNotFound,
+    RunpodJobNotKept,
+    RunpodJobNotRetryable,
+)
+from serve_app.policy import Policy
 from storage.jobs_testing import ManualClock
 
 BY_KEY = Fingerprint("key:k", "sha-1", 3600.0, named_by_client=True)
@@ -173,3 +180,78 @@ async def test_a_wait_that_is_over_tells_how_things_stand() -> None:
     reply = await replies.wait("matt", "a", 0.0)
     assert reply is not None
     assert reply.status == "IN_QUEUE"
+
+
+def sent(name: str, *, size_bytes: int = 10) -> Sent:
+    return Sent({"type": name}, Policy(), None, None, f"sha of {name}", size_bytes, "IN_PROGRESS")
+
+
+def ended(name: str, status: Status, attempt: int = 1, kept: Sent | None = None) -> EndedReply:
+    return EndedReply("matt", name, Reply(status, datetime.now(UTC), attempt=attempt), 60.0, kept)
+
+
+def failed(replies: ReplyTable, name: str, kept: Sent | None, status: Status = "FAILED") -> None:
+    replies.open("matt", name, Opening(60.0, owner="first", sent=kept))
+    replies.settle(ended(name, status))
+
+
+def reopen(replies: ReplyTable, name: str) -> Reopened:
+    return replies.reopen("matt", name, owner="second", kept_s=600.0)
+
+
+@pytest.mark.parametrize("status", ["FAILED", "TIMED_OUT"])
+def test_what_came_to_nothing_begins_once_more_with_what_was_sent(status: Status) -> None:
+    replies, clock = table()
+    failed(replies, "a", sent("a"), status)
+    clock.advance(50)
+    assert reopen(replies, "a") == Reopened(sent("a"), attempt=2)
+    assert replies.get("matt", "a") == Reply("IN_PROGRESS", clock(), attempt=2)
+    assert replies.counts("matt") == {"IN_PROGRESS": 1, "retried": 1}
+    assert replies.settle(ended("a", status, attempt=2)) == Settled(status, 2)
+    assert reopen(replies, "a").attempt == 3
+    clock.advance(20)
+    assert replies.settle(ended("a", "COMPLETED", attempt=3)) == Settled("COMPLETED", 3)
+    clock.advance(599)
+    assert replies.get("matt", "a") is not None
+
+
+def test_a_given_up_attempt_does_not_end_the_next_one() -> None:
+    replies, clock = table()
+    replies.open("matt", "a", Opening(60.0, owner="silent", sent=sent("a")))
+    clock.advance(31)
+    assert replies.get("matt", "a") is not None
+    reopen(replies, "a")
+    assert replies.settle(ended("a", "COMPLETED")) == Settled("IN_PROGRESS", 2)
+    replies.keep(ended("a", "FAILED"))
+    replies.hear_from("second")
+    assert replies.settle(ended("a", "COMPLETED", attempt=2)) == Settled("COMPLETED", 2)
+
+
+def test_only_what_failed_is_retried_and_only_what_is_known() -> None:
+    replies, _ = table()
+    for status in ("COMPLETED", "CANCELLED"):
+        failed(replies, status, sent("a"), cast("Status", status))
+        with pytest.raises(RunpodJobNotRetryable):
+            reopen(replies, status)
+    replies.open("matt", "under way", Opening(60.0, sent=sent("a")))
+    with pytest.raises(RunpodJobNotRetryable):
+        reopen(replies, "under way")
+    failed(replies, "another's", sent("a"))
+    with pytest.raises(RunpodJobNotFound):
+        replies.reopen("matt2", "another's", owner="second", kept_s=60.0)
+
+
+def test_what_was_sent_is_kept_within_bounds_and_a_reply_without_it() -> None:
+    replies, _ = table(bytes_max=100)
+    failed(replies, "a", sent("a", size_bytes=60))
+    failed(replies, "b", sent("b", size_bytes=60))
+    with pytest.raises(RunpodJobNotKept):
+        reopen(replies, "a")
+    assert replies.get("matt", "a") is not None
+    assert reopen(replies, "b").sent == sent("b", size_bytes=60)
+
+
+def test_a_failure_that_was_told_late_can_be_retried_too() -> None:
+    replies, _ = table()
+    replies.keep(ended("a", "FAILED", kept=sent("a")))
+    assert reopen(replies, "a") == Reopened(sent("a"), attempt=2)

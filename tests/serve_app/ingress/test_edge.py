@@ -269,7 +269,7 @@ async def test_a_body_that_is_no_json_object_is_400(server: LocalServer, body: b
         ({"input": {}, "policy": {"ttl": 7 * 24 * 3600 * 1000 + 1}}, "policy.ttl"),
         ({"input": {}, "webhook": "http://example.com"}, "webhook"),
         ({"input": {}, "webhook": "https://127.0.0.1/"}, "webhook"),
-        ({"input": {}, "s3Config": {"bucketName": "b"}}, "s3Config"),
+        ({"input": {}, "s3Config": "a bucket"}, "s3Config"),
     ],
 )
 async def test_an_envelope_that_cannot_be_honoured_is_refused_by_name(

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from serve_app.dispatch.replies import EndedReply, Opening, Reply, ReplyTable
+from serve_app.dispatch.replies import ReplyTable
+from serve_app.dispatch.reply import EndedReply, Opening, Reply
 from serve_app.errors import ServiceUnavailable
 from serve_app.ingress import near_replies
 from serve_app.ingress.near_replies import NearReplies

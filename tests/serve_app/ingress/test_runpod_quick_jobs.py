@@ -9,8 +9,11 @@ import httpx
 import pytest
 
 from serve_app.ingress import job_runner
+from serve_app.ingress.envelope import S3_CONFIG_IGNORED
+from serve_app.job_types.context import public_runpod_id
 from serve_app.settings import RequestLimits
-from serve_app.testing import TENANT, LocalServer, local_server, upload_payload
+from serve_app.testing import TENANT, LocalServer, local_server, train_config, upload_payload
+from storage.errors import StorageUnavailable
 from storage.job_state import JobKind, JobState
 from storage.jobs_testing import JobsWorld
 from storage.webhook_record import Webhook
@@ -128,8 +131,6 @@ async def test_the_clients_time_limit_is_kept_and_is_no_failure(quick: LocalServ
         assert ended["status"] == "TIMED_OUT"
         assert ended["error"] == "Request timeout after 5 seconds"
         assert ended["output"]["timeout"] is True
-        refused = await http.post(f"/v2/ep/retry/{job_id}")
-    assert (refused.status_code, refused.json()["error_type"]) == (409, "job_not_kept")
 
 
 async def test_health_counts_jobs_without_a_record_too(quick: LocalServer) -> None:
@@ -238,3 +239,69 @@ async def test_a_client_that_goes_away_while_its_job_is_noted_leaves_one_that_is
         may_go_on.set()
         job_id = (await post(http, "run", **keyed))["id"]
         assert (await post(http, f"status-sync/{job_id}?wait=5000"))["status"] == "COMPLETED"
+
+
+@pytest.mark.parametrize("call", ["run", "runsync"])
+async def test_a_failed_upload_is_retried_under_its_id(quick: LocalServer, call: str) -> None:
+    quick.store.fail("put", StorageUnavailable("put", 1.0))
+    async with quick.client() as http:
+        job_id = (await post(http, call, json=UPLOAD | {"webhook": "https://example.com/told"}))["id"]
+        assert (await post(http, f"status-sync/{job_id}?wait=5000"))["status"] == "FAILED"
+        assert len(await webhooks_of(quick)) == 1
+        before = (await http.get("/v2/ep/health")).json()["jobs"]
+        assert await post(http, f"retry/{job_id}") == {"id": job_id, "status": "IN_QUEUE"}
+        ended = await post(http, f"status-sync/{job_id}?wait=5000")
+        assert (ended["status"], ended["retries"], "error" in ended) == ("COMPLETED", 1, False)
+        assert ended["output"]["runpod_job_id"] == job_id
+        after = (await http.get("/v2/ep/health")).json()["jobs"]
+        refused = await http.post(f"/v2/ep/retry/{job_id}")
+        assert (refused.status_code, refused.json()["error_type"]) == (409, "job_not_retryable")
+        [told] = await webhooks_of(quick)
+    assert quick.store.keys()
+    assert after["retried"] == before["retried"] + 1
+    assert told.body is not None
+
+
+async def test_two_retries_are_one(quick: LocalServer) -> None:
+    quick.store.fail("put", StorageUnavailable("put", 1.0))
+    async with quick.client() as http:
+        job_id = (await post(http, "run", json=UPLOAD))["id"]
+        assert (await post(http, f"status-sync/{job_id}?wait=5000"))["status"] == "FAILED"
+        held = quick.store.hold("put")
+        answers = await asyncio.gather(*(http.post(f"/v2/ep/retry/{job_id}") for _ in range(2)))
+        held.set()
+        assert sorted(answer.status_code for answer in answers) == [200, 409]
+        assert (await post(http, f"status-sync/{job_id}?wait=5000"))["retries"] == 1
+
+
+async def test_a_training_that_was_refused_is_retried_once_its_cause_is_mended(quick: LocalServer) -> None:
+    async with quick.client() as http:
+        asked = {"input": {"type": "train", "config": train_config("later")}}
+        job_id = (await post(http, "run", json=asked))["id"]
+        ended = await post(http, f"status-sync/{job_id}?wait=5000")
+        assert (ended["status"], ended["output"]["error_type"]) == ("FAILED", "dataset_not_found")
+        await post(http, "runsync", json={"input": upload_payload("later")})
+        await post(http, f"retry/{job_id}")
+        assert (await post(http, f"status-sync/{job_id}?wait=5000"))["status"] == "COMPLETED"
+    [record] = (await quick.jobs.list(TENANT)).records
+    assert public_runpod_id(record) == job_id
+
+
+async def test_a_bucket_of_the_clients_is_ignored_with_a_warning_and_not_kept(
+    quick: LocalServer, world: JobsWorld
+) -> None:
+    asked = {"s3Config": {"bucketName": "b", "accessSecret": "very-secret"}}
+    async with quick.client() as http:
+        listed = await post(http, "runsync", json={"input": {"type": "list_models"}} | asked)
+        made = await post(http, "run", json=PROMPT | asked)
+        failed = await post(http, "run", json={"input": {"type": "nonsense"}} | asked)
+        assert (await post(http, f"status-sync/{failed['id']}?wait=5000"))["status"] == "FAILED"
+    assert listed["output"]["warnings"] == [S3_CONFIG_IGNORED]
+    [record] = (await quick.jobs.list(TENANT)).records
+    assert public_runpod_id(record) == made["id"]
+    assert record.notes is not None
+    assert record.notes["warnings"] == [S3_CONFIG_IGNORED]
+    saved = quick.dispatch.replies.saved(TENANT, failed["id"])
+    assert saved is not None
+    assert saved.sent is not None
+    assert "very-secret" not in repr(record) + repr(saved)

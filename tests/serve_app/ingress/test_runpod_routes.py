@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_app.dispatch.replies import Opening
+from serve_app.dispatch.reply import Opening
 from serve_app.settings import RequestLimits
 from serve_app.testing import OTHER_KEY, TENANT, LocalServer, local_server, train_config, upload_payload
 from storage.errors import StorageUnavailable
