@@ -6,7 +6,7 @@ To be used inside one attempt of `Resilience.call`: nothing here retries or boun
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from storage.counters import REQUESTS, Counters
 from storage.digests import Digest, is_hash
 from storage.errors import IntegrityError, ObjectNotFound
+from storage.file_parts import PIECE_BYTES
 from storage.objects import ObjectInfo
 from storage.resilience import Attempt, TransientFaultError
 from storage.s3_bodies import SHA256_METADATA, Bodies
@@ -96,12 +97,16 @@ class S3Calls:
 
     async def get_range(self, operation: str, key: str, first: int, last: int) -> bytes:
         """The bytes from `first` to `last`, both included, or others where the server knows no ranges."""
+        return b"".join([piece async for piece in self.stream_range(operation, key, first, last)])
+
+    async def stream_range(self, operation: str, key: str, first: int, last: int) -> AsyncGenerator[bytes, None]:
+        """As `get_range`, as they come."""
         wanted = {"Key": key, "Range": f"bytes={first}-{last}"}
         answer = await self.send(operation, key, "get_object", wanted)
         with mapped(operation, key):
             async with answer["Body"] as body:
-                data: bytes = await body.read()
-        return data
+                async for piece in body.iter_chunks(PIECE_BYTES):
+                    yield piece
 
     async def stored(self, operation: str, key: str, digest: Digest) -> ObjectInfo | None:
         """The object, if it is there and has these bytes."""

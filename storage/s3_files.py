@@ -7,6 +7,7 @@ import hashlib
 import logging
 import secrets
 from collections.abc import Coroutine
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -16,6 +17,7 @@ from storage.byte_budget import ByteBudget
 from storage.counters import CLEANUP_FAILURES, Counters
 from storage.digests import Digest, sha256_file
 from storage.errors import IntegrityError, StorageError, StorageTimeout
+from storage.file_parts import FilePart, PartWriter
 from storage.objects import ObjectInfo
 from storage.resilience import Attempt, Resilience, TransientFaultError
 from storage.s3_calls import S3Calls, description
@@ -27,7 +29,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PARTS_MAX = 10_000
-HASHED_AT_ONCE_BYTES = MIB
+HASHED_AT_ONCE_BYTES = 16 * MIB
+READ_AT_ONCE_BYTES = MIB
 
 
 class _Hash(Protocol):
@@ -46,16 +49,18 @@ class _Look:
 
 @dataclass(frozen=True)
 class _SentPart:
-    """`etag` is the server's answer."""
+    """`etag` is the server's answer, `md5` (hex) is of what was sent."""
 
     number: int
     etag: str
+    md5: str
 
 
 class FileTransfers:
     """Multipart uploads and ranged downloads.
 
-    Memory: `parts_in_flight` parts for each transfer, `bytes_in_flight_max` for all together.
+    At one time `parts_in_flight` parts of each transfer are on their way, and `bytes_in_flight_max` bytes of all
+    together; in memory is a piece or two of each.
     """
 
     def __init__(self, calls: S3Calls, resilience: Resilience, settings: S3Settings, counters: Counters) -> None:
@@ -112,7 +117,7 @@ class FileTransfers:
     ) -> ObjectInfo:
         part_size_bytes = max(self._settings.part_size_bytes, -(-before.size_bytes // PARTS_MAX))
         upload_id = await self._begin_upload(key, sha256, content_type)
-        hashing = asyncio.create_task(_digest_file(path, before.size_bytes, part_size_bytes))
+        hashing = asyncio.create_task(_sha256_of(path, before.size_bytes, known=sha256))
         try:
             starts = range(0, before.size_bytes, part_size_bytes)
             ends = (min(first + part_size_bytes, before.size_bytes) for first in starts)
@@ -121,9 +126,10 @@ class FileTransfers:
                 for number, (first, end) in enumerate(zip(starts, ends, strict=True), start=1)
             )
             sent = await run_bounded(parts, self._settings.parts_in_flight)
+            digest = Digest(before.size_bytes, await hashing, tuple(part.md5 for part in sent), part_size_bytes)
             if await asyncio.to_thread(_look_of, path) != before:
                 raise IntegrityError(key, sha256 or "one file", "a file that changes")
-            return await self._complete_upload(key, hashing, before.size_bytes, upload_id, sent, content_type)
+            return await self._complete_upload(key, digest, upload_id, sent, content_type)
         except BaseException:
             abort = asyncio.create_task(self._abort_upload(key, upload_id))
             self._aborts.add(abort)
@@ -143,22 +149,26 @@ class FileTransfers:
         return await self._resilience.call("upload_file", attempt)
 
     async def _upload_part(self, path: Path, key: str, upload_id: str, number: int, first: int, end: int) -> _SentPart:
+        parameters = {"Key": key, "UploadId": upload_id, "PartNumber": number}
+
+        async def attempt(_: Attempt) -> _SentPart:
+            part = FilePart(path, first, end - first)
+            # What changes on its way is noticed when the upload is completed, by the ETag of the whole.
+            try:
+                answer = await self._calls.send("upload_file", key, "upload_part", {**parameters, "Body": part})
+            except Exception:
+                if part.is_short:
+                    raise IntegrityError(key, "one file", "a file that changes") from None
+                raise
+            return _SentPart(number, answer["ETag"], part.md5)
+
         async with self._in_flight.hold(end - first):
-            data = await asyncio.to_thread(_read_part, path, first, end - first)
-            parameters = {"Key": key, "UploadId": upload_id, "PartNumber": number, "Body": data}
-
-            async def attempt(_: Attempt) -> _SentPart:
-                # What changes on its way is noticed when the upload is completed, by the ETag of the whole.
-                answer = await self._calls.send("upload_file", key, "upload_part", parameters)
-                return _SentPart(number, answer["ETag"])
-
-            return await self._resilience.call("upload_file", attempt, size_bytes=len(data))
+            return await self._resilience.call("upload_file", attempt, size_bytes=end - first)
 
     async def _complete_upload(
         self,
         key: str,
-        hashing: asyncio.Task[Digest],
-        size_bytes: int,
+        digest: Digest,
         upload_id: str,
         parts: list[_SentPart],
         content_type: str | None,
@@ -167,16 +177,12 @@ class FileTransfers:
         parameters = {"Key": key, "UploadId": upload_id, "MultipartUpload": {"Parts": named}}
 
         async def attempt(state: Attempt) -> ObjectInfo:
-            # An attempt that is given up must not take the digest with it.
-            if state.ambiguous and (
-                stored := await self._calls.stored("upload_file", key, await asyncio.shield(hashing))
-            ):
+            if state.ambiguous and (stored := await self._calls.stored("upload_file", key, digest)):
                 return stored
             answer = await self._calls.send("upload_file", key, "complete_multipart_upload", parameters)
-            digest = await asyncio.shield(hashing)
             return await self._calls.confirmed("upload_file", key, digest, content_type, answer)
 
-        return await self._resilience.call("upload_file", attempt, size_bytes=size_bytes)
+        return await self._resilience.call("upload_file", attempt, size_bytes=digest.size_bytes)
 
     async def _abort_upload(self, key: str, upload_id: str) -> None:
         async def attempt(_: Attempt) -> None:
@@ -198,8 +204,7 @@ class FileTransfers:
         async def fetch(first: int) -> None:
             last = min(first + size_bytes, info.size_bytes) - 1
             async with self._in_flight.hold(last - first + 1):
-                data = await self._download_part(info.key, first, last)
-                await asyncio.to_thread(_write_part, target, first, data)
+                await self._download_part(info.key, first, last, target)
             written[first].set()
 
         async def hashed() -> str:
@@ -217,14 +222,19 @@ class FileTransfers:
             hashing.cancel()
             await asyncio.gather(hashing, return_exceptions=True)
 
-    async def _download_part(self, key: str, first: int, last: int) -> bytes:
-        async def attempt(_: Attempt) -> bytes:
-            data = await self._calls.get_range("download_file", key, first, last)
-            if len(data) != last - first + 1:
-                raise TransientFaultError("truncated")
-            return data
+    async def _download_part(self, key: str, first: int, last: int, target: Path) -> None:
+        size_bytes = last - first + 1
 
-        return await self._resilience.call("download_file", attempt, size_bytes=last - first + 1)
+        async def attempt(_: Attempt) -> None:
+            writer = PartWriter(target, first)
+            async with aclosing(self._calls.stream_range("download_file", key, first, last)) as pieces:
+                async for piece in pieces:
+                    await writer.write(piece, at_most_bytes=size_bytes)
+            await writer.flush()
+            if writer.written_bytes != size_bytes:
+                raise TransientFaultError("truncated")
+
+        await self._resilience.call("download_file", attempt, size_bytes=size_bytes)
 
 
 def _look_of(path: Path) -> _Look:
@@ -232,45 +242,22 @@ def _look_of(path: Path) -> _Look:
     return _Look(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
-async def _digest_file(path: Path, size_bytes: int, part_size_bytes: int) -> Digest:
-    """Of the file as it is on disk, in one pass."""
+async def _sha256_of(path: Path, size_bytes: int, *, known: str | None) -> str:
+    """Of the file as it is on disk, in one pass. In steps: a thread cannot be cancelled."""
+    if known is not None:
+        return known
     sha256 = hashlib.sha256()
-    md5s = [
-        await asyncio.to_thread(_hash_both, path, first, min(part_size_bytes, size_bytes - first), sha256)
-        for first in range(0, size_bytes, part_size_bytes)
-    ]
-    return Digest(size_bytes, sha256.hexdigest(), tuple(md5s), part_size_bytes)
-
-
-# Each opens the file by its name: a thread cannot be cancelled, and a descriptor that is closed under it may be
-# another file's by then.
-def _read_part(path: Path, first: int, size_bytes: int) -> bytes:
-    """It is shorter at the end of a file that shrank."""
-    with path.open("rb") as file:
-        file.seek(first)
-        return file.read(size_bytes)
-
-
-def _hash_both(path: Path, first: int, size_bytes: int, sha256: _Hash) -> str:
-    """Goes on with the file's SHA-256 and returns the part's MD5 in hex."""
-    md5 = hashlib.md5(usedforsecurity=False)
-    buffer = memoryview(bytearray(HASHED_AT_ONCE_BYTES))
-    with path.open("rb") as file:
-        file.seek(first)
-        while size_bytes > 0 and (read := file.readinto(buffer[:size_bytes])):
-            sha256.update(buffer[:read])
-            md5.update(buffer[:read])
-            size_bytes -= read
-    return md5.hexdigest()
-
-
-def _write_part(path: Path, first: int, data: bytes) -> None:
-    with path.open("r+b") as file:
-        file.seek(first)
-        file.write(data)
+    for first in range(0, size_bytes, HASHED_AT_ONCE_BYTES):
+        await asyncio.to_thread(_hash_part, path, first, HASHED_AT_ONCE_BYTES, sha256)
+    return sha256.hexdigest()
 
 
 def _hash_part(path: Path, first: int, size_bytes: int, sha256: _Hash) -> None:
-    with path.open("rb") as file:
+    """Opens the file by its name: a thread cannot be cancelled, and a descriptor that is closed under it may be
+    another file's by then."""
+    buffer = memoryview(bytearray(READ_AT_ONCE_BYTES))
+    with path.open("rb", buffering=0) as file:
         file.seek(first)
-        sha256.update(file.read(size_bytes))
+        while size_bytes > 0 and (read := file.readinto(buffer[:size_bytes])):
+            sha256.update(buffer[:read])
+            size_bytes -= read
