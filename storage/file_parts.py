@@ -30,8 +30,8 @@ class FilePart:
         self._size_bytes = size_bytes
         self._position = 0
         self._md5 = hashlib.md5(usedforsecurity=False)
-        self.is_short = False
-        """Whether the file was seen to end within the part."""
+        self.problem: OSError | EOFError | None = None
+        """What was wrong with the file; EOFError where it ended within the part."""
 
     def __len__(self) -> int:
         return self._size_bytes
@@ -59,14 +59,14 @@ class FilePart:
         return b"".join(pieces)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        """Raises EOFError where the file ends within the part: the server would wait for the rest."""
+        """Raises `problem`. A body that just ended would leave the server waiting for the rest."""
         self.seek(0)
         ahead = self._ahead()
         while self._position < self._size_bytes:
             pieces = await ahead
             self._position += sum(map(len, pieces))
-            if self.is_short:
-                raise EOFError
+            if self.problem is not None:
+                raise self.problem
             ahead = self._ahead()
             for piece in pieces:
                 yield piece
@@ -79,16 +79,20 @@ class FilePart:
         """Opens the file by its name: a thread cannot be cancelled, and a descriptor that is closed under it may be
         another file's by then."""
         pieces: list[bytes] = []
-        with self._path.open("rb", buffering=0) as file:
-            file.seek(self._first + start)
-            while wanted > 0:
-                piece = file.read(min(wanted, PIECE_BYTES))
-                if not piece:
-                    self.is_short = True
-                    break
-                self._md5.update(piece)
-                pieces.append(piece)
-                wanted -= len(piece)
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                file.seek(self._first + start)
+                while wanted > 0:
+                    piece = file.read(min(wanted, PIECE_BYTES))
+                    if not piece:
+                        self.problem = EOFError("the file ends within the part")
+                        break
+                    self._md5.update(piece)
+                    pieces.append(piece)
+                    wanted -= len(piece)
+        except OSError as error:
+            self.problem = error
+            raise
         return pieces
 
 

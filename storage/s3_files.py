@@ -157,13 +157,17 @@ class FileTransfers:
             try:
                 answer = await self._calls.send("upload_file", key, "upload_part", {**parameters, "Body": part})
             except Exception:
-                if part.is_short:
-                    raise IntegrityError(key, "one file", "a file that changes") from None
+                if part.problem is not None:
+                    # No fault of the server's, and no better in another attempt.
+                    raise part.problem from None
                 raise
             return _SentPart(number, answer["ETag"], part.md5)
 
-        async with self._in_flight.hold(end - first):
-            return await self._resilience.call("upload_file", attempt, size_bytes=end - first)
+        try:
+            async with self._in_flight.hold(end - first):
+                return await self._resilience.call("upload_file", attempt, size_bytes=end - first)
+        except EOFError:
+            raise IntegrityError(key, "one file", "a file that changes") from None
 
     async def _complete_upload(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import aiohttp
 import pytest
 from pydantic import SecretStr
 
+from storage.counters import RETRIES
 from storage.embedded import EmbeddedS3
 from storage.errors import (
     IntegrityError,
@@ -222,6 +224,28 @@ async def test_a_file_that_changes_while_it_is_sent_is_noticed(
     with pytest.raises(IntegrityError):
         await store.upload_file(large_file, key)
     assert not await store.exists(key)
+
+
+@pytest.mark.parametrize("gone", [True, False])
+async def test_a_file_that_goes_or_shrinks_while_it_is_sent_is_no_fault_of_the_servers(
+    store: S3Store, proxy: FaultProxy, key: str, large_file: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    begin = store._files._begin_upload
+
+    async def change_then_begin(*arguments: object) -> str:
+        if gone:
+            os.unlink(large_file)
+        else:
+            os.truncate(large_file, PART_BYTES + 100)
+        return await begin(*arguments)
+
+    monkeypatch.setattr(store._files, "_begin_upload", change_then_begin)
+    with pytest.raises(FileNotFoundError if gone else IntegrityError):
+        await store.upload_file(large_file, key)
+    health = await store.health()
+    assert (health.ok, health.breaker) == (True, "closed")
+    assert not await store.exists(key)
+    assert sum((await store.counts()).get(RETRIES, {}).values()) == 0
 
 
 async def test_a_dead_backend_opens_the_breaker_after_five_calls(store: S3Store, proxy: FaultProxy, key: str) -> None:

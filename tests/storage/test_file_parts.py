@@ -54,7 +54,7 @@ def test_what_is_sent_and_what_is_read_is_the_part_and_has_its_md5(path: Path, p
     assert part.md5 == md5_of(wanted)
     assert asyncio.run(sent(part)) == wanted
     assert part.md5 == md5_of(wanted)
-    assert not part.is_short
+    assert part.problem is None
 
 
 def test_it_goes_back_to_its_beginning_only(path: Path) -> None:
@@ -66,11 +66,15 @@ def test_it_goes_back_to_its_beginning_only(path: Path) -> None:
             part.seek(offset, whence)
 
 
-async def test_a_file_that_ends_within_the_part_is_noticed(path: Path) -> None:
+async def test_what_is_wrong_with_the_file_is_told(path: Path) -> None:
     part = FilePart(path, len(FILE) - 10, 11)
     with pytest.raises(EOFError):
         await sent(part)
-    assert part.is_short
+    assert isinstance(part.problem, EOFError)
+    part = FilePart(path.with_name("gone"), 0, 11)
+    with pytest.raises(FileNotFoundError):
+        await sent(part)
+    assert isinstance(part.problem, FileNotFoundError)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
