@@ -113,6 +113,8 @@ class LastingReplies:
         saved = self.table.saved(tenant, runpod_id)
         if saved is None:
             return
+        if saved.sent is not None and saved.sent.size_bytes > NOTE_BYTES_MAX:
+            saved = replace(saved, sent=None)
         body = _SAVED.dump_json(saved).decode()
         if len(body) > NOTE_BYTES_MAX and saved.sent is not None:
             body = _SAVED.dump_json(replace(saved, sent=None)).decode()

@@ -133,9 +133,10 @@ async def test_what_failed_is_retried_after_a_restart_and_its_retry_is_noted(wor
     assert (reply.status, reply.attempt) == ("IN_PROGRESS", 2)
 
 
-async def test_a_failure_is_noted_without_what_was_sent_where_that_is_large(world: JobsWorld) -> None:
+@pytest.mark.parametrize("extra", [-100, 1])
+async def test_a_failure_is_noted_without_what_was_sent_where_that_is_large(world: JobsWorld, extra: int) -> None:
     first = await fresh(world)
-    await opened(first, "a", sent=sent("x" * lasting_replies.NOTE_BYTES_MAX))
+    await opened(first, "a", sent=sent("x" * (lasting_replies.NOTE_BYTES_MAX + extra)))
     await settled(first, "a", {}, error="no")
     second = await fresh(world)
     assert second.table.get("matt", "a") is not None
