@@ -86,7 +86,7 @@ class Dispatcher:
             self._replies.table.keep(one)
 
     async def hand_over_reply(self, tenant: str, runpod_id: str, *, to: str) -> bool:
-        return self._replies.table.hand_over(tenant, runpod_id, to=to)
+        return await self._replies.hand_over(tenant, runpod_id, to=to)
 
     async def wait_reply(self, tenant: str, runpod_id: str, timeout_s: float) -> Reply | None:
         await self._replies.ready()

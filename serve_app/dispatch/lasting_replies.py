@@ -92,6 +92,14 @@ class LastingReplies:
         await self._note(tenant, runpod_id)
         return reopened
 
+    async def hand_over(self, tenant: str, runpod_id: str, *, to: str) -> bool:
+        """Like `ReplyTable.hand_over`. What was noted of an attempt before would stand before the record."""
+        before = self.table.get(tenant, runpod_id)
+        was_cancelled = self.table.hand_over(tenant, runpod_id, to=to)
+        if before is not None and before.attempt > 1:
+            await self._write(NotedReply(tenant, f"{PREFIX}{runpod_id}", None, before.created_at))
+        return was_cancelled
+
     async def settle(self, ended: EndedReply) -> Settled | None:
         """Like `ReplyTable.settle`."""
         await self.ready()
@@ -119,12 +127,14 @@ class LastingReplies:
         if len(body) > NOTE_BYTES_MAX and saved.sent is not None:
             body = _SAVED.dump_json(replace(saved, sent=None)).decode()
         name = f"{PREFIX}{runpod_id}"
-        noted = NotedReply(tenant, name, body if len(body) <= NOTE_BYTES_MAX else None, _needed_until(saved))
+        await self._write(NotedReply(tenant, name, body if len(body) <= NOTE_BYTES_MAX else None, _needed_until(saved)))
+
+    async def _write(self, noted: NotedReply) -> None:
         try:
             async with asyncio.timeout(NOTE_TIMEOUT_S):
                 await self._jobs.call(Jobs.note_replies, [noted])
         except (JobError, TimeoutError) as error:
-            logger.warning("Job %s would be forgotten with this dispatcher (%s)", runpod_id, type(error).__name__)
+            logger.warning("The next dispatcher would not know how %s stands (%s)", noted.name, type(error).__name__)
 
 
 def _needed_until(saved: SavedReply) -> datetime:

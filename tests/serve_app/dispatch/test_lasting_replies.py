@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -131,6 +132,15 @@ async def test_what_failed_is_retried_after_a_restart_and_its_retry_is_noted(wor
     reply = (await fresh(world)).table.get("matt", "a")
     assert reply is not None
     assert (reply.status, reply.attempt) == ("IN_PROGRESS", 2)
+
+
+async def test_a_record_that_came_of_a_retry_answers_after_a_restart_too(world: JobsWorld) -> None:
+    first = await fresh(world)
+    await opened(first, "a", status="IN_QUEUE", sent=replace(sent("x"), begins_as="IN_QUEUE"))
+    await settled(first, "a", {}, error="no")
+    await first.reopen("matt", "a", owner="ingress-2", kept_s=1800.0)
+    assert await first.hand_over("matt", "a", to="a") is False
+    assert (await fresh(world)).table.get("matt", "a") is None
 
 
 @pytest.mark.parametrize("extra", [-100, 1])
