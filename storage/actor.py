@@ -21,7 +21,6 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from storage.allocator import keep_freed_memory
 from storage.blocking import BlockingStorage
 from storage.breaker import BreakerMode, BreakerSnapshot
 from storage.breaker_actor import RemoteBreaker
@@ -90,7 +89,6 @@ class StorageShell:
     """
 
     def __init__(self, settings: S3Settings, breaker: BreakerSettings, namespace: str) -> None:
-        keep_freed_memory()
         self._thread = LoopThread("storage")
         remote = RemoteBreaker(breaker, namespace) if breaker.shared else None
         self._store, self._reporting = self._thread.run_blocking(_open(settings, breaker, remote))
