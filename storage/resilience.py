@@ -14,8 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -237,6 +236,24 @@ class Resilience:
     async def _retried(
         self, run: _Run, attempt: Callable[[Attempt], Awaitable[T]], extra_s: float, *, needs_place: bool
     ) -> T:
+        try:
+            result = await self._placed(run, attempt, extra_s, needs_place=needs_place)
+        except TransientFaultError as fault:
+            result = await self._again(run, fault, attempt, extra_s, needs_place=needs_place)
+        self._budget.give_back(run.taken)
+        return result
+
+    async def _again(
+        self,
+        run: _Run,
+        first: TransientFaultError,
+        attempt: Callable[[Attempt], Awaitable[T]],
+        extra_s: float,
+        *,
+        needs_place: bool,
+    ) -> T:
+        """After a first attempt that failed: tenacity's share of a call, for one that succeeds at once would be more
+        than all the rest of it."""
         policy = self.policy
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(lambda error: self._may_retry(run, error)),
@@ -247,10 +264,18 @@ class Resilience:
         )
         async for trial in retrying:
             with trial:
-                async with self._place(needs_place):
-                    result = await self._attempted(run, attempt, extra_s)
-        self._budget.give_back(run.taken)
+                if trial.retry_state.attempt_number == 1:
+                    raise first
+                result = await self._placed(run, attempt, extra_s, needs_place=needs_place)
         return result
+
+    async def _placed(
+        self, run: _Run, attempt: Callable[[Attempt], Awaitable[T]], extra_s: float, *, needs_place: bool
+    ) -> T:
+        if not needs_place:
+            return await self._attempted(run, attempt, extra_s)
+        async with self._window.place():
+            return await self._attempted(run, attempt, extra_s)
 
     async def _attempted(self, run: _Run, attempt: Callable[[Attempt], Awaitable[T]], extra_s: float) -> T:
         admission = await self.gate.admit()
@@ -334,11 +359,3 @@ class Resilience:
         if fault.timed_out:
             return StorageTimeout(run.operation, total_s)
         return StorageFailed(run.operation, run.attempts, fault.reason)
-
-    @asynccontextmanager
-    async def _place(self, needed: bool) -> AsyncIterator[None]:
-        if not needed:
-            yield
-            return
-        async with self._window.place():
-            yield
