@@ -5,9 +5,9 @@
 `--examples` is the `examples` folder of a diffusers checkout; its scripts need `datasets` and `torchvision`, which are
 no dependencies here: `--peer-path` names a folder that has them. The programs run as processes of their own, one
 after the other, on a model of random weights at about half width (`train_models.py`), with the same captioned
-pictures, LoRA layers, rank, learning rate, batch, seed and precision (float32 on a CPU). A step's time is taken when
-its line of output arrives. The programs draw different noise: their losses are compared as means over windows, with
-the standard error of the difference.
+pictures, LoRA layers, rank, learning rate, batch, seed and precision: float32, or bfloat16 with float32 LoRA weights.
+A step's time is taken when its line of output arrives. The programs draw different noise: their losses are compared as
+means over windows, with the standard error of the difference.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def compare(shape: str, args: argparse.Namespace, folder: Path) -> None:
         model, parameters = pool.submit(write_model, shape, folder).result()
     job = {
         "model": str(model), "data": str(folder / "data"), "peer_data": str(folder / "peer-data"),
-        "steps": args.steps, "batch": args.batch, "resolution": args.resolution, "output": str(folder / "output"),
+        "steps": args.steps, "batch": args.batch, "resolution": args.resolution, "precision": args.precision,
+        "output": str(folder / "output"),
     }  # fmt: skip
     write_pictures(folder, args)
     runs = {"raylora": measure([sys.executable, __file__, "--run", json.dumps(job)], STEP_OURS, dict(os.environ))}
@@ -83,6 +84,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--pictures", type=int, default=8)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -111,7 +113,8 @@ def peer_command(script: Path, job: dict[str, Any]) -> list[str]:
     options = {
         "pretrained_model_name_or_path": job["model"], "caption_column": "text", "resolution": job["resolution"],
         "train_batch_size": job["batch"], "max_train_steps": job["steps"], "learning_rate": RATE,
-        "lr_scheduler": "constant", "lr_warmup_steps": 0, "rank": RANK, "seed": SEED, "mixed_precision": "no",
+        "lr_scheduler": "constant", "lr_warmup_steps": 0, "rank": RANK, "seed": SEED,
+        "mixed_precision": {"fp32": "no", "bf16": "bf16"}[job["precision"]],
         "checkpointing_steps": 10**6, "output_dir": job["output"], "dataloader_num_workers": 0,
     }  # fmt: skip
     if "dreambooth" in script.name:
@@ -138,7 +141,8 @@ def run_ours(job: dict[str, Any]) -> None:
     def say(progress: Progress) -> None:
         print(f"step {progress.step} loss {progress.loss:.6f}", flush=True)
 
-    family = load_family(job["model"], device="cpu", dtype=torch.float32)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[job["precision"]]
+    family = load_family(job["model"], device="cpu", dtype=dtype)
     lora = attach_lora(family, rank=RANK, alpha=RANK, targets="attention", seed=SEED)
     dataset = DatasetSpec(dataset="bench", resolutions_px=(job["resolution"],))
     uses = plan_uses(read_folder(Path(job["data"]), dataset), dataset, size_multiple=family.size_multiple)
@@ -149,7 +153,7 @@ def run_ours(job: dict[str, Any]) -> None:
         steps=job["steps"],
         batch_size=job["batch"],
         learning_rate=RATE,
-        dtype="fp32",
+        dtype=job["precision"],
         seed=SEED,
         max_grad_norm=1.0,
         timesteps=TimestepSpec(kind="linear"),
@@ -204,7 +208,8 @@ def report(shape: str, args: argparse.Namespace, parameters: int, runs: dict[str
 
     ours = runs["raylora"]
     rows = {name: _figures(found, args.warmup) for name, found in runs.items()}
-    print(f"{shape}, {parameters / 1e6:.0f} M parameters, {args.resolution} px, batch {args.batch}, {args.steps} steps")
+    print(f"{shape}, {parameters / 1e6:.0f} M parameters, {args.resolution} px, batch {args.batch}, "
+          f"{args.precision}, {args.steps} steps")  # fmt: skip
     print(f"{'':34} {'steps/s':>8} {'step s, p10-p90':>18} {'total s':>8} {'peak MiB':>9} {'mean loss':>9}")
     for name, row in rows.items():
         spread = f"{row['step_s_p10']:.2f}-{row['step_s_p90']:.2f}"
@@ -219,7 +224,8 @@ def report(shape: str, args: argparse.Namespace, parameters: int, runs: dict[str
                   f"+- {row['loss_difference_error']:.4f} of theirs")  # fmt: skip
     machine = f"cpu{os.cpu_count()}-{platform.machine()}"
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"train-{shape}-batch{args.batch}-{machine}.json"
+    precision = "" if args.precision == "fp32" else f"-{args.precision}"
+    path = RESULTS / f"train-{shape}-batch{args.batch}{precision}-{machine}.json"
     document = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
@@ -230,7 +236,7 @@ def report(shape: str, args: argparse.Namespace, parameters: int, runs: dict[str
         },
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": sys.version.split()[0]},
         "command": "make bench-train BENCH_ARGS='--examples EXAMPLES "
-        f"--shapes {shape} --steps {args.steps} --batch {args.batch}'",
+        f"--shapes {shape} --steps {args.steps} --batch {args.batch} --precision {args.precision}'",
         "settings": {k: v for k, v in vars(args).items() if k not in {"examples", "peer_path", "run", "shapes"}},
         "denoiser_parameters": parameters,
         "peer": SHAPES[shape].script,

@@ -1,12 +1,14 @@
 """Adapters under kohya-ss/sd-scripts' key names, from diffusers' names.
 
 A module's dots become underscores behind a prefix; weights are ``lora_down`` and ``lora_up`` and each module has an
-``alpha``. FLUX.1's attention is one layer in the original model: its parts are stacked, which keeps their effect.
+``alpha``. Layers that are one in the original model are stacked, which keeps their effect. Stock diffusers reads these
+names for every family but SD 3, whose are those of sd-scripts and ComfyUI.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,51 +16,39 @@ from torch import Tensor
 
 from diffusion.errors import SettingNotSupported
 from diffusion.families.base import Family
+from diffusion.kohya_blocks import JOINED, Blocks, original_order
 from diffusion.lora import LoraLayer
 
+_TRANSFORMER = {"transformer": "lora_unet"}
 PREFIXES = {
     "sd1": {"unet": "lora_unet", "text_encoder": "lora_te"},
     "sdxl": {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
-    "flux1": {"transformer": "lora_unet", "text_encoder": "lora_te1"},
-    "qwen_image": {"transformer": "lora_unet"},
-    "z_image": {"transformer": "lora_unet"},
+    "sd3": {**_TRANSFORMER, "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+    "flux1": {**_TRANSFORMER, "text_encoder": "lora_te1"},
+    "flux2_klein": _TRANSFORMER,
+    "flux2_dev": _TRANSFORMER,
+    "qwen_image": _TRANSFORMER,
+    "z_image": _TRANSFORMER,
 }
-"""By family, then by component. Other families have no kohya names that stock diffusers reads."""
-FLUX_DOUBLE = {
-    "attn.to_out.0": "img_attn_proj", "attn.to_add_out": "txt_attn_proj", "ff.net.0.proj": "img_mlp_0",
-    "ff.net.2": "img_mlp_2", "ff_context.net.0.proj": "txt_mlp_0", "ff_context.net.2": "txt_mlp_2",
-    "norm1.linear": "img_mod_lin", "norm1_context.linear": "txt_mod_lin",
-}  # fmt: skip
-FLUX_DOUBLE_STACKS = {
-    "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-}
-FLUX_SINGLE = {"proj_out": "linear2", "norm.linear": "modulation_lin"}
-FLUX_SINGLE_STACKS = {"linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")}
-
-
-def has_kohya_names(family: Family) -> bool:
-    return family.name in PREFIXES
+"""By family, then by component."""
 
 
 def to_kohya(layers: Mapping[str, LoraLayer], family: Family) -> dict[str, Tensor]:
-    """``layers`` by ``<component>.<module path>``. Raises SettingNotSupported for a family or kind without such names.
+    """``layers`` by ``<component>.<module path>``. Raises SettingNotSupported for a kind or layer without such names.
 
     DoRA is such a kind: stock diffusers does not read its magnitudes from these names.
     """
-    if not has_kohya_names(family):
-        raise SettingNotSupported("format", f"{family.name} has no kohya key names")
     if any(layer.magnitude is not None for layer in layers.values()):
         raise SettingNotSupported("format", "a DoRA has no kohya key names")
     named: dict[str, LoraLayer] = {}
-    stacked: dict[str, dict[str, LoraLayer]] = {}
+    stacked: dict[str, _Stack] = {}
     for full_path, layer in layers.items():
         component, _, path = full_path.partition(".")
-        if family.name == "flux1" and component == "transformer":
-            _sort_flux(f"{PREFIXES[family.name][component]}_", path, layer, named, stacked)
+        if family.name in JOINED and component == "transformer":
+            _sort(f"{PREFIXES[family.name][component]}_", path, layer, family, named, stacked)
         else:
             named[_module_name(component, path, family)] = layer
-    named |= {name: _stack(name, parts, family) for name, parts in stacked.items()}
+    named |= {name: stack.joined() for name, stack in stacked.items()}
     state: dict[str, Tensor] = {}
     for name, layer in named.items():
         state |= _module(name, layer)
@@ -68,17 +58,15 @@ def to_kohya(layers: Mapping[str, LoraLayer], family: Family) -> dict[str, Tenso
 def to_kohya_factors(state: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
     """A LoKr's or LoHa's ``<component>.<module path>.<part>`` as LyCORIS names them for kohya's scripts.
 
-    Raises SettingNotSupported for a family without such names, or with layers that the original model has in one: a
-    stack of Kronecker products is none.
+    Raises SettingNotSupported for a family with layers that the original model has in one: a stack of Kronecker
+    products is none.
     """
-    if not has_kohya_names(family):
-        raise SettingNotSupported("format", f"{family.name} has no kohya key names")
     named: dict[str, Tensor] = {}
     for key, tensor in state.items():
         component, _, rest = key.partition(".")
         path, _, part = rest.rpartition(".")
-        if family.name == "flux1" and component == "transformer":
-            raise SettingNotSupported("format", "a LoKr or LoHa of FLUX.1 has no kohya key names")
+        if family.name in JOINED and component == "transformer":
+            raise SettingNotSupported("format", f"a LoKr or LoHa of {family.name} has no kohya key names")
         named[f"{_module_name(component, path, family)}.{part}"] = tensor
     return named
 
@@ -97,46 +85,56 @@ def _module(name: str, layer: LoraLayer) -> dict[str, Tensor]:
     }
 
 
-def _sort_flux(
-    prefix: str, path: str, layer: LoraLayer, named: dict[str, LoraLayer], stacked: dict[str, dict[str, LoraLayer]]
+def _sort(
+    prefix: str, path: str, layer: LoraLayer, family: Family, named: dict[str, LoraLayer], stacked: dict[str, _Stack]
 ) -> None:
-    blocks, _, rest = path.partition(".")
+    """Into the layers that the original has too, or the parts of its joined ones."""
+    list_path, _, rest = path.partition(".")
     index, _, part = rest.partition(".")
-    is_single = blocks == "single_transformer_blocks"
-    block = f"{prefix}{'single' if is_single else 'double'}_blocks_{index}_"
-    whole, stacks = (FLUX_SINGLE, FLUX_SINGLE_STACKS) if is_single else (FLUX_DOUBLE, FLUX_DOUBLE_STACKS)
-    if part in whole:
-        named[block + whole[part]] = layer
-        return
-    stack = next((name for name, parts in stacks.items() if part in parts), None)
-    if stack is None:
+    blocks = next((blocks for blocks in JOINED[family.name] if blocks.ours == list_path), None)
+    if blocks is None:
         raise SettingNotSupported("format", f"{path} has no kohya name")
-    stacked.setdefault(block + stack, {})[part] = layer
+    block = f"{prefix}{blocks.theirs}_{index}_"
+    stack = blocks.stack_of(part)
+    if stack is not None:
+        stacked.setdefault(block + stack, _Stack.of(blocks, stack, index, family)).parts[part] = layer
+    elif part in blocks.whole:
+        B = original_order(blocks.whole[part], layer.A, layer.B)
+        named[block + blocks.whole[part]] = replace(layer, B=B)
+    else:
+        raise SettingNotSupported("format", f"{path} has no kohya name")
 
 
-def _stack(name: str, parts: Mapping[str, LoraLayer], family: Family) -> LoraLayer:
-    """One layer whose output is the parts' outputs one after another: A stacked, B block-diagonal, parts that are not
-    adapted zero. ``alpha / rank`` stays what it was, so alpha grows with the rank."""
-    kind, block = ("single", "single_transformer_blocks") if "_single_" in name else ("double", "transformer_blocks")
-    index = name.split("_blocks_")[1].split("_")[0]
-    stacks = FLUX_SINGLE_STACKS if kind == "single" else FLUX_DOUBLE_STACKS
-    order = next(members for stack, members in stacks.items() if name.endswith(stack))
-    module = family.denoiser.get_submodule(f"{block}.{index}")
-    sizes = [_outputs(module.get_submodule(part)) for part in order]
-    first = next(iter(parts.values()))
-    # The reader splits A evenly, so every part has its share of the rank.
-    rank = max(layer.rank for layer in parts.values())
-    scale = first.alpha / first.rank
-    A = torch.zeros(rank * len(order), first.A.shape[1])
-    B = torch.zeros(sum(sizes), rank * len(order))
-    for place, part in enumerate(order):
-        if part in parts:
-            layer, row = parts[part], sum(sizes[:place])
-            column = place * rank
-            A[column : column + layer.rank] = layer.A.float()
-            own_scale = layer.alpha / layer.rank / scale
-            B[row : row + sizes[place], column : column + layer.rank] = layer.B.float() * own_scale
-    return LoraLayer(A, B, scale * A.shape[0])
+@dataclass(frozen=True)
+class _Stack:
+    """A joined layer: its parts' paths in the block and their outputs, in order; and those that are adapted."""
+
+    order: Sequence[str]
+    sizes: Sequence[int]
+    parts: dict[str, LoraLayer] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, blocks: Blocks, name: str, index: str, family: Family) -> _Stack:
+        module = family.denoiser.get_submodule(f"{blocks.ours}.{index}")
+        order = blocks.stacks[name]
+        return cls(order, [_outputs(module.get_submodule(part)) for part in order])
+
+    def joined(self) -> LoraLayer:
+        """One layer whose output is the parts' outputs one after another: A stacked, B block-diagonal, parts that are
+        not adapted zero. ``alpha / rank`` stays what it was, so alpha grows with the rank."""
+        first = next(iter(self.parts.values()))
+        # Readers split A evenly, so every part has its share of the rank.
+        rank = max(layer.rank for layer in self.parts.values())
+        scale = first.alpha / first.rank
+        A = torch.zeros(rank * len(self.order), first.A.shape[1])
+        B = torch.zeros(sum(self.sizes), rank * len(self.order))
+        for place, part in enumerate(self.order):
+            if part in self.parts:
+                layer, row, column = self.parts[part], sum(self.sizes[:place]), place * rank
+                A[column : column + layer.rank] = layer.A.float()
+                own_scale = layer.alpha / layer.rank / scale
+                B[row : row + self.sizes[place], column : column + layer.rank] = layer.B.float() * own_scale
+        return LoraLayer(A, B, scale * A.shape[0])
 
 
 def _outputs(module: torch.nn.Module) -> int:

@@ -92,9 +92,9 @@ def read_lora(path: Path) -> LoraFile:
     weights, magnitudes = _without_magnitudes(raw)
     if raw and all(key.startswith(KOHYA_PREFIXES) for key in raw):
         state, alphas, paths = from_kohya(expand(weights, down="lora_down.weight", up="lora_up.weight"))
-        if magnitudes and not paths:
+        if not magnitudes.keys() <= paths.keys():
             raise LoraInvalid("DoRA under kohya's names is supported for SD 1.x and SDXL only")
-        magnitudes = {paths[name]: tensor for name, tensor in magnitudes.items() if name in paths}
+        magnitudes = {paths[name]: tensor for name, tensor in magnitudes.items()}
         source_format: LoraFormat = "kohya"
     else:
         weights = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in weights.items()}

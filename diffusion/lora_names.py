@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from diffusers.loaders.lora_conversion_utils import (
+    _convert_kohya_flux2_lora_to_diffusers,
     _convert_kohya_flux_lora_to_diffusers,
     _convert_non_diffusers_lora_to_diffusers,
     _convert_non_diffusers_qwen_lora_to_diffusers,
@@ -22,25 +24,43 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from diffusion.errors import LoraInvalid
+from diffusion.kohya_blocks import SD3, Blocks, original_order
 
 ADAPTER_METADATA_KEY = "lora_adapter_metadata"
 """Metadata entry in which diffusers keeps peft's settings; without it a reader takes alpha = rank."""
 KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+
+
+def _read_flux(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """FLUX.1's and FLUX.2's layers have one set of names, but not of shapes."""
+    if not _is_flux2(raw):
+        return _convert_kohya_flux_lora_to_diffusers(dict(raw))
+    left = dict(raw)
+    read: dict[str, Tensor] = _convert_kohya_flux2_lora_to_diffusers(left)
+    if left:
+        raise LoraInvalid(f"unknown weights for {next(iter(left)).partition('.')[0]!r}")
+    return read
+
+
 TRANSFORMER_READERS = {
-    ("lora_unet_double_blocks_", "lora_unet_single_blocks_"): _convert_kohya_flux_lora_to_diffusers,
+    ("lora_unet_double_blocks_", "lora_unet_single_blocks_"): _read_flux,
     ("lora_unet_transformer_blocks_",): _convert_non_diffusers_qwen_lora_to_diffusers,
     ("lora_unet_layers_", "lora_unet_noise_refiner_", "lora_unet_context_refiner_"):
         _convert_non_diffusers_z_image_lora_to_diffusers,
 }  # fmt: skip
-"""kohya's names of FLUX.1's, Qwen-Image's and Z-Image's blocks. Theirs begin with lora_unet too."""
+"""kohya's names of FLUX.1's and FLUX.2's, Qwen-Image's and Z-Image's blocks. Theirs begin with lora_unet too."""
+SD3_PREFIX = "lora_unet_joint_blocks_"
+FLUX1_WIDTHS = {"_mlp_0": (4, 1), "_mlp_2": (1, 4), "_linear1": (7, 1), "_linear2": (1, 5)}
+"""Outputs and inputs of FLUX.1's layers, by how their names end."""
 
 
 def from_kohya(raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float], dict[str, str]]:
-    """Module by module, so that each alpha stays with its module; the naming rules are diffusers' own.
+    """Module by module, so that each alpha stays with its module; the naming rules are diffusers' own, where it has
+    them.
 
     The weights under peft's names, the alphas, and the path of each of the file's module names. The last two are empty
-    for a transformer: its reader takes whole files, cuts joined layers up and multiplies the weights by alpha / rank.
-    Raises LoraInvalid.
+    for a transformer that diffusers reads: that takes whole files, cuts joined layers up and multiplies the weights by
+    alpha / rank. Raises LoraInvalid.
     """
     for starts, read in TRANSFORMER_READERS.items():
         if any(key.startswith(starts) for key in raw):
@@ -55,6 +75,11 @@ def from_kohya(raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     alphas: dict[str, float] = {}
     paths: dict[str, str] = {}
     for name, group in groups.items():
+        if name.startswith(SD3_PREFIX):
+            converted, own_alphas = _read_block_layer(name, group, SD3)
+            state |= converted
+            alphas |= own_alphas
+            continue
         converted, alpha = _convert_kohya_module(group)
         state.update(converted)
         paths[name] = next(iter(converted)).rpartition(".lora_")[0]
@@ -73,6 +98,48 @@ def _convert_kohya_module(group: dict[str, Tensor]) -> tuple[dict[str, Tensor], 
     if not converted or not all(".lora_A." in key or ".lora_B." in key for key in converted):
         raise LoraInvalid(f"unknown weights for {name!r}")
     return converted, float(next(iter(alphas.values()))) if alphas else None
+
+
+def _is_flux2(raw: Mapping[str, Tensor]) -> bool:
+    """Whether a layer has not the outputs per input that FLUX.1's of its name has: FLUX.1's MLP is four times as wide
+    as the model, FLUX.2's is gated and three times as wide."""
+    return any(
+        raw[key].shape[0] * inputs != raw[down].shape[1] * outputs
+        for end, (outputs, inputs) in FLUX1_WIDTHS.items()
+        for key in raw
+        if key.endswith(f"{end}.lora_up.weight") and (down := key.replace("lora_up", "lora_down")) in raw
+    )
+
+
+def _read_block_layer(
+    name: str, group: Mapping[str, Tensor], lists: Sequence[Blocks]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The layers that the original's ``name`` stands for, under peft's names, and their alphas. Raises LoraInvalid."""
+    down, up = group.get(f"{name}.lora_down.weight"), group.get(f"{name}.lora_up.weight")
+    alpha = group.get(f"{name}.alpha")
+    blocks = next((blocks for blocks in lists if name.startswith(f"lora_unet_{blocks.theirs}_")), None)
+    known = len(group) == 2 + (alpha is not None)
+    if blocks is None or down is None or up is None or not known or not down.ndim == up.ndim == 2:
+        raise LoraInvalid(f"unknown weights for {name!r}")
+    index, _, layer = name.removeprefix(f"lora_unet_{blocks.theirs}_").partition("_")
+    whole = {theirs: ours for ours, theirs in blocks.whole.items()}
+    parts = blocks.stacks.get(layer) or ((whole[layer],) if layer in whole else ())
+    if not parts or up.shape[0] % len(parts):
+        raise LoraInvalid(f"unknown weights for {name!r}")
+    scale = 1.0 if alpha is None else float(alpha) / down.shape[0]
+    rows_of = dict(zip(parts, original_order(layer, down, up).chunk(len(parts)), strict=True))
+    # A stack of adapters has ranks for each of its parts alone, and none for those that are not adapted.
+    ranks_of = {part: rows.abs().sum(0) > 0 for part, rows in rows_of.items()}
+    if len(parts) == 1 or not any(bool(used.any()) for used in ranks_of.values()):
+        ranks_of = dict.fromkeys(parts, torch.ones(down.shape[0], dtype=torch.bool))
+    state: dict[str, Tensor] = {}
+    alphas: dict[str, float] = {}
+    for part, used in ranks_of.items():
+        if bool(used.any()):
+            path = f"transformer.{blocks.ours}.{index}.{part}"
+            state |= {f"{path}.lora_A.weight": down[used], f"{path}.lora_B.weight": rows_of[part][:, used]}
+            alphas[path] = scale * int(used.sum())
+    return state, alphas
 
 
 def from_diffusers(

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusion.adapter import TrainableLora
 from diffusion.errors import SettingNotSupported
 from diffusion.families import Family
-from diffusion.kohya import has_kohya_names, to_kohya, to_kohya_factors
+from diffusion.kohya import to_kohya, to_kohya_factors
 from diffusion.lora import read_lora, save_lora
 from train_jobs.artifacts import Artifacts
 from train_jobs.charts import Points, loss_png, tensorboard_file
@@ -36,19 +36,18 @@ class Results:
         self.warnings: list[str] = []
 
     def store_adapter(self, family: Family, lora: TrainableLora, *, step: int, pictures: int) -> dict[str, Any]:
-        """The `loras` and `exports` of the output: diffusers' key names, and kohya's where the family has them."""
+        """The `loras` and `exports` of the output: diffusers' key names, and kohya's where the layers have them."""
         metadata = self._metadata(lora, step, pictures)
         dtype = EXPORT_DTYPES[self._spec.save.dtype]
         path = self._scratch / f"{self._spec.name}.safetensors"
         save_lora(path, lora.file_state(), metadata=metadata, dtype=dtype)
         stored = self._artifacts.store_lora(path, step=step)
         exports: list[dict[str, Any]] = []
-        if has_kohya_names(family):
-            try:
-                named = self._kohya_names(family, lora, path)
-                exports.append(self._store_kohya(named, metadata, step))
-            except SettingNotSupported:
-                self.warnings.append("Some of the adapter's layers have no kohya names; there is no kohya file.")
+        try:
+            named = self._kohya_names(family, lora, path)
+            exports.append(self._store_kohya(named, metadata, step))
+        except SettingNotSupported:
+            self.warnings.append("Some of the adapter's layers have no kohya names; there is no kohya file.")
         return {"loras": [stored], "exports": exports}
 
     def _kohya_names(self, family: Family, lora: TrainableLora, stored: Path) -> dict[str, Tensor]:

@@ -38,6 +38,8 @@ def write_adapter(family: Family, path: Path, **options: Any) -> None:
         ("sd1", {"components": ["unet", "text_encoder"], "conv": ConvLora(3, 1.5)}),
         ("sdxl", {"components": ["unet", "text_encoder"], "conv": ConvLora(1, 1.0)}),
         ("flux1", {"only_if_contains": ["transformer.transformer_blocks"]}),
+        ("flux2_klein", {"alpha": 3.0}),
+        ("flux2_dev", {}),
         ("z_image", {}),
         ("qwen_image", {}),
     ],
@@ -60,12 +62,12 @@ def test_both_key_formats_give_the_same_picture_in_the_stock_pipeline(
         generator = torch.Generator().manual_seed(1)
         pictures.append(
             pipe(
-                "a ring", width=32, height=32, num_inference_steps=2, generator=generator, output_type="pt"
+                prompt="a ring", width=32, height=32, num_inference_steps=2, generator=generator, output_type="pt"
             ).images[0]
         )  # fmt: skip
         pipe.unload_lora_weights()
     plain = pipe(
-        "a ring", width=32, height=32, num_inference_steps=2, generator=torch.Generator().manual_seed(1),
+        prompt="a ring", width=32, height=32, num_inference_steps=2, generator=torch.Generator().manual_seed(1),
         output_type="pt",
     ).images[0]  # fmt: skip
     assert float((pictures[0] - pictures[1]).abs().max()) <= 2e-5
@@ -87,6 +89,10 @@ def _effects(path: Path, family: Family) -> dict[str, torch.Tensor]:
     [
         ("flux1", {"only_if_contains": ["transformer.transformer_blocks"], "alpha": 3.0}),
         ("flux1", {"components": ["text_encoder"]}),
+        ("flux2_klein", {"alpha": 3.0}),
+        ("flux2_dev", {"targets": "attention"}),
+        ("sd3", {"alpha": 3.0, "components": ["transformer", "text_encoder", "text_encoder_2"]}),
+        ("sd3", {"only_if_contains": ["attn.to_q", "attn.to_v", "ff.net"]}),
         ("qwen_image", {"alpha": 3.0}),
         ("z_image", {}),
     ],
@@ -105,7 +111,7 @@ def test_a_transformers_kohya_file_is_read_back(name: str, options: dict[str, An
 def test_kohya_files_of_a_transformer_that_cannot_be_read_say_why(tmp_path: Path) -> None:
     pair = {
         "lora_unet_single_blocks_0_linear1.lora_down.weight": torch.ones(2, 8),
-        "lora_unet_single_blocks_0_linear1.lora_up.weight": torch.ones(24, 2),
+        "lora_unet_single_blocks_0_linear1.lora_up.weight": torch.ones(56, 2),
     }
     path = tmp_path / "kohya.safetensors"
     save_file(pair, path)
@@ -136,10 +142,75 @@ def test_stacked_layers_of_flux_keep_their_parts_effects(tmp_path: Path) -> None
     assert torch.allclose(whole, torch.cat(parts), atol=1e-5)
 
 
-def test_a_family_without_kohya_names_says_so(tmp_path: Path) -> None:
+def test_sd3s_joined_layers_are_those_of_the_original_model(tmp_path: Path) -> None:
     family = load_family(write_tiny_model("sd3", tmp_path), device="cpu", dtype=torch.float32)
-    with pytest.raises(SettingNotSupported, match="kohya"):
-        to_kohya({}, family)
+    path = tmp_path / "a.safetensors"
+    write_adapter(family, path)
+    layers = read_lora(path).layers()
+    state = to_kohya(layers, family)
+    name, block = "lora_unet_joint_blocks_0_context_block_attn_qkv", "transformer.transformer_blocks.0.attn"
+    scale = float(state[f"{name}.alpha"]) / state[f"{name}.lora_down.weight"].shape[0]
+    whole = scale * state[f"{name}.lora_up.weight"] @ state[f"{name}.lora_down.weight"]
+    parts = [layers[f"{block}.{part}"] for part in ("add_q_proj", "add_k_proj", "add_v_proj")]
+    assert torch.allclose(whole, torch.cat([p.alpha / p.rank * p.B @ p.A for p in parts]), atol=1e-5)
+    # The last block has no context after its attention.
+    assert "lora_unet_joint_blocks_1_context_block_attn_proj.alpha" not in state
+    assert "lora_unet_joint_blocks_1_context_block_attn_qkv.alpha" in state
+
+
+def test_a_joint_layer_of_one_adapter_is_cut_into_its_parts(tmp_path: Path) -> None:
+    """As sd-scripts trains them: one pair for queries, keys and values."""
+    generator = torch.Generator().manual_seed(3)
+    name, modulation = "lora_unet_joint_blocks_0_x_block_attn_qkv", "context_block_adaLN_modulation_1"
+    down, up = torch.randn(2, 16, generator=generator), torch.randn(48, 2, generator=generator)
+    last = torch.randn(32, 2, generator=generator)
+    path = tmp_path / "kohya.safetensors"
+    save_file(
+        {
+            f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0),
+            f"lora_unet_joint_blocks_1_{modulation}.lora_down.weight": down.clone(),
+            f"lora_unet_joint_blocks_1_{modulation}.lora_up.weight": last,
+        },
+        path,
+    )  # fmt: skip
+    layers = read_lora(path).layers()
+    for place, part in enumerate(("to_q", "to_k", "to_v")):
+        layer = layers[f"transformer.transformer_blocks.0.attn.{part}"]
+        effect = layer.alpha / layer.rank * layer.B @ layer.A
+        assert torch.allclose(effect, 0.5 * up[16 * place : 16 * (place + 1)] @ down, atol=1e-6)
+    # The original has the last block's shift before its scale, diffusers the scale first.
+    swapped = layers["transformer.transformer_blocks.1.norm1_context.linear"].B
+    assert torch.equal(swapped, torch.cat([last[16:], last[:16]]))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_unet_joint_blocks_0_x_block_ln_q",
+        "lora_unet_double_blocks_0_img_unknown",
+        "lora_unet_double_stream_modulation_img_lin",
+    ],
+)
+def test_layers_that_nobody_would_apply_are_refused(name: str, tmp_path: Path) -> None:
+    known = "lora_unet_single_blocks_0_linear2"
+    pair = {f"{known}.lora_down.weight": torch.ones(2, 32), f"{known}.lora_up.weight": torch.ones(8, 2)}
+    path = tmp_path / "kohya.safetensors"
+    more = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(8, 2)}
+    save_file({**({} if "joint" in name else pair), **more}, path)
+    with pytest.raises(LoraInvalid, match=name):
+        read_lora(path)
+
+
+def test_a_dora_under_sd3s_kohya_names_is_refused(tmp_path: Path) -> None:
+    name, path = "lora_unet_joint_blocks_0_x_block_attn_proj", tmp_path / "kohya.safetensors"
+    dora = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(8, 2)}
+    save_file({**dora, f"{name}.dora_scale": torch.ones(8, 1)}, path)
+    with pytest.raises(LoraInvalid, match="DoRA"):
+        read_lora(path)
+
+
+def test_a_family_without_convolutions_says_so(tmp_path: Path) -> None:
+    family = load_family(write_tiny_model("sd3", tmp_path), device="cpu", dtype=torch.float32)
     with pytest.raises(SettingNotSupported, match="convolutions"):
         attach_lora(family, rank=2, alpha=2, conv=ConvLora(2, 2.0))
 
