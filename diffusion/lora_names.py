@@ -34,7 +34,8 @@ KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 def _read_flux(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """FLUX.1's and FLUX.2's layers have one set of names, but not of shapes."""
     if not _is_flux2(raw):
-        return _convert_kohya_flux_lora_to_diffusers(dict(raw))
+        flux1: dict[str, Tensor] = _convert_kohya_flux_lora_to_diffusers(dict(raw))
+        return flux1
     left = dict(raw)
     read: dict[str, Tensor] = _convert_kohya_flux2_lora_to_diffusers(left)
     if left:
