@@ -23,7 +23,8 @@ from storage.settings import MIB, S3Settings
 HERE = Path(__file__).resolve().parent
 
 
-def boto_client(settings: S3Settings) -> Any:
+def boto_client(settings: S3Settings, *, checksums: bool = False) -> Any:
+    """`checksums`: the CRC32 that boto3 sends along by default, for servers that look at it; rclone does not."""
     key, secret = settings.access_key_id, settings.secret_access_key
     assert key is not None
     assert secret is not None
@@ -36,8 +37,8 @@ def boto_client(settings: S3Settings) -> Any:
         config=Config(
             signature_version="s3v4",
             s3={"addressing_style": "path"},
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
+            request_checksum_calculation="when_supported" if checksums else "when_required",
+            response_checksum_validation="when_supported" if checksums else "when_required",
             proxies={},
         ),
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from serve_app.cli.trainings import upload_folder
 from storage.embedded import EmbeddedS3
 from storage.fault_proxy import FaultProxy
 from storage.loop_thread import LoopThread
+from storage.s3 import S3Store
+from storage.settings import BreakerSettings
 from tests.integration.instance import REPOSITORY, Running, temporary_home, training_config
+from tests.integration.s3_stores import PART_BYTES, no_wait
 
 PICTURES = REPOSITORY / "examples" / "zib" / "images"
 
@@ -101,3 +105,43 @@ def trained(client: ApiClient) -> dict[str, Any]:
     process = client.follow(accepted["process_id"], lambda _: None)
     assert process["status"] == "completed", process["error"]
     return process
+
+
+@pytest.fixture
+async def proxy(embedded_s3: EmbeddedS3) -> AsyncIterator[FaultProxy]:
+    proxy = FaultProxy(str(embedded_s3.settings().endpoint_url))
+    await proxy.start()
+    yield proxy
+    await proxy.stop()
+
+
+@pytest.fixture
+async def store(embedded_s3: EmbeddedS3, proxy: FaultProxy) -> AsyncIterator[S3Store]:
+    settings = embedded_s3.settings().model_copy(
+        update={
+            "endpoint_url": proxy.url,
+            "attempt_timeout_s": 20.0,
+            "part_size_bytes": PART_BYTES,
+            "multipart_threshold_bytes": PART_BYTES,
+        }
+    )
+    async with S3Store(settings, BreakerSettings(), sleep=no_wait) as store:
+        yield store
+
+
+@pytest.fixture
+def key() -> str:
+    return f"raylora/{secrets.token_hex(6)}/a.bin"
+
+
+@pytest.fixture
+def content() -> bytes:
+    """Of three parts."""
+    return secrets.token_bytes(2 * PART_BYTES + 1000)
+
+
+@pytest.fixture
+def large_file(tmp_path: Path, content: bytes) -> Path:
+    path = tmp_path / "large"
+    path.write_bytes(content)
+    return path

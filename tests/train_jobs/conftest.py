@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,18 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusion.families import Family, load_family
 from diffusion.testing import write_clip_tokenizer
+from storage.datasets import write_dataset
 from storage.loop_thread import LoopThread
+from storage.objects import ObjectStore
+from storage.settings import BreakerSettings, S3Settings
 from storage.testing import InMemoryStore
+from tests.train_jobs.training_runs import JOB, KEYS, NOW, Told
+from train_jobs.artifacts import Artifacts
+from train_jobs.loop import Alone
+from train_jobs.spec import TrainSpec
+from train_jobs.spec_json import spec_from_json
+from train_jobs.training import Training
+from train_jobs.worker import WorkerConfig
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -91,3 +102,71 @@ def write_pictures(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture
+def spec(store: InMemoryStore, runner: LoopThread, write_pictures: Callable[..., Path]) -> TrainSpec:
+    folder = write_pictures((32, 32), (32, 32), (32, 16))
+    files = [(path.name, path, None) for path in sorted(folder.iterdir())]
+    runner.run_blocking(write_dataset(store, KEYS, "cats", files, now=NOW))
+    return spec_from_json(
+        TrainSpec,
+        {
+            "name": "my_lora",
+            "model": "tiny",
+            "datasets": [{"dataset": "cats", "resolutions_px": [32], "bucket_step_px": 8, "trigger_word": "ohwx"}],
+            "network": {"rank": 2, "alpha": 4},
+            "train": {"steps": 4, "batch_size": 2, "learning_rate": 1e-2, "dtype": "bf16"},
+            "save": {"every_steps": 2, "keep": 1, "dtype": "fp16"},
+            "sample": {
+                "previews": [{"prompt": "ohwx a cat"}, {"prompt": "a dog", "seed": 9}],
+                "every_steps": 2,
+                "width_px": 16,
+                "height_px": 16,
+                "steps": 2,
+                "walk_seed": True,
+                "format": "png",
+            },
+            "trigger_word": "ohwx",
+        },
+    )
+
+
+@pytest.fixture
+def train(
+    store: InMemoryStore, runner: LoopThread, model_folder: Path, tmp_path: Path
+) -> Callable[..., dict[str, Any]]:
+    count = iter(range(100))
+
+    def run(
+        spec: TrainSpec,
+        reporter: Told | None = None,
+        *,
+        reports: list[Any] | None = None,
+        objects: ObjectStore = store,
+        process_id: str = JOB,
+    ) -> dict[str, Any]:
+        scratch = tmp_path / f"scratch-{next(count)}"
+        scratch.mkdir()
+        config = WorkerConfig(
+            process_id=process_id,
+            tenant="default",
+            spec=spec.model_dump(mode="json"),
+            models={"tiny": str(model_folder)},
+            paths_allowed=False,
+            s3=S3Settings(),
+            breaker=BreakerSettings(),
+            use_gpu=False,
+        )
+        return Training(
+            config,
+            Artifacts(objects, runner, KEYS, process_id, scratch, continues=spec.continues),
+            scratch,
+            torch.device("cpu"),
+            Alone(),
+            reporter or Told(),
+            agree=lambda value: value,
+            report_to_train=(reports if reports is not None else []).append,
+        ).run()
+
+    return run

@@ -6,101 +6,21 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
+from tests.train_jobs.aitoolkit_files import GENERATE, TRAIN, training_document, with_value
 from train_jobs import aitoolkit_keys
 from train_jobs.aitoolkit import dataset_name, parse_generate_yaml, parse_train_yaml
-from train_jobs.errors import ConfigInvalid, Problem
+from train_jobs.errors import ConfigInvalid
 from train_jobs.spec import TrainSpec
 
 KEYS: dict[str, list[str]] = json.loads(Path(__file__).with_name("aitoolkit_keys_2026_08.json").read_text())
 """Every key of the config classes that have a table here, in ostris/ai-toolkit `toolkit/config_modules.py`."""
-
-TRAIN = """
-job: extension
-config:
-  name: "my_first_lora"
-  process:
-    - type: 'sd_trainer'
-      training_folder: "output"
-      device: cuda:0
-      trigger_word: "ohwx"
-      network: {type: "lora", linear: 16, linear_alpha: 8}
-      save: {dtype: float16, save_every: 250, max_step_saves_to_keep: 4, push_to_hub: false}
-      datasets:
-        - folder_path: "/workspace/datasets/cats/"
-          caption_ext: "txt"
-          caption_dropout_rate: 0.05
-          shuffle_tokens: false
-          cache_latents_to_disk: true
-          resolution: [ 512, 768 ]
-          flip_x: true
-          num_repeats: 3
-      train:
-        batch_size: 2
-        steps: 2000
-        gradient_accumulation_steps: 1
-        train_unet: true
-        train_text_encoder: false
-        gradient_checkpointing: true
-        noise_scheduler: "ddpm"
-        optimizer: "adamw8bit"
-        optimizer_params: {weight_decay: 1e-4, betas: [0.9, 0.99]}
-        lr: 1e-4
-        min_snr_gamma: 5.0
-        ema_config: {use_ema: false, ema_decay: 0.99}
-        dtype: bf16
-      model: {name_or_path: "tiny", quantize: true}
-      sample:
-        sampler: "ddpm"
-        sample_every: 250
-        width: 1024
-        height: 1024
-        prompts: ["[trigger] holding a sign --w 512 --n blurry", "[name] at the sea"]
-        neg: ""
-        seed: 42
-        walk_seed: true
-        guidance_scale: 4
-        sample_steps: 25
-meta: {name: "[name]", version: '1.0'}
-"""
-GENERATE = """
-job: generate
-config:
-  name: "generate"
-  process:
-    - type: to_folder
-      output_folder: "output/gen"
-      device: cuda:0
-      generate: {sampler: "ddpm", width: 64, height: 32, neg: "cartoon", seed: -1, guidance_scale: 7, sample_steps: 20,
-                 ext: ".png", num_repeats: 2, prompts: ["photo of batman", "photo of superman"]}
-      model: {name_or_path: "tiny", is_v2: false, lora_path: "output/my_lora/my_lora.safetensors", dtype: bf16}
-"""
-
-
-def _document() -> Any:
-    parsed = yaml.safe_load(TRAIN)
-    parsed["config"]["process"][0]["train"]["lr"] = 1e-4
-    parsed["config"]["process"][0]["train"]["optimizer_params"]["weight_decay"] = 1e-4
-    return parsed
-
-
-def _with(section: str, key: str, value: Any) -> Any:
-    document = _document()
-    target = document["config"]["process"][0][section]
-    (target[0] if isinstance(target, list) else target)[key] = value
-    return document
 
 
 def _problems(config: Any, **options: bool) -> dict[str, str]:
     with pytest.raises(ConfigInvalid) as caught:
         parse_train_yaml(config, **options)
     return {problem.path: problem.code for problem in caught.value.problems}
-
-
-def _is_in_the_file(problem: Problem) -> bool:
-    return problem.path == "job" or problem.path.startswith("config")
 
 
 def _parsed(config: Any) -> TrainSpec:
@@ -130,7 +50,7 @@ def test_a_usual_file_is_read_as_it_is() -> None:
 
 
 def test_the_same_file_as_a_mapping_and_as_json_gives_the_same_spec() -> None:
-    assert _parsed(_document()) == _parsed(TRAIN) == _parsed(json.dumps(_document()))
+    assert _parsed(training_document()) == _parsed(TRAIN) == _parsed(json.dumps(training_document()))
 
 
 def test_keys_of_no_use_here_are_listed_with_a_reason() -> None:
@@ -142,8 +62,8 @@ def test_keys_of_no_use_here_are_listed_with_a_reason() -> None:
 
 def test_an_unknown_key_is_a_warning_that_names_the_nearest() -> None:
     warnings = (
-        parse_train_yaml(_with("train", "learning_rte", 1)).warnings
-        + parse_train_yaml(_with("train", "batchsize", 2)).warnings
+        parse_train_yaml(with_value("train", "learning_rte", 1)).warnings
+        + parse_train_yaml(with_value("train", "batchsize", 2)).warnings
     )
     texts = {w.path: w.message for w in warnings if w.code == "unknown_key"}
     assert "did you mean 'batch_size'" in texts["config.process[0].train.batchsize"]
@@ -155,7 +75,7 @@ def test_a_value_taken_differently_is_a_warning() -> None:
 
 
 def test_all_problems_come_at_once_with_their_paths() -> None:
-    document = _with("train", "steps", -3)
+    document = with_value("train", "steps", -3)
     document["config"]["process"][0]["train"]["lr"] = "fast"
     document["config"]["process"][0]["network"]["type"] = "lorm"
     document["config"]["process"][0]["datasets"][0]["folder_path"] = "/data/.."
@@ -199,15 +119,15 @@ def test_what_is_not_done_here_is_refused_by_name_and_its_default_accepted(
 ) -> None:
     default = section.refused[key]
     value: Any = not default if isinstance(default, bool) else "other"
-    found = _problems(_with(name, key, value))
+    found = _problems(with_value(name, key, value))
     assert set(found.values()) == {"unsupported"}
     assert any(path.split("]")[-1].find(key) >= 0 for path in found)
-    parse_train_yaml(_with(name, key, default))
+    parse_train_yaml(with_value(name, key, default))
 
 
 @pytest.mark.parametrize("section", ["adapter", "embedding", "decorator", "slider", "guidance"])
 def test_a_whole_section_that_is_not_done_here_is_refused(section: str) -> None:
-    document = _document()
+    document = training_document()
     document["config"]["process"][0][section] = {"type": "x"}
     assert _problems(document) == {f"config.process[0].{section}": "unsupported"}
 
@@ -295,11 +215,11 @@ def test_local_folders_and_models_are_for_the_command_line() -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("arch", "wan21"), ("arch", ["x"])])
 def test_a_model_of_another_kind_is_refused(key: str, value: Any) -> None:
-    assert _problems(_with("model", key, value)) == {"config.process[0].model.arch": "unsupported"}
+    assert _problems(with_value("model", key, value)) == {"config.process[0].model.arch": "unsupported"}
 
 
 def test_accumulated_steps_become_updates() -> None:
-    document = _with("train", "gradient_accumulation_steps", 4)
+    document = with_value("train", "gradient_accumulation_steps", 4)
     parsed = parse_train_yaml(document)
     assert parsed.spec.train.steps == 500
     assert parsed.spec.train.gradient_accumulation == 4
@@ -308,40 +228,40 @@ def test_accumulated_steps_become_updates() -> None:
 
 
 def test_two_kinds_of_accumulation_at_once_are_a_conflict() -> None:
-    document = _with("train", "gradient_accumulation_steps", 4)
+    document = with_value("train", "gradient_accumulation_steps", 4)
     document["config"]["process"][0]["train"]["gradient_accumulation"] = 2
     assert _problems(document) == {"config.process[0].train.gradient_accumulation_steps": "conflict"}
 
 
 def test_the_linear_schedule_rises_as_in_torch() -> None:
-    schedule = _parsed(_with("train", "lr_scheduler", "linear")).train.schedule
+    schedule = _parsed(with_value("train", "lr_scheduler", "linear")).train.schedule
     assert (schedule.start_factor, schedule.end_factor) == (pytest.approx(1 / 3), 1.0)
 
 
 @pytest.mark.parametrize("key", ["optimizer", "lr_scheduler"])
 def test_an_optimizer_or_schedule_that_is_not_there_is_refused(key: str) -> None:
-    assert _problems(_with("train", key, "automagic")) == {f"config.process[0].train.{key}": "unsupported"}
+    assert _problems(with_value("train", key, "automagic")) == {f"config.process[0].train.{key}": "unsupported"}
 
 
 def test_sampling_can_be_turned_off() -> None:
-    assert _parsed(_with("train", "disable_sampling", True)).sample.previews == ()
-    assert not _parsed(_with("train", "skip_first_sample", True)).sample.at_start
+    assert _parsed(with_value("train", "disable_sampling", True)).sample.previews == ()
+    assert not _parsed(with_value("train", "skip_first_sample", True)).sample.at_start
 
 
 def test_an_unknown_prompt_flag_is_refused() -> None:
-    assert _problems(_with("sample", "prompts", ["a --ctrl x"])) == {
+    assert _problems(with_value("sample", "prompts", ["a --ctrl x"])) == {
         "config.process[0].sample.prompts[0]": "unsupported"
     }
-    assert _problems(_with("sample", "prompts", ["a --w big"])) == {
+    assert _problems(with_value("sample", "prompts", ["a --w big"])) == {
         "config.process[0].sample.prompts[0]": "invalid_value"
     }
 
 
 def test_the_named_sampler_is_used_for_previews() -> None:
     assert _parsed(TRAIN).sample.scheduler == "ddpm"
-    assert _problems(_with("sample", "sampler", "tcd")) == {"config.process[0].sample.sampler": "unsupported"}
-    assert _parsed(_with("sample", "sampler", "flowmatch")).sample.scheduler == "flowmatch"
-    document = _with("sample", "sampler", "flowmatch")
+    assert _problems(with_value("sample", "sampler", "tcd")) == {"config.process[0].sample.sampler": "unsupported"}
+    assert _parsed(with_value("sample", "sampler", "flowmatch")).sample.scheduler == "flowmatch"
+    document = with_value("sample", "sampler", "flowmatch")
     document["config"]["process"][0]["model"]["arch"] = "sd1"
     assert _problems(document) == {"config.process[0].sample.sampler": "unsupported"}
 
@@ -366,12 +286,6 @@ def test_the_other_kind_of_job_is_refused() -> None:
         parse_generate_yaml(TRAIN)
 
 
-LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30)
-VALUES = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3)
-)
-
-
 @pytest.mark.parametrize("value", [[], {}, [1], {"a": 1}, 3, True])
 @pytest.mark.parametrize(
     ("section", "key"),
@@ -385,68 +299,13 @@ VALUES = st.recursive(
     ],
 )
 def test_a_choice_that_is_not_text_is_refused(section: str, key: str, value: Any) -> None:
-    assert f"config.process[0].{section}.{key}" in _problems(_with(section, key, value))
+    assert f"config.process[0].{section}.{key}" in _problems(with_value(section, key, value))
 
 
 def test_a_process_of_a_kind_that_is_not_text_is_refused() -> None:
-    document = _document()
+    document = training_document()
     document["config"]["process"][0]["type"] = ["sd_trainer"]
     assert _problems(document) == {"config.process[0].type": "unsupported"}
-
-
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(text=st.text() | st.binary())
-def test_any_text_is_read_or_refused_and_nothing_else(text: str | bytes) -> None:
-    with pytest.raises(ConfigInvalid):
-        parse_train_yaml(text)
-
-
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(value=st.dictionaries(st.text(max_size=10), VALUES, max_size=4), parse=st.sampled_from(["train", "generate"]))
-def test_any_mapping_is_read_or_refused_and_nothing_else(value: dict[str, Any], parse: str) -> None:
-    with pytest.raises(ConfigInvalid):
-        (parse_train_yaml if parse == "train" else parse_generate_yaml)(value)
-
-
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(data=st.data(), value=VALUES)
-def test_any_value_under_a_known_key_is_read_or_refused_and_nothing_else(data: st.DataObject, value: Any) -> None:
-    name = data.draw(st.sampled_from(["network", "train", "model", "datasets", "sample", "save"]))
-    table = {
-        "network": aitoolkit_keys.NETWORK,
-        "train": aitoolkit_keys.TRAIN,
-        "model": aitoolkit_keys.MODEL,
-        "datasets": aitoolkit_keys.DATASET,
-        "sample": aitoolkit_keys.SAMPLE,
-        "save": aitoolkit_keys.SAVE,
-    }[name]
-    key = data.draw(st.sampled_from(sorted(table.known)))
-    document = _with(name, key, value)
-    if data.draw(st.booleans()):
-        document["config"]["process"][0][name] = value
-    problems: tuple[Problem, ...] = ()
-    try:
-        parsed = parse_train_yaml(document)
-    except ConfigInvalid as invalid:
-        problems = invalid.problems
-    assert all(map(_is_in_the_file, problems)), problems
-    assert problems or TrainSpec.model_validate_json(parsed.spec.model_dump_json()) == parsed.spec
-
-
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(data=st.data(), value=VALUES)
-def test_any_value_in_a_generate_file_is_read_or_refused_and_nothing_else(data: st.DataObject, value: Any) -> None:
-    document = yaml.safe_load(GENERATE)
-    process = document["config"]["process"][0]
-    where = data.draw(st.sampled_from(["generate", "model"]))
-    table = aitoolkit_keys.GENERATE if where == "generate" else aitoolkit_keys.GENERATE_MODEL
-    process[where][data.draw(st.sampled_from(sorted(table.known)))] = value
-    problems: tuple[Problem, ...] = ()
-    try:
-        parse_generate_yaml(document)
-    except ConfigInvalid as invalid:
-        problems = invalid.problems
-    assert all(map(_is_in_the_file, problems)), problems
 
 
 @pytest.mark.parametrize(
@@ -462,7 +321,7 @@ def test_any_value_in_a_generate_file_is_read_or_refused_and_nothing_else(data: 
     ],
 )
 def test_a_rule_about_several_keys_names_their_place_in_the_file(changes: dict[str, Any], path: str) -> None:
-    document = _document()
+    document = training_document()
     process = document["config"]["process"][0]
     for section, change in changes.items():
         process[section] = change if change is None else process.get(section, {}) | change
@@ -479,7 +338,7 @@ def test_a_rule_about_all_prompts_names_their_place_in_the_file() -> None:
 
 def test_lokr_is_read_as_ai_toolkit_means_it() -> None:
     keys = {"type": "lokr", "linear": 8, "linear_alpha": 4, "dropout": 0.1, "old_lokr_format": True}
-    document = _document()
+    document = training_document()
     document["config"]["process"][0]["network"] = dict(keys)
     parsed = parse_train_yaml(document)
     network = parsed.spec.network
@@ -495,7 +354,7 @@ def test_lokr_is_read_as_ai_toolkit_means_it() -> None:
 
 
 def test_what_only_lokr_knows_is_ignored_for_other_networks() -> None:
-    document = _document()
+    document = training_document()
     document["config"]["process"][0]["network"] |= {"lokr_full_rank": True, "lokr_factor": 8}
     ignored = {item.path for item in parse_train_yaml(document).ignored}
     assert {"config.process[0].network.lokr_full_rank", "config.process[0].network.lokr_factor"} <= ignored
@@ -504,7 +363,7 @@ def test_what_only_lokr_knows_is_ignored_for_other_networks() -> None:
 def test_a_quantised_base_is_read_with_its_types_and_exceptions() -> None:
     spec = _parsed(TRAIN)
     assert (spec.quantize.denoiser, spec.quantize.text_encoders) == ("float8", "float8")
-    document = _document()
+    document = training_document()
     document["config"]["process"][0]["model"] |= {
         "quantize_te": False, "qtype": "uint4", "quantize_kwargs": {"exclude": "*time*"},
     }  # fmt: skip
@@ -512,13 +371,13 @@ def test_a_quantised_base_is_read_with_its_types_and_exceptions() -> None:
     quantize = parsed.spec.quantize
     assert (quantize.denoiser, quantize.text_encoders, quantize.exclude) == ("int4", None, ("*time*",))
     assert "config.process[0].model.qtype" in {warning.path for warning in parsed.warnings}
-    assert not _parsed(_with("model", "quantize", False)).quantize.is_on
-    assert _problems(_with("model", "qtype", "uint3")) == {"config.process[0].model.qtype": "unsupported"}
+    assert not _parsed(with_value("model", "quantize", False)).quantize.is_on
+    assert _problems(with_value("model", "qtype", "uint3")) == {"config.process[0].model.qtype": "unsupported"}
 
 
 def test_a_dora_on_a_quantised_base_is_refused() -> None:
-    assert "invalid_value" in _problems(_with("network", "type", "dora")).values()
-    plain = _with("network", "type", "dora")
+    assert "invalid_value" in _problems(with_value("network", "type", "dora")).values()
+    plain = with_value("network", "type", "dora")
     plain["config"]["process"][0]["model"]["quantize"] = False
     assert _parsed(plain).network.type == "dora"
 

@@ -3,48 +3,18 @@
 import asyncio
 from typing import Any
 
-import pytest
-
 from serve_app.job_types import HANDLERS
 from serve_app.testing import (
     OTHER_KEY,
     LocalServer,
-    picture_base64,
-    text_base64,
     train_config,
     upload_payload,
 )
 from storage.datasets import latest_manifest
 from storage.errors import StorageFailed
 from storage.job_state import JobKind, JobState
-from tests.serve_app.job_types.asking import ask, done, refused
+from tests.serve_app.job_types.asking import OWNER, ask, done, refused, trained
 from train_jobs.spec import TrainSpec
-
-OWNER = "driver-1"
-
-
-async def trained(server: LocalServer, folder: str = "cats", **files: Any) -> str:
-    """A completed training's process id; its adapter is stored."""
-    await done(server, upload_payload(folder))
-    process_id = str((await done(server, {"type": "train", "config": train_config(folder)}))["process_id"])
-    key = server.services.keys_of("matt").lora_file(process_id, "my_lora.safetensors")
-    info = await server.store.put(key, b"weights" * 1000)
-    lora = {
-        "id": process_id,
-        "key": key,
-        "filename": "my_lora.safetensors",
-        "sha256": info.sha256,
-        "size_bytes": info.size_bytes,
-        "step": 10,
-        "format": "diffusers",
-    }
-    earlier = {**lora, "key": key.replace("my_lora", "my_lora_5"), "filename": "my_lora_5.safetensors", "step": 5}
-    await server.jobs.claim(JobKind.TRAINING, OWNER)
-    await server.jobs.start(process_id, OWNER, worker_id="w")
-    await server.jobs.complete(
-        process_id, OWNER, {"loras": [earlier, lora], "trigger_word": "ohwx", "base_model": "tiny", **files}
-    )
-    return process_id
 
 
 async def test_every_job_type_of_this_landing_is_known() -> None:
@@ -289,207 +259,7 @@ async def test_a_generate_config_is_accepted_at_once(server: LocalServer) -> Non
 # --- uploads
 
 
-async def test_an_upload_answers_with_every_field(server: LocalServer) -> None:
-    output = await done(server, upload_payload("cats"))
-    assert (output["uploaded_count"], output["total_images"], output["total_captions"]) == (2, 1, 1)
-    assert output["s3_path"] == "s3://bucket/raylora/matt/datasets/cats/"
-    assert output["file_types_summary"] == {".png": 1, ".txt": 1}
-    assert output["total_size_formatted"].endswith(" B")
-    assert set(output["s3_keys"]) <= set(server.store.keys())
-    assert output["warnings"] == []
-    assert {"training_name", "trigger_word", "message", "statistics", "uploaded_files", "total_size"} <= set(output)
-
-
-async def test_one_bad_file_stores_nothing_and_all_of_them_are_named(server: LocalServer) -> None:
-    files = [
-        {"filename": "ok.png", "content": picture_base64()},
-        {"filename": "broken.png", "content": text_base64("no picture")},
-        {"filename": "half.png", "content": picture_base64(64, 64)[:40]},
-        {"filename": "../up.png", "content": picture_base64()},
-        {"filename": "a.exe", "content": "AAAA"},
-        {"filename": "b.png", "content": "*** no base64 ***"},
-        {"filename": "c.png"},
-        {"filename": "d.png", "url": "http://169.254.169.254/"},
-        {"filename": "e.txt", "content": "gICA"},
-        {"filename": "f.json", "content": text_base64("{")},
-        {"filename": "OK.png", "content": picture_base64()},
-        {"filename": "manifest.json", "content": text_base64("{}")},
-    ]
-    output = await refused(server, upload_payload("cats", files=files))
-    assert [problem["path"] for problem in output["validation_errors"]] == [
-        f"files[{index}].{field}"
-        for index, field in enumerate(
-            [
-                "content",
-                "content",
-                "filename",
-                "filename",
-                "content",
-                "content",
-                "url",
-                "content",
-                "content",
-                "filename",
-                "filename",
-            ],
-            start=1,
-        )
-    ]
-    assert list(server.store.keys()) == []
-
-
-async def test_an_upload_needs_a_picture(server: LocalServer) -> None:
-    files = [{"filename": "a.txt", "content": text_base64("a")}]
-    assert (await refused(server, upload_payload("cats", files=files)))["validation_errors"][0]["path"] == "files"
-
-
-@pytest.mark.parametrize(
-    "field",
-    [
-        {"training_name": "a/b"},
-        {"dataset_folder": "../x"},
-        {"dataset_folder": "."},
-        {"dataset_folder": ".."},
-        {"dataset_folder": "." * 151},
-        {"dataset_folder": "..." + "x" * 148},
-        {"trigger_word": "x" * 101},
-        {"files": []},
-        {"training_name": "x" * 101},
-    ],
-)
-async def test_fields_out_of_range_are_refused(server: LocalServer, field: dict[str, Any]) -> None:
-    output = await refused(server, upload_payload("cats", **field))
-    assert output["validation_errors"][0]["path"] == next(iter(field))
-
-
-@pytest.mark.parametrize("folder", [".hidden", "...", "..x", "-cats", "_", "a.b-c_D", "x" * 150])
-async def test_a_folder_of_any_of_its_characters_is_stored_trained_on_and_deleted(
-    server: LocalServer, folder: str
-) -> None:
-    await done(server, upload_payload("cats", dataset_folder=folder))
-    assert (await done(server, {"type": "list_dataset_folders"}))["folders"] == [folder]
-    started = await done(server, {"type": "train", "config": train_config(folder)})
-    async with server.client() as http:
-        path = f"/v1/datasets/{folder.replace('.', '%2E')}"
-        assert (await http.get(path)).json()["name"] == folder
-        assert (await http.delete(path)).json()["code"] == "dataset_in_use"
-        await done(server, {"type": "cancel", "process_id": started["process_id"]})
-        assert (await http.delete(path)).status_code == 204
-    assert (await done(server, {"type": "list_dataset_folders"}))["folders"] == []
-
-
-async def test_an_upload_that_fails_midway_leaves_the_dataset_as_it_was(server: LocalServer) -> None:
-    keys = server.services.keys_of("matt")
-    first = (await done(server, upload_payload("cats")))["upload_id"]
-    server.store.fail("put", StorageFailed("put", 4, "connection"))
-    assert (await refused(server, upload_payload("cats")))["error_type"] == "dataset_not_stored"
-    assert (await latest_manifest(server.store, keys, "cats")).upload_id == first
-
-
-async def test_a_new_upload_replaces_the_dataset_unless_asked_to_add(server: LocalServer) -> None:
-    keys = server.services.keys_of("matt")
-    await done(server, upload_payload("cats"))
-    more = [{"filename": "2.png", "content": picture_base64(color="blue")}]
-    server.services.clock.advance(1)  # type: ignore[attr-defined]
-    await done(server, upload_payload("cats", files=more, cleanup_existing=False))
-    added = await latest_manifest(server.store, keys, "cats")
-    assert [file.filename for file in added.files] == ["1.png", "1.txt", "2.png"]
-    server.services.clock.advance(1)  # type: ignore[attr-defined]
-    await done(server, upload_payload("cats", files=more))
-    assert [file.filename for file in (await latest_manifest(server.store, keys, "cats")).files] == ["2.png"]
-
-
-async def test_pictures_without_captions_and_captions_without_pictures_are_warnings(server: LocalServer) -> None:
-    files = [{"filename": "a.png", "content": picture_base64()}, {"filename": "b.txt", "content": text_base64("x")}]
-    output = await done(server, upload_payload("cats", files=files))
-    assert output["warnings"] == ["1 image(s) have no caption", "Caption 'b.txt' belongs to no image"]
-
-
 # --- processes and files
-
-
-async def test_processes_are_paged_newest_first_and_only_ones_own(server: LocalServer) -> None:
-    made = [(await done(server, {"prompt": p, "wait": False}))["process_id"] for p in "abcde"]
-    await done(server, {"prompt": "theirs", "wait": False}, key=OTHER_KEY)
-    seen: list[str] = []
-    cursor = None
-    while True:
-        page = await done(server, {"type": "processes", "limit": 2, "cursor": cursor})
-        seen += [process["id"] for process in page["processes"]]
-        cursor = page["next_cursor"]
-        if cursor is None:
-            break
-    assert seen == made[::-1]
-    assert {"worker_id", "environment", "data_sources"} <= set(page)
-
-
-async def test_processes_can_be_chosen_by_status_and_kind(server: LocalServer) -> None:
-    process_id = await trained(server)
-    await done(server, {"prompt": "a", "wait": False})
-    for choice in ({"status": "completed"}, {"process_type": "training"}):
-        page = await done(server, {"type": "processes", **choice})
-        assert [process["id"] for process in page["processes"]] == [process_id]
-    assert (await refused(server, {"type": "processes", "cursor": "x"}))["error_type"] == "invalid_cursor"
-
-
-async def test_process_status_of_unknown_and_foreign_processes_is_not_found(server: LocalServer) -> None:
-    process_id = (await done(server, {"prompt": "a", "wait": False}))["process_id"]
-    assert (await done(server, {"type": "process_status", "process_id": process_id}))["status"] == "starting"
-    for key, asked in ((OTHER_KEY, process_id), (None, "train_0123456789ab")):
-        assert (await done(server, {"type": "process_status", "process_id": asked}, key))["status"] == "not_found"
-
-
-async def test_cancel_stops_what_runs_and_refuses_what_does_not(server: LocalServer) -> None:
-    process_id = (await done(server, {"prompt": "a", "wait": False}))["process_id"]
-    assert "cancelled" in (await done(server, {"type": "cancel", "process_id": process_id}))["message"]
-    finished = await trained(server)
-    for asked in (finished, "train_0123456789ab"):
-        output = await refused(server, {"type": "cancel", "process_id": asked})
-        assert output["error"] == "Process not found or cannot be cancelled"
-
-
-@pytest.mark.parametrize("name", ["lora", "list_models"])
-async def test_models_are_the_adapters_of_ones_own_completed_trainings(server: LocalServer, name: str) -> None:
-    process_id = await trained(server)
-    models = (await done(server, {"type": name}))["models"]
-    assert [model["filename"] for model in models] == ["my_lora_5.safetensors", "my_lora.safetensors"]
-    assert models[1] == {
-        "id": process_id,
-        "filename": "my_lora.safetensors",
-        "name": "my_lora",
-        "process_id": process_id,
-        "path": f"s3://bucket/raylora/matt/processes/{process_id}/lora/my_lora.safetensors",
-        "s3_key": f"raylora/matt/processes/{process_id}/lora/my_lora.safetensors",
-        "size_mb": 0.01,
-        "modified_date": models[1]["modified_date"],
-        "status": "ready",
-        "trigger_word": "ohwx",
-        "base_model": "tiny",
-        "step": 10,
-        "format": "diffusers",
-    }
-    assert (await done(server, {"type": name}, key=OTHER_KEY))["models"] == []
-
-
-async def test_download_is_a_url_to_the_furthest_trained_adapter(server: LocalServer) -> None:
-    process_id = await trained(server)
-    output = await done(server, {"type": "download", "process_id": process_id})
-    assert (output["type"], output["filename"], output["size"]) == ("url", "my_lora.safetensors", 7000)
-    assert output["url"].startswith("http")
-    assert len(output["files"]) == 2
-
-
-async def test_download_says_why_there_is_nothing(server: LocalServer) -> None:
-    process_id = (await done(server, {"prompt": "a", "wait": False}))["process_id"]
-    assert (await refused(server, {"type": "download", "process_id": process_id}))["error"] == "Process not completed"
-    assert (await refused(server, {"type": "download", "process_id": "x"}))["error"] == "Process not found"
-    trained_id = await trained(server)
-    await done(server, {"type": "delete_results", "result_type": "lora", "process_id": trained_id})
-    gone = await refused(server, {"type": "download", "process_id": trained_id})
-    assert (gone["error"], gone["error_type"]) == (
-        "The process has completed, but its files were deleted.",
-        "process_files_deleted",
-    )
 
 
 async def test_a_mask_set_or_an_adapter_that_is_not_there_is_named_before_anything_is_queued(
@@ -611,24 +381,3 @@ async def test_a_training_that_is_waited_for_still_tells_of_unknown_fields(serve
     unknown = "config.process[0].train.stepz: is not a key known here and has no effect; did you mean 'steps'?"
     assert output["warnings"] == ["Unknown field 'webhok' was ignored", unknown, twice]
     assert "ignored" in output
-
-
-async def test_a_completed_training_tells_its_best_step_and_its_other_key_format(server: LocalServer) -> None:
-    await done(server, upload_payload("cats"))
-    async with server.client() as http:
-        body = {"input": {"type": "train", "config": train_config(), "wait": True}}
-        job_id = (await http.post("/v2/ep/run", json=body)).json()["id"]
-        [record] = await server.jobs.claim(JobKind.TRAINING, OWNER)
-        await server.jobs.start(record.id, OWNER)
-        await server.jobs.heartbeat(record.id, OWNER, progress={"step": 3, "total_steps": 10, "validation_loss": 0.25})
-        running = (await http.get(f"/v2/ep/status/{job_id}")).json()["output"]
-        assert running["metrics"]["validation_loss"] == 0.25
-        key = server.services.keys_of("matt").lora_file(record.id, "my_lora_kohya.safetensors")
-        await server.store.put(key, b"weights")
-        export = {"id": record.id, "key": key, "filename": "my_lora_kohya.safetensors", "format": "kohya"}
-        await server.jobs.complete(record.id, OWNER, {"loras": [], "exports": [export], "best_step": 7})
-        output = (await http.get(f"/v2/ep/status-sync/{job_id}?wait=5000")).json()["output"]
-    assert output["best_step"] == 7
-    assert [(item["type"], item["format"], item["s3_key"]) for item in output["exports"]] == [
-        ("redirect", "kohya", key)
-    ]
