@@ -14,6 +14,9 @@ from storage.jobs_testing import JobsWorld
 GENERATION, TRAINING = JobKind.GENERATION, JobKind.TRAINING
 
 
+# --- cancel, retry, purge
+
+
 def test_a_queued_job_is_cancelled_at_once(world: JobsWorld):
     record = world.create()
     assert world.jobs.request_cancel(record.id, tenant="default").state is JobState.CANCELLED
@@ -86,6 +89,9 @@ def test_a_purge_cancels_what_is_queued_and_nothing_else(world: JobsWorld):
     assert world.jobs.get(other.id).state is JobState.QUEUED
 
 
+# --- leases and time limits
+
+
 def test_a_lost_lease_is_queued_again_and_finally_fails_with_its_reason(world: JobsWorld):
     job_id = world.create(attempts_max=2).id
     world.jobs.claim(GENERATION, "w1", lease_s=30)
@@ -148,6 +154,9 @@ def test_a_job_that_waits_longer_than_its_ttl_is_timed_out(world: JobsWorld):
     again = world.jobs.retry(record.id, tenant="default")
     assert again.state is JobState.QUEUED
     assert world.jobs.reap() == []
+
+
+# --- trainings: adoption and submissions
 
 
 def test_a_driver_adopts_the_lease_of_the_training_queue(world: JobsWorld):

@@ -355,15 +355,6 @@ def test_one_more_attempt_is_given_once_however_often_it_is_asked_for(world: Job
     assert world.jobs.get(other.id).state is JobState.FAILED
 
 
-# --- cancel, retry, purge
-
-
-# --- leases and time limits
-
-
-# --- trainings: adoption and submissions
-
-
 def test_changes_are_announced_after_they_were_committed(world: JobsWorld):
     seen: list[JobRecord] = []
     world.jobs.on_change = lambda record: seen.append(world.jobs.get(record.id))
