@@ -32,11 +32,12 @@ demo: setup
 up: setup
 	@exec $(BIN)/raylora up
 
-test: setup
-	$(BIN)/python -m pytest tests
+# The integration tests start whole instances and take turns; the others share the cores.
+test: test-unit
+	$(BIN)/python -m pytest tests/integration
 
 test-unit: setup
-	$(BIN)/python -m pytest tests --ignore=tests/integration
+	$(BIN)/python -m pytest tests --ignore=tests/integration --numprocesses logical --maxprocesses 4 --dist loadfile
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -16,8 +16,6 @@ from train_jobs.errors import ConfigInvalid, Problem
 from train_jobs.spec import TrainSpec
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30)
-
-
 VALUES = st.recursive(
     LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3)
 )

@@ -12,11 +12,7 @@ from train_jobs.board import StopReason
 from train_jobs.progress import Progress
 
 JOB = "train_0123456789ab"
-
-
 KEYS = Keys("raylora", "default")
-
-
 NOW = datetime(2026, 11, 21, tzinfo=UTC)
 
 
