@@ -119,9 +119,11 @@ def _read_block_layer(
     down, up = group.get(f"{name}.lora_down.weight"), group.get(f"{name}.lora_up.weight")
     alpha = group.get(f"{name}.alpha")
     blocks = next((blocks for blocks in lists if name.startswith(f"lora_unet_{blocks.theirs}_")), None)
-    known = len(group) == 2 + (alpha is not None)
-    if blocks is None or down is None or up is None or not known or not down.ndim == up.ndim == 2:
+    known = len(group) == 2 + (alpha is not None) and (alpha is None or alpha.numel() == 1)
+    if blocks is None or down is None or up is None or not known:
         raise LoraInvalid(f"unknown weights for {name!r}")
+    if not down.ndim == up.ndim == 2 or down.shape[0] != up.shape[1]:
+        raise LoraInvalid(f"the two weights of {name!r} do not belong together")
     index, _, layer = name.removeprefix(f"lora_unet_{blocks.theirs}_").partition("_")
     whole = {theirs: ours for ours, theirs in blocks.whole.items()}
     parts = blocks.stacks.get(layer) or ((whole[layer],) if layer in whole else ())
@@ -130,7 +132,7 @@ def _read_block_layer(
     scale = 1.0 if alpha is None else float(alpha) / down.shape[0]
     rows_of = dict(zip(parts, original_order(layer, down, up).chunk(len(parts)), strict=True))
     # A stack of adapters has ranks for each of its parts alone, and none for those that are not adapted.
-    ranks_of = {part: rows.abs().sum(0) > 0 for part, rows in rows_of.items()}
+    ranks_of = {part: (rows != 0).any(0) for part, rows in rows_of.items()}
     if len(parts) == 1 or not any(bool(used.any()) for used in ranks_of.values()):
         ranks_of = dict.fromkeys(parts, torch.ones(down.shape[0], dtype=torch.bool))
     state: dict[str, Tensor] = {}

@@ -252,8 +252,11 @@ class Resilience:
         *,
         needs_place: bool,
     ) -> T:
-        """After a first attempt that failed: tenacity's share of a call, for one that succeeds at once would be more
-        than all the rest of it."""
+        """The retries, after the `first` attempt's fault.
+
+        Only calls that need them come here: what tenacity itself does costs more than all the rest of a call that
+        succeeds at once.
+        """
         policy = self.policy
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(lambda error: self._may_retry(run, error)),

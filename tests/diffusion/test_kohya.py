@@ -201,6 +201,24 @@ def test_layers_that_nobody_would_apply_are_refused(name: str, tmp_path: Path) -
         read_lora(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"lora_up.weight": torch.ones(48, 3)}, "do not belong together"),
+        ({"lora_up.weight": torch.full((48, 2), torch.nan)}, "finite"),
+        ({"lora_up.weight": torch.ones(47, 2)}, "unknown weights"),
+        ({"alpha": torch.ones(2)}, "unknown weights"),
+        ({"diff_b": torch.ones(48)}, "unknown weights"),
+    ],
+)
+def test_a_joint_layer_that_is_damaged_is_refused(change: dict[str, torch.Tensor], reason: str, tmp_path: Path) -> None:
+    name, path = "lora_unet_joint_blocks_0_x_block_attn_qkv", tmp_path / "kohya.safetensors"
+    pair = {"lora_down.weight": torch.ones(2, 16), "lora_up.weight": torch.ones(48, 2)}
+    save_file({f"{name}.{key}": tensor for key, tensor in (pair | change).items()}, path)
+    with pytest.raises(LoraInvalid, match=reason):
+        read_lora(path)
+
+
 def test_a_dora_under_sd3s_kohya_names_is_refused(tmp_path: Path) -> None:
     name, path = "lora_unet_joint_blocks_0_x_block_attn_proj", tmp_path / "kohya.safetensors"
     dora = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(8, 2)}
