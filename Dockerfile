@@ -2,8 +2,9 @@
 #
 #   docker build -t raylora .                                  the torch build that pip finds: CUDA on Linux
 #   docker build -t raylora --build-arg TORCH_INDEX_URL=... .  another one, such as a CPU or an older CUDA build
-#   docker run --shm-size 2g -p 127.0.0.1:8000:8000 -v raylora:/data raylora
+#   docker run --shm-size 2g --stop-timeout 60 -p 127.0.0.1:8000:8000 -v raylora:/data raylora
 #
+# Stopping takes longer than Docker's ten seconds: generations that run may end first (RAYLORA_DRAIN_S).
 # The HTTP port inside the container listens on every address; publish it on loopback or behind a TLS proxy.
 FROM python:3.11-slim-bookworm AS build
 ARG TORCH_INDEX_URL=""
