@@ -85,6 +85,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--machine", default=f"cpu{os.cpu_count()}-{platform.machine()}", help="names the result files")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -222,14 +223,13 @@ def report(shape: str, args: argparse.Namespace, parameters: int, runs: dict[str
             print(f"  raylora: {row['speed_ratio']:.2f} times as fast a step, {row['total_ratio']:.2f} times in all "
                   f"(loading, caching and saving included); its mean loss is {row['loss_difference']:+.4f} "
                   f"+- {row['loss_difference_error']:.4f} of theirs")  # fmt: skip
-    machine = f"cpu{os.cpu_count()}-{platform.machine()}"
     RESULTS.mkdir(exist_ok=True)
     precision = "" if args.precision == "fp32" else f"-{args.precision}"
-    path = RESULTS / f"train-{shape}-batch{args.batch}{precision}-{machine}.json"
+    path = RESULTS / f"train-{shape}-batch{args.batch}{precision}-{args.machine}.json"
     document = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
-            "name": machine,
+            "name": args.machine,
             "cpus": os.cpu_count(),
             "processor": processor(),
             "load_1min": os.getloadavg()[0],
@@ -237,7 +237,9 @@ def report(shape: str, args: argparse.Namespace, parameters: int, runs: dict[str
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": sys.version.split()[0]},
         "command": "make bench-train BENCH_ARGS='--examples EXAMPLES "
         f"--shapes {shape} --steps {args.steps} --batch {args.batch} --precision {args.precision}'",
-        "settings": {k: v for k, v in vars(args).items() if k not in {"examples", "peer_path", "run", "shapes"}},
+        "settings": {
+            k: v for k, v in vars(args).items() if k not in {"examples", "peer_path", "run", "shapes", "machine"}
+        },
         "denoiser_parameters": parameters,
         "peer": SHAPES[shape].script,
         "rows": rows,
