@@ -1,21 +1,9 @@
 """Rows of API keys, on either database."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from storage.errors import ApiKeyNotFound, RecordConflict
 from storage.jobs_testing import JobsWorld
-from tests.storage.postgres import database
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def world(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[JobsWorld]:
-    with database(request.param) as url:
-        world = JobsWorld(tmp_path, url=url)
-        yield world
-        world.close()
 
 
 def test_a_key_is_added_once_and_revoked_once(world: JobsWorld) -> None:

@@ -1,8 +1,5 @@
 """Events of a job, and webhooks about its end: kept with the records, given out once."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,18 +11,9 @@ from storage.job_streams import DRAIN_MAX, progress_events
 from storage.jobs_testing import JobsWorld
 from storage.records_streams import EVENTS_MAX
 from storage.webhook_record import WEBHOOK_ATTEMPTS_MAX, WEBHOOK_LEASE_S, retry_delay_s
-from tests.storage.postgres import database
 
 OWNER = "w"
 URL = "https://example.com/hook"
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def world(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[JobsWorld]:
-    with database(request.param) as url:
-        world = JobsWorld(tmp_path, url=url)
-        yield world
-        world.close()
 
 
 def told(world: JobsWorld, job_id: str) -> list[object]:

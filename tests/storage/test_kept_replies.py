@@ -1,25 +1,13 @@
 """Replies kept for idempotency keys, and outputs that are forgotten before their files go."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from storage.errors import IdempotencyConflict, IdempotencyInFlight, IllegalTransition, JobNotFound
 from storage.job_state import JobKind, JobState
 from storage.jobs_testing import JobsWorld
 from storage.kept_replies import KeptReply
-from tests.storage.postgres import database
 
 REPLY = KeptReply(202, '{"id": 1}')
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def world(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[JobsWorld]:
-    with database(request.param) as url:
-        world = JobsWorld(tmp_path, url=url)
-        yield world
-        world.close()
 
 
 def test_the_first_request_goes_ahead_and_the_second_gets_its_reply_also_after_a_restart(world: JobsWorld) -> None:
