@@ -254,8 +254,8 @@ class Resilience:
     ) -> T:
         """The retries, after the `first` attempt's fault.
 
-        Only calls that need them come here: what tenacity itself does costs more than all the rest of a call that
-        succeeds at once.
+        Only calls that need them come here: what tenacity itself does takes twice as long as everything else that this
+        class does for a call that succeeds at once.
         """
         policy = self.policy
         retrying = tenacity.AsyncRetrying(
