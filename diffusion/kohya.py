@@ -2,7 +2,7 @@
 
 A module's dots become underscores behind a prefix; weights are ``lora_down`` and ``lora_up`` and each module has an
 ``alpha``. Layers that are one in the original model are stacked, which keeps their effect. Stock diffusers reads these
-names for every family but SD 3, whose are those of sd-scripts and ComfyUI.
+names for every family but SD 3, whose are those of sd-scripts.
 """
 
 from __future__ import annotations
