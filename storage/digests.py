@@ -36,8 +36,14 @@ def is_hash(etag: str) -> bool:
     return _HASH.fullmatch(etag) is not None
 
 
-def digest_bytes(data: bytes | memoryview) -> Digest:
-    return Digest(len(data), hashlib.sha256(data).hexdigest(), (md5_of(data),), max(1, len(data)))
+def digest_of(data: bytes | memoryview, sha256: str, md5: str) -> Digest:
+    """Of an object that is sent as a whole, from its hashes in hex."""
+    return Digest(len(data), sha256, (md5,), max(1, len(data)))
+
+
+def sha256_of(data: bytes | memoryview) -> str:
+    """In hex."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def sha256_file(path: Path) -> str:

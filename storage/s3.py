@@ -9,7 +9,6 @@ payloads need not be signed as well on ways that nobody listens to.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import secrets
 import time
@@ -19,12 +18,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from storage.bounded import run_bounded
 from storage.breaker import BreakerMode, BreakerSnapshot, CircuitBreaker
 from storage.counters import Counts, Tally
-from storage.digests import digest_bytes
+from storage.digests import digest_of, md5_of, sha256_of
 from storage.errors import ObjectNotFound, StorageError, StorageMisconfigured, StorageRefused, StorageUnavailable
 from storage.gate import Gate, LocalGate
 from storage.keys import check_key, check_prefix
@@ -45,7 +44,6 @@ from storage.s3_files import FileTransfers
 from storage.s3_maintenance import Maintenance
 from storage.settings import MIB, BreakerSettings, S3Settings
 
-T = TypeVar("T")
 Buffer = bytes | memoryview
 
 DELETE_KEYS_MAX = 1000
@@ -100,12 +98,17 @@ class S3Store:
 
     async def put(self, key: str, data: bytes, *, content_type: str | None = None) -> ObjectInfo:
         check_key(key)
-        digest = await self._hashed(digest_bytes, data)
+        sha256 = await self._hashed(sha256_of, data)
 
         async def attempt(state: Attempt) -> ObjectInfo:
-            if state.ambiguous and (stored := await self._calls.stored("put", key, digest)):
-                return stored
-            return await self._calls.put("put", key, data, digest, content_type)
+            # The MD5 is only compared with what the server answers: it is made while the bytes are on their way.
+            md5 = self._hashed(md5_of, data)
+            if state.ambiguous:
+                stored = await self._calls.stored("put", key, digest_of(data, sha256, await md5))
+                if stored:
+                    return stored
+            answer = await self._calls.put("put", key, data, sha256, content_type)
+            return await self._calls.confirmed("put", key, digest_of(data, sha256, await md5), content_type, answer)
 
         return await self._resilience.call("put", attempt, size_bytes=len(data))
 
@@ -130,7 +133,7 @@ class S3Store:
             data, noted_sha256 = await self._calls.get("get", key, state)
             expected = expected_sha256 or noted_sha256
             if expected is not None:
-                actual = await self._hashed(_sha256, data)
+                actual = await self._hashed(sha256_of, data)
                 if actual != expected:
                     raise corrupted(key, expected, actual)
             return data
@@ -273,11 +276,14 @@ class S3Store:
     async def counts(self) -> Counts:
         return self._tally.counts()
 
-    async def _hashed(self, function: Callable[[Buffer], T], data: Buffer) -> T:
-        """In a thread where that takes longer than going there."""
-        if len(data) <= HASHED_IN_PLACE_BYTES_MAX:
-            return function(data)
-        return await asyncio.get_running_loop().run_in_executor(self._hashing, function, data)
+    def _hashed(self, function: Callable[[Buffer], str], data: Buffer) -> asyncio.Future[str]:
+        """Begins at once, in a thread where hashing takes longer than going there."""
+        loop = asyncio.get_running_loop()
+        if len(data) > HASHED_IN_PLACE_BYTES_MAX:
+            return loop.run_in_executor(self._hashing, function, data)
+        done: asyncio.Future[str] = loop.create_future()
+        done.set_result(function(data))
+        return done
 
     async def _page(self, parameters: dict[str, Any]) -> Answer:
         async def attempt(_: Attempt) -> Answer:
@@ -327,10 +333,6 @@ class S3Store:
 def local_breaker(settings: BreakerSettings, clock: Callable[[], float] = time.monotonic) -> CircuitBreaker:
     """A breaker with these settings."""
     return CircuitBreaker(settings.failure_threshold, settings.recovery_s, settings.probe_timeout_s, clock=clock)
-
-
-def _sha256(data: Buffer) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _listed(entry: Answer) -> ObjectInfo:

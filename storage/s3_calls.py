@@ -86,14 +86,11 @@ class S3Calls:
             raise TransientFaultError("truncated")
         return data, found.sha256
 
-    async def put(self, operation: str, key: str, data: bytes, digest: Digest, content_type: str | None) -> ObjectInfo:
-        """Store the whole object and verify what was stored."""
+    async def put(self, operation: str, key: str, data: bytes, sha256: str, content_type: str | None) -> Answer:
+        """Store the whole object. That it has arrived is only known once its answer is `confirmed`."""
         self._counters.add(REQUESTS, operation=operation, method="put_object")
         with mapped(operation, key):
-            etag = await self._bodies.put(key, data, sha256=digest.sha256, content_type=content_type)
-        if not digest.confirmed_by(etag):
-            return await self.verified(operation, key, digest)
-        return ObjectInfo(key, digest.size_bytes, digest.sha256, datetime.now(UTC), content_type)
+            return {"ETag": await self._bodies.put(key, data, sha256=sha256, content_type=content_type)}
 
     async def get_range(self, operation: str, key: str, first: int, last: int) -> bytes:
         """The bytes from `first` to `last`, both included, or others where the server knows no ranges."""
@@ -125,12 +122,8 @@ class S3Calls:
     ) -> ObjectInfo:
         """The object that a write's `answer` speaks of. Its ETag is of what the server received; where it is no MD5,
         or not of these bytes, the object is looked at."""
-        if not digest.confirmed_by(answer.get("ETag", "")):
-            return await self.verified(operation, key, digest)
-        return ObjectInfo(key, digest.size_bytes, digest.sha256, _date_of(answer), content_type)
-
-    async def verified(self, operation: str, key: str, digest: Digest) -> ObjectInfo:
-        """As `stored`, but it has to be."""
+        if digest.confirmed_by(answer.get("ETag", "")):
+            return ObjectInfo(key, digest.size_bytes, digest.sha256, _date_of(answer), content_type)
         info = await self.stored(operation, key, digest)
         if info is None:
             raise corrupted(key, digest.sha256, "other bytes")
