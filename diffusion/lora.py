@@ -3,7 +3,8 @@
 In memory a LoRA has one form whatever the file's: keys ``<component>.<module path>.lora_A.weight`` and
 ``.lora_B.weight`` (what diffusers writes), and one alpha per module. A layer's effect is
 ``scale * alpha / rank * B @ A``; with a magnitude (DoRA, Liu et al. 2024, arXiv:2402.09353) the rows of the changed
-weight are then scaled to that norm. LoHa and LoKr become such pairs when they are read.
+weight are then scaled to that norm. LoHa and LoKr become such pairs when they are read, but for the Kronecker products
+whose pair would be too large.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from diffusion.errors import LoraInvalid, LoraMismatch
 from diffusion.lora_names import KOHYA_PREFIXES, from_diffusers, from_kohya, ranks
-from diffusion.lycoris import expand
+from diffusion.lycoris import Kronecker, expand, take_products
 from diffusion.quantized import weight_shape
 
 logger = logging.getLogger(__name__)
@@ -57,21 +58,22 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A read file. ``state`` has diffusers key names; ``alphas`` is keyed by ``<component>.<module path>``."""
+    """A read file. ``state`` has diffusers key names; the others are keyed by ``<component>.<module path>``."""
 
     state: Mapping[str, Tensor]
     alphas: Mapping[str, float]
     metadata: Mapping[str, str]
     source_format: LoraFormat
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
+    products: Mapping[str, Kronecker] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
-        """The largest rank of its layers."""
-        return max(ranks(self.state).values())
+        """The largest rank of its pairs; 0 where it has products alone."""
+        return max(ranks(self.state).values(), default=0)
 
     def layers(self) -> dict[str, LoraLayer]:
-        """By ``<component>.<module path>``."""
+        """Its pairs, by ``<component>.<module path>``."""
         return {
             path: LoraLayer(
                 self.state[f"{path}.lora_A.weight"],
@@ -90,6 +92,7 @@ def read_lora(path: Path) -> LoraFile:
         if any(mark in key for key in raw):
             raise LoraInvalid(f"{kind} is not supported")
     weights, magnitudes = _without_magnitudes(raw)
+    products: dict[str, Kronecker] = {}
     if raw and all(key.startswith(KOHYA_PREFIXES) for key in raw):
         state, alphas, paths = from_kohya(expand(weights, down="lora_down.weight", up="lora_up.weight"))
         if not magnitudes.keys() <= paths.keys():
@@ -99,12 +102,12 @@ def read_lora(path: Path) -> LoraFile:
     else:
         weights = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in weights.items()}
         magnitudes = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in magnitudes.items()}
+        weights, products = take_products(weights, but_not=magnitudes.keys())
         state, alphas = from_diffusers(expand(weights, down="lora_A.weight", up="lora_B.weight"), metadata)
         source_format = "diffusers"
-    _check_pairs(state)
-    _check_magnitudes(state, magnitudes)
+    _check_weights(state, magnitudes, products)
     alphas = {path: alphas.get(path, float(rank)) for path, rank in ranks(state).items()}
-    return LoraFile(state, alphas, metadata, source_format, magnitudes)
+    return LoraFile(state, alphas, metadata, source_format, magnitudes, products)
 
 
 def read_factors(path: Path) -> dict[str, Tensor]:
@@ -128,10 +131,10 @@ def save_lora(
     path = Path(path)
     _check_suffix(path)
     weights, magnitudes = _without_magnitudes(state_dict)
+    weights, products = take_products(weights, but_not=magnitudes.keys())
     expanded = expand(weights, down="lora_A.weight", up="lora_B.weight")
-    weights = {key: tensor for key, tensor in expanded.items() if not key.endswith(".alpha")}
-    _check_pairs(weights)
-    _check_magnitudes(weights, magnitudes)
+    pairs = {key: tensor for key, tensor in expanded.items() if not key.endswith(".alpha")}
+    _check_weights(pairs, magnitudes, products)
     tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in state_dict.items()}
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
@@ -145,18 +148,29 @@ def save_lora(
 
 
 def fit_layers(lora: LoraFile, components: Mapping[str, nn.Module]) -> dict[str, dict[str, LoraLayer]]:
-    """The layers by component, then by that module's own path names. Raises LoraMismatch unless every layer fits.
+    """The pairs by component, then by that module's own path names. Raises LoraMismatch unless every one fits.
 
     A file that names no component, as peft saves a single module, is for the first. The weights get the shapes of the
     layers' own: a flat convolution pair its kernel's.
     """
     fitted: dict[str, dict[str, LoraLayer]] = {}
     for full_path, layer in lora.layers().items():
-        component, _, path = full_path.partition(".")
-        if component not in components:
-            component, path = _without_component(full_path, components)
-        path = _own_path(path, components[component])
+        component, path = _placed(full_path, components)
         fitted.setdefault(component, {})[path] = _shaped(path, layer, components[component])
+    return fitted
+
+
+def fit_products(lora: LoraFile, components: Mapping[str, nn.Module]) -> dict[str, dict[str, Kronecker]]:
+    """As ``fit_layers``, of the products."""
+    fitted: dict[str, dict[str, Kronecker]] = {}
+    for full_path, product in lora.products.items():
+        component, path = _placed(full_path, components)
+        module = _adaptable(path, components[component])
+        if not isinstance(module, nn.Linear) or tuple(weight_shape(module)) != (product.outs, product.ins):
+            raise LoraMismatch(
+                f"layer {path!r} is {tuple(weight_shape(module))}, the LoKr was made for {(product.outs, product.ins)}"
+            )
+        fitted.setdefault(component, {})[path] = product
     return fitted
 
 
@@ -194,8 +208,20 @@ def _without_magnitudes(raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], d
     return weights, magnitudes
 
 
+def _check_weights(
+    state: Mapping[str, Tensor], magnitudes: Mapping[str, Tensor], products: Mapping[str, Kronecker]
+) -> None:
+    if not state and not products:
+        raise LoraInvalid("it holds no LoRA weights")
+    _check_pairs(state)
+    _check_magnitudes(state, magnitudes)
+    for path, product in products.items():
+        if not all(bool(torch.isfinite(matrix).all()) for matrix in (product.w1, product.w2)):
+            raise LoraInvalid(f"a weight of {path!r} is not a matrix of finite numbers")
+
+
 def _check_pairs(state: Mapping[str, Tensor]) -> None:
-    """Every module has an A and a B of one rank, finite and floating; there is at least one."""
+    """Every module has an A and a B of one rank, finite and floating."""
     paths = set()
     for key, tensor in state.items():
         path, end = key.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight"), key[-14:]
@@ -204,8 +230,6 @@ def _check_pairs(state: Mapping[str, Tensor]) -> None:
         if not tensor.is_floating_point() or tensor.ndim not in (2, 4) or not bool(torch.isfinite(tensor).all()):
             raise LoraInvalid(f"weight {key!r} is not a matrix of finite numbers")
         paths.add(path)
-    if not paths:
-        raise LoraInvalid("it holds no LoRA weights")
     for path in paths:
         a, b = state.get(f"{path}.lora_A.weight"), state.get(f"{path}.lora_B.weight")
         if a is None or b is None or a.shape[0] != b.shape[1] or a.shape[0] == 0:
@@ -222,6 +246,14 @@ def _check_magnitudes(state: Mapping[str, Tensor], magnitudes: Mapping[str, Tens
 
 
 # -- fitting
+
+
+def _placed(full_path: str, components: Mapping[str, nn.Module]) -> tuple[str, str]:
+    """Component, and the path as that module spells it. Raises LoraMismatch."""
+    component, _, path = full_path.partition(".")
+    if component not in components:
+        component, path = _without_component(full_path, components)
+    return component, _own_path(path, components[component])
 
 
 def _without_component(full_path: str, components: Mapping[str, nn.Module]) -> tuple[str, str]:
@@ -246,12 +278,7 @@ def _own_path(path: str, component: nn.Module) -> str:
 
 def _shaped(path: str, layer: LoraLayer, component: nn.Module) -> LoraLayer:
     """The layer's pair in the shapes of the module it adapts. Raises LoraMismatch where it is not for that module."""
-    module = component.get_submodule(path)
-    module = getattr(module, "base_layer", module)  # already carries another adapter
-    if not isinstance(module, nn.Linear | nn.Conv2d):
-        raise LoraMismatch(f"layer {path!r} cannot carry a LoRA")
-    if isinstance(module, nn.Conv2d) and module.groups != 1:
-        raise LoraMismatch(f"layer {path!r} is a grouped convolution")
+    module = _adaptable(path, component)
     shape = weight_shape(module)
     if layer.A.ndim == 2 and len(shape) == 4 and layer.A.shape[1] == math.prod(shape[1:]):
         kernel = layer.A.reshape(layer.rank, *shape[1:])
@@ -264,3 +291,14 @@ def _shaped(path: str, layer: LoraLayer, component: nn.Module) -> LoraLayer:
     if found != expected or layer.A.shape[2:] != shape[2:]:
         raise LoraMismatch(f"layer {path!r} is {shape}, the LoRA was made for {found[:2]}")
     return layer
+
+
+def _adaptable(path: str, component: nn.Module) -> nn.Linear | nn.Conv2d:
+    """Raises LoraMismatch for a layer that can carry no adapter."""
+    module = component.get_submodule(path)
+    module = getattr(module, "base_layer", module)  # already carries another adapter
+    if not isinstance(module, nn.Linear | nn.Conv2d):
+        raise LoraMismatch(f"layer {path!r} cannot carry a LoRA")
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        raise LoraMismatch(f"layer {path!r} is a grouped convolution")
+    return module

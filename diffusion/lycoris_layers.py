@@ -17,7 +17,7 @@ from peft.tuners.lokr.layer import LoKrLayer
 from torch import Tensor, nn
 
 from diffusion.errors import SettingNotSupported
-from diffusion.lycoris import RANK_MAX, pair_rank
+from diffusion.lycoris import RANK_MAX, pair_rank, stays_product
 
 FULL_RANK = 2**30
 """Above half of every layer's sides, from where on LyCORIS keeps a factor whole."""
@@ -61,10 +61,12 @@ def settle_scales(component: nn.Module, adapter_name: str) -> None:
 
 
 def check_ranks(component: nn.Module, adapter_name: str) -> None:
-    """Raises SettingNotSupported where a layer's change has a higher rank than the engine serves."""
+    """Raises SettingNotSupported where a layer's change has a higher rank than the engine serves as a pair."""
     for path, layer in _layers(component):
-        rank = pair_rank(_factors(layer, adapter_name))
-        if rank > RANK_MAX:
+        factors = _factors(layer, adapter_name)
+        rank = pair_rank(factors)
+        is_linear = isinstance(layer.get_base_layer(), nn.Linear)
+        if rank > RANK_MAX and not (is_linear and stays_product(factors)):
             advice = "a smaller rank" if isinstance(layer, LoHaLayer) else "'lokr_full_rank: false', or a smaller rank"
             raise SettingNotSupported(
                 "network",

@@ -180,7 +180,10 @@ def begin_from(lora: TrainableLora, family: Family, path: Path) -> None:
     if lora.lycoris is not None:
         lora.load_state_dict(own | _own_factors(own, read_factors(path), family))
         return
-    for component, layers in fit_layers(read_lora(path), family.lora_components).items():
+    file = read_lora(path)
+    if file.products:
+        raise _not_this_network()
+    for component, layers in fit_layers(file, family.lora_components).items():
         for name, layer in layers.items():
             parts = {"lora_A.weight": layer.A, "lora_B.weight": layer.B}
             if layer.magnitude is not None:

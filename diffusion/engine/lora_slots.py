@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from abc import ABC, abstractmethod
+from collections import OrderedDict, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
+from typing import Generic, TypeAlias
 
 from torch import Tensor, nn
 
-from diffusion.engine.merged import own_weight
-from diffusion.engine.packed import Layout, Packed, base_layer, layer_order
+from diffusion.engine.merged import MergedWeights, own_weight
+from diffusion.engine.packed import Adapter, K, Layout, Packed, Product, base_layer, pair_layout, product_layout
 from diffusion.engine.slot_layers import LayerSlot, give_slot, take_slot
 from diffusion.engine.slot_table import Combo, SlotTable
 from diffusion.families.base import Family
 
 TABLES_MAX = 4
+Parts: TypeAlias = list[list[Packed[K]]]
+"""By slot, in the order of its adapters."""
 
 
 class LoraSlots:
@@ -59,13 +63,66 @@ class LoraSlots:
 
 
 class _ComponentSlots:
+    """Of one component: its pairs, and then its products."""
+
+    def __init__(self, name: str, module: nn.Module, family: Family, *, fixed_shapes: bool) -> None:
+        self._pairs = _Pairs(name, module, family, fixed_shapes=fixed_shapes)
+        self._products = _Products(name, module, family, fixed_shapes=fixed_shapes)
+
+    @property
+    def size_bytes(self) -> int:
+        return self._pairs.size_bytes + self._products.size_bytes
+
+    def arrange(self, combos: Sequence[Combo], key: Hashable) -> int:
+        # A slot with both is written in both tables, and is one.
+        return max(self._pairs.arrange(combos, key), self._products.arrange(combos, key))
+
+    def growth_bytes(self, combos: Sequence[Combo], key: Hashable) -> int:
+        return self._pairs.growth_bytes(combos, key) + self._products.growth_bytes(combos, key)
+
+    def release(self) -> None:
+        self._pairs.release()
+        self._products.release()
+
+    def remove(self) -> None:
+        self._pairs.remove()
+        self._products.remove()
+
+
+class _Part(ABC, Generic[K]):
+    """The tables of a component's pairs, or of its products, and what its layers see of them."""
+
     def __init__(self, name: str, module: nn.Module, family: Family, *, fixed_shapes: bool) -> None:
         self._name, self._module, self._family, self._fixed = name, module, family, fixed_shapes
-        self._layout = Layout({}, layer_order(module))
+        self._layout = self._empty_layout()
         self._slots: dict[str, LayerSlot] = {}
-        self._tables: OrderedDict[Hashable, SlotTable] = OrderedDict()
+        self._tables: OrderedDict[Hashable, SlotTable[K]] = OrderedDict()
         self._rank_ceiling, self._dora_seen = 1, False
         self._bound: tuple[object, ...] | None = None
+
+    @abstractmethod
+    def _empty_layout(self) -> Layout[K]: ...
+
+    @abstractmethod
+    def _of(self, adapter: Adapter) -> Packed[K] | None:
+        """What of an adapter belongs here."""
+
+    @abstractmethod
+    def _path(self, name: K) -> str: ...
+
+    @abstractmethod
+    def _names(self, parts: Parts[K]) -> Hashable:
+        """What ``_show`` makes of ``parts``, quick to compare."""
+
+    @abstractmethod
+    def _show(self, table: SlotTable[K], slots: int, rank: int, parts: Parts[K] | None, *, dora: bool) -> None:
+        """Give every layer its place in the table, up to ``rank``, where ``parts`` have it; None for all places."""
+
+    @abstractmethod
+    def _hide(self, slot: LayerSlot) -> None: ...
+
+    def _merged(self, slots: int) -> MergedWeights | None:
+        return None
 
     @property
     def size_bytes(self) -> int:
@@ -82,11 +139,13 @@ class _ComponentSlots:
         table = self._table(key, len(combos))
         written = table.fill(combos)
         if self._fixed:
-            rank, dora, used = table.rank, table.dora, None
+            rank, dora, seen = table.rank, table.dora, None
         else:
-            layouts = {id(p.layout.columns): p.layout.columns.keys() for own in parts for p in own}
-            used = frozenset[str]().union(*layouts.values())
-        self._bind(table, len(combos), rank, used, dora=dora)
+            seen = parts
+        wanted = (table, len(combos), rank, dora, None if seen is None else self._names(seen))
+        if self._bound != wanted:
+            self._bound = wanted
+            self._show(table, len(combos), rank, seen, dora=dora)
         return written
 
     def growth_bytes(self, combos: Sequence[Combo], key: Hashable) -> int:
@@ -102,14 +161,10 @@ class _ComponentSlots:
         needed_bytes = slots * ceiling * (layout.a_width + layout.b_width) * self._family.dtype.itemsize
         return max(0, needed_bytes - (0 if table is None else table.factor_bytes))
 
-    def _parts(self, combos: Sequence[Combo]) -> list[list[Packed]]:
-        """By slot."""
-        return [[a.parts[self._name] for a, _ in combo if self._name in a.parts] for combo in combos]
-
     def release(self) -> None:
         if self._bound is not None:
             for slot in self._slots.values():
-                slot.clear()
+                self._hide(slot)
             self._bound = None
 
     def remove(self) -> None:
@@ -118,16 +173,19 @@ class _ComponentSlots:
             take_slot(base_layer(self._module, path))
         self._slots.clear()
         self._tables.clear()
-        self._layout, self._rank_ceiling, self._dora_seen = Layout({}, layer_order(self._module)), 1, False
+        self._layout, self._rank_ceiling, self._dora_seen = self._empty_layout(), 1, False
 
-    def _grow(self, rank: int, widths: dict[str, tuple[int, int]], *, dora: bool) -> None:
+    def _parts(self, combos: Sequence[Combo]) -> Parts[K]:
+        return [[part for adapter, _ in combo if (part := self._of(adapter)) is not None] for combo in combos]
+
+    def _grow(self, rank: int, widths: dict[K, tuple[int, int]], *, dora: bool) -> None:
         self._rank_ceiling = max(self._rank_ceiling, _power_of_two(rank))
         self._dora_seen |= dora
         self._layout = self._layout.with_layers(widths)
-        for path in self._layout.columns.keys() - self._slots.keys():
+        for path in {self._path(name) for name in self._layout.names} - self._slots.keys():
             self._slots[path] = give_slot(base_layer(self._module, path))
 
-    def _table(self, key: Hashable, slots: int) -> SlotTable:
+    def _table(self, key: Hashable, slots: int) -> SlotTable[K]:
         table = self._tables.get(key)
         if (
             table is None
@@ -138,9 +196,10 @@ class _ComponentSlots:
         ):
             self._tables.pop(key, None)  # before the new one: both need not fit at once
             self.release()
+            rows = _power_of_two(slots)
             table = SlotTable(
-                self._name, self._layout, slots=_power_of_two(slots), rank=self._rank_ceiling,
-                dora=self._dora_seen, device=self._family.device, dtype=self._family.dtype, merged=self._own_weights(),
+                self._of, self._layout, slots=rows, rank=self._rank_ceiling, dora=self._dora_seen,
+                device=self._family.device, dtype=self._family.dtype, merged=self._merged(rows),
             )  # fmt: skip
             self._tables[key] = table
         self._tables.move_to_end(key)
@@ -148,30 +207,82 @@ class _ComponentSlots:
             self._tables.popitem(last=False)
         return table
 
-    def _bind(self, table: SlotTable, slots: int, rank: int, used: frozenset[str] | None, *, dora: bool) -> None:
-        wanted = (table, slots, rank, used, dora)
-        if self._bound == wanted:
-            return
-        self._bound = wanted
+
+class _Pairs(_Part[str]):
+    """A LoRA's rank is what its slot needs of the table's; of a layer ``A`` and ``B`` are seen, or a merged weight."""
+
+    def _empty_layout(self) -> Layout[str]:
+        return pair_layout(self._module)
+
+    def _of(self, adapter: Adapter) -> Packed[str] | None:
+        return adapter.parts.get(self._name)
+
+    def _path(self, name: str) -> str:
+        return name
+
+    def _names(self, parts: Parts[str]) -> frozenset[str]:
+        layouts = {id(part.layout): part.layout for own in parts for part in own}
+        return frozenset[str]().union(*(layout.names for layout in layouts.values()))
+
+    def _show(self, table: SlotTable[str], slots: int, rank: int, parts: Parts[str] | None, *, dora: bool) -> None:
+        names = table.layout.names if parts is None else self._names(parts)
         for path, slot in self._slots.items():
-            if used is None or path in used:
-                table.bind(path, slot, slots, rank, dora=dora)
-            else:
-                slot.clear()
+            self._hide(slot)
+            if path not in names:
+                continue
+            slot.weight = None if table.merged is None else table.merged.view(path, slots)
+            if slot.weight is None:
+                A, B = table.factors(path, slots)
+                slot.A, slot.B = A[:, :rank].transpose(1, 2), B[:, :rank]
+                slot.output_scale = table.output_scale(path, slots) if dora else None
 
-    def _own_weights(self) -> dict[str, Tensor]:
-        """Of the layers that are merged."""
+    def _hide(self, slot: LayerSlot) -> None:
+        slot.clear_pair()
+
+    def _merged(self, slots: int) -> MergedWeights:
         weights = {path: own_weight(base_layer(self._module, path), self._family.device) for path in self._slots}
-        return {path: weight for path, weight in weights.items() if weight is not None}
+        return MergedWeights(self._layout, {p: weight for p, weight in weights.items() if weight is not None}, slots)
 
 
-def _rank(parts: Sequence[Sequence[Packed]]) -> int:
+class _Products(_Part[Product]):
+    """Each adapter of a slot has a row of the table's; of a layer the two matrices of every row are seen."""
+
+    def _empty_layout(self) -> Layout[Product]:
+        return product_layout(self._module)
+
+    def _of(self, adapter: Adapter) -> Packed[Product] | None:
+        return adapter.products.get(self._name)
+
+    def _path(self, name: Product) -> str:
+        return name.path
+
+    def _names(self, parts: Parts[Product]) -> frozenset[tuple[int, frozenset[Product]]]:
+        return frozenset((row, part.layout.names) for own in parts for row, part in enumerate(own))
+
+    def _show(
+        self, table: SlotTable[Product], slots: int, rank: int, parts: Parts[Product] | None, *, dora: bool
+    ) -> None:
+        every = ((row, table.layout.names) for row in range(rank))
+        places = {(row, name) for row, names in (every if parts is None else self._names(parts)) for name in names}
+        seen: defaultdict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for row, product in sorted(places):
+            w1, w2 = table.factors(product, slots)
+            (o1, o2), (i1, i2) = product.outs, product.ins
+            seen[product.path].append((w1[:, row].view(slots, o1, i1), w2[:, row].view(slots, o2, i2)))
+        for path, slot in self._slots.items():
+            slot.products = tuple(seen[path])
+
+    def _hide(self, slot: LayerSlot) -> None:
+        slot.products = ()
+
+
+def _rank(parts: Parts[K]) -> int:
     """Of the slot that needs most."""
     return max((sum(part.rank for part in own) for own in parts), default=0)
 
 
-def _widths(parts: Sequence[Sequence[Packed]]) -> dict[str, tuple[int, int]]:
-    return {path: widths for own in parts for part in own for path, widths in part.layout.widths.items()}
+def _widths(parts: Parts[K]) -> dict[K, tuple[int, int]]:
+    return {name: widths for own in parts for part in own for name, widths in part.layout.widths.items()}
 
 
 def _power_of_two(number: int) -> int:

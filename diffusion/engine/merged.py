@@ -44,7 +44,7 @@ class _Group:
 class MergedWeights:
     """One table's. ``own``: the weights ``[out, in]`` of the layers that are merged, by path; they must not change."""
 
-    def __init__(self, layout: Layout, own: Mapping[str, Tensor], slots: int) -> None:
+    def __init__(self, layout: Layout[str], own: Mapping[str, Tensor], slots: int) -> None:
         self._groups: list[_Group] = []
         self._places: dict[str, tuple[Tensor, int]] = {}
         for (is_merged, _), group in groupby(layout.widths.items(), lambda item: (item[0] in own, item[1])):

@@ -79,7 +79,7 @@ class Prompts:
         return self._family.encode_prompts(texts)
 
     def _encoder_combo(self, combo: Combo) -> Combo:
-        return tuple((a, scale) for a, scale in combo if not a.parts.keys().isdisjoint(self._encoders))
+        return tuple((a, scale) for a, scale in combo if not a.components.isdisjoint(self._encoders))
 
     def _remember(self, found: dict[Key, TextEmbeds]) -> None:
         for key, embeds in found.items():

@@ -14,15 +14,18 @@ class LayerSlot:
     """What a layer adds: ``A [n, in, r]``, ``B [n, r, out]``, for ``n`` slots of equally many neighbouring rows.
 
     ``output_scale [n, out]`` is DoRA's. ``weight [n, out, in]`` stands for all three and for the layer's own weight.
-    With nothing set the layer is its plain self.
+    Each of ``products`` is a Kronecker product's ``w1 [n, o1, i1]`` and ``w2 [n, o2, i2]``; linear layers alone have
+    them. With nothing set the layer is its plain self.
     """
 
-    __slots__ = ("A", "B", "output_scale", "weight")
+    __slots__ = ("A", "B", "output_scale", "products", "weight")
 
     def __init__(self) -> None:
-        self.clear()
+        self.products: tuple[tuple[Tensor, Tensor], ...] = ()
+        self.clear_pair()
 
-    def clear(self) -> None:
+    def clear_pair(self) -> None:
+        """All but the products."""
         self.A: Tensor | None = None
         self.B: Tensor | None = None
         self.output_scale: Tensor | None = None
@@ -35,18 +38,15 @@ class SlotLinear(nn.Linear):
     lora_slot: LayerSlot
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.lora_slot.weight is not None:
-            return _linear(x, self.lora_slot.weight, self.bias)
-        out = super().forward(x)
-        A, B, scale = self.lora_slot.A, self.lora_slot.B, self.lora_slot.output_scale
-        if A is None or B is None:
-            return out
-        slots = A.shape[0]
-        out_nto = out.view(slots, -1, out.shape[-1])
-        if scale is not None:
-            _rescale(out_nto, scale.unsqueeze(1), self.bias)
-        x_nti = x.reshape(slots, -1, x.shape[-1])
-        out_nto.baddbmm_(torch.bmm(x_nti.to(A.dtype), A), B)
+        slot = self.lora_slot
+        if slot.weight is None:
+            out = super().forward(x)
+            if slot.A is not None and slot.B is not None:
+                _add_pair(out, x, slot.A, slot.B, slot.output_scale, self.bias)
+        else:
+            out = _linear(x, slot.weight, self.bias)
+        for w1, w2 in slot.products:
+            _add_product(out, x, w1, w2)
         return out
 
 
@@ -90,6 +90,26 @@ def _linear(x: Tensor, weight_noi: Tensor, bias: Tensor | None) -> Tensor:
     x_nti, weight_nio = x.reshape(weight_noi.shape[0], -1, x.shape[-1]), weight_noi.transpose(1, 2)
     out_nto = torch.bmm(x_nti, weight_nio) if bias is None else torch.baddbmm(bias, x_nti, weight_nio)
     return out_nto.view(*x.shape[:-1], -1)
+
+
+def _add_pair(
+    out: Tensor, x: Tensor, A_nir: Tensor, B_nro: Tensor, scale_no: Tensor | None, bias: Tensor | None
+) -> None:
+    """In place."""
+    slots = A_nir.shape[0]
+    out_nto = out.view(slots, -1, out.shape[-1])
+    if scale_no is not None:
+        _rescale(out_nto, scale_no.unsqueeze(1), bias)
+    x_nti = x.reshape(slots, -1, x.shape[-1])
+    out_nto.baddbmm_(torch.bmm(x_nti.to(A_nir.dtype), A_nir), B_nro)
+
+
+def _add_product(out: Tensor, x: Tensor, w1_npq: Tensor, w2_nuv: Tensor) -> None:
+    """In place: ``w1 X w2^T`` of each row's ``X [q, v]``."""
+    slots, (p, q), (u, v) = w1_npq.shape[0], w1_npq.shape[1:], w2_nuv.shape[1:]
+    x_nav = x.reshape(slots, -1, v).to(w2_nuv.dtype)
+    half_ntqu = torch.bmm(x_nav, w2_nuv.transpose(1, 2)).view(slots, -1, q, u)
+    out.view(slots, -1, p, u).add_(torch.einsum("npq,ntqu->ntpu", w1_npq, half_ntqu))
 
 
 def _rescale(out: Tensor, scale: Tensor, bias: Tensor | None) -> None:

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Generic
 
 import torch
 from torch import Tensor
 
 from diffusion.engine.merged import MergedWeights
-from diffusion.engine.packed import Adapter, FileStamp, Layout, Packed
-from diffusion.engine.slot_layers import LayerSlot
+from diffusion.engine.packed import Adapter, FileStamp, K, Layout, Packed
 
 Combo = tuple[tuple[Adapter, float], ...]
 """The adapters of one picture with their scales, in order; each adapter once."""
 
 
-class SlotTable:
-    """``A [slots, rank, sum of in]``, ``B [slots, rank, sum of out]`` for the layers of one component.
+class SlotTable(Generic[K]):
+    """``A [slots, rank, sum of a]``, ``B [slots, rank, sum of b]``: the pairs, or the products, of one component.
 
     Each layer's part is a view. Filling a slot changes values only, never a shape, a stride or an address.
     """
 
     def __init__(
-        self, component: str, layout: Layout, *, slots: int, rank: int, dora: bool, device: torch.device,
-        dtype: torch.dtype, merged: Mapping[str, Tensor],
+        self, part_of: Callable[[Adapter], Packed[K] | None], layout: Layout[K], *, slots: int, rank: int, dora: bool,
+        device: torch.device, dtype: torch.dtype, merged: MergedWeights | None = None,
     ) -> None:  # fmt: skip
-        """``merged``: the weights of the layers that get theirs per slot, as ``MergedWeights`` says."""
-        self.layout, self.slots, self.rank = layout, slots, rank
-        self._component = component
+        """``part_of``: what of an adapter is kept here. ``merged``: the layers that get their weights per slot."""
+        self.layout, self.slots, self.rank, self.merged = layout, slots, rank, merged
+        self._part_of = part_of
         self._A = torch.zeros(slots, rank, layout.a_width, device=device, dtype=dtype)
         self._B = torch.zeros(slots, rank, layout.b_width, device=device, dtype=dtype)
         self._scale = torch.ones(slots, layout.b_width, device=device, dtype=dtype) if dora else None
-        self._merged = MergedWeights(layout, merged, slots)
         # By name: the adapters themselves may leave memory while a slot still has their values.
         self._contents: list[tuple[tuple[FileStamp, float], ...]] = [()] * slots
         self._ranks = [0] * slots
@@ -48,7 +47,7 @@ class SlotTable:
     @property
     def size_bytes(self) -> int:
         scale_bytes = 0 if self._scale is None else self._scale.nbytes
-        return self.factor_bytes + scale_bytes + self._merged.size_bytes
+        return self.factor_bytes + scale_bytes + (0 if self.merged is None else self.merged.size_bytes)
 
     def fill(self, combos: Sequence[Combo]) -> int:
         """Slot ``i`` gets ``combos[i]``. Returns how many slots had to be written: those whose content differs."""
@@ -61,24 +60,25 @@ class SlotTable:
                 written += 1
         return written
 
-    def bind(self, path: str, slot: LayerSlot, slots: int, rank: int, *, dora: bool) -> None:
-        """Give a layer its part of the first ``slots`` slots: up to ``rank``, and output scales with ``dora``."""
-        slot.clear()
-        slot.weight = self._merged.view(path, slots)
-        if slot.weight is not None:
-            return
-        at = self.layout.columns[path]
-        slot.A = self._A[:slots, :rank, at.a_start : at.a_start + at.a_width].transpose(1, 2)
-        slot.B = self._B[:slots, :rank, at.b_start : at.b_start + at.b_width]
-        if dora and self._scale is not None:
-            slot.output_scale = self._scale[:slots, at.b_start : at.b_start + at.b_width]
+    def factors(self, name: K, slots: int) -> tuple[Tensor, Tensor]:
+        """A layer's ``[slots, rank, a]`` and ``[slots, rank, b]``, of the first ``slots`` slots."""
+        at = self.layout.columns[name]
+        A = self._A[:slots, :, at.a_start : at.a_start + at.a_width]
+        return A, self._B[:slots, :, at.b_start : at.b_start + at.b_width]
+
+    def output_scale(self, name: K, slots: int) -> Tensor | None:
+        """A layer's ``[slots, b]``; None for a table without."""
+        at = self.layout.columns[name]
+        return None if self._scale is None else self._scale[:slots, at.b_start : at.b_start + at.b_width]
 
     def _write(self, slot: int, combo: Combo) -> None:
         if self._scale is not None:
             self._scale[slot] = 1
-        parts = [(adapter.parts[self._component], s) for adapter, s in combo if self._component in adapter.parts]
         first = 0
-        for part, scale in parts:
+        for adapter, scale in combo:
+            part = self._part_of(adapter)
+            if part is None:
+                continue
             self._copy(slot, first, part, scale)
             if part.dora:
                 self._apply_dora(slot, first, part, scale)
@@ -87,10 +87,11 @@ class SlotTable:
             self._A[slot, first : self._ranks[slot]] = 0
             self._B[slot, first : self._ranks[slot]] = 0
         self._ranks[slot] = first
-        output_scale = None if self._scale is None else self._scale[slot]
-        self._merged.write(slot, self._A[slot, :first], self._B[slot, :first], output_scale)
+        if self.merged is not None:
+            output_scale = None if self._scale is None else self._scale[slot]
+            self.merged.write(slot, self._A[slot, :first], self._B[slot, :first], output_scale)
 
-    def _copy(self, slot: int, first: int, part: Packed, scale: float) -> None:
+    def _copy(self, slot: int, first: int, part: Packed[K], scale: float) -> None:
         A, B = self._A[slot, first : first + part.rank], self._B[slot, first : first + part.rank]
         a_runs, b_runs = part.runs(self.layout)
         A_own, B_own = part.A, part.B
@@ -106,7 +107,7 @@ class SlotTable:
         if scale != 1.0:
             B.mul_(scale)
 
-    def _apply_dora(self, slot: int, first: int, part: Packed, scale: float) -> None:
+    def _apply_dora(self, slot: int, first: int, part: Packed[K], scale: float) -> None:
         """One LoRA after another, as peft does: a DoRA scales what came before it, its own change included."""
         if self._scale is None:
             raise RuntimeError("the table has no room for output scales")

@@ -11,7 +11,7 @@ from diffusion.engine.packed import Adapter
 from diffusion.engine.request import RenderedImage
 from diffusion.engine.sample import Sample
 from diffusion.engine.slot_table import Combo
-from diffusion.errors import Cancelled
+from diffusion.errors import Cancelled, SettingNotSupported
 
 OnStep = Callable[[int, int], None]
 ShouldStop = Callable[[], bool]
@@ -38,7 +38,7 @@ class Ticket:
         return all(lease.ready for leases in self.leases for lease in leases)
 
     def assign_adapters(self) -> None:
-        """Raises what a load raised: LoraInvalid, LoraMismatch."""
+        """Raises what a load raised, LoraInvalid or LoraMismatch; SettingNotSupported for adapters that do not mix."""
         for sample, leases in zip(self.samples, self.leases, strict=True):
             sample.combo = _combo(sample, leases)
 
@@ -68,9 +68,11 @@ class Ticket:
 
 
 def _combo(sample: Sample, leases: Sequence[Lease]) -> Combo:
-    """The same file given twice counts with the sum of its scales."""
+    """The same file given twice counts with the sum of its scales. Raises SettingNotSupported."""
     scales: dict[Adapter, float] = {}
     for lora, lease in zip(sample.request.loras, leases, strict=True):
         adapter = lease.adapter()
+        if any(adapter.rescales(other) for other in scales if other is not adapter):
+            raise SettingNotSupported("loras", "a DoRA cannot come after a LoKr on the same layers: name it first")
         scales[adapter] = scales.get(adapter, 0.0) + lora.scale
     return tuple(scales.items())

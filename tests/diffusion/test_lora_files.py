@@ -130,6 +130,35 @@ def test_what_diffusers_converts_to_kohya_reads_back(write_lora: WriteLora, tmp_
     assert lora.alphas == source.alphas
 
 
+@pytest.mark.parametrize("is_decomposed", [False, True])
+def test_a_lokr_that_is_too_wide_for_a_pair_stays_a_product_of_two_matrices(
+    is_decomposed: bool, tmp_path: Path
+) -> None:
+    w1, down, up = torch.randn(48, 48), torch.randn(40, 40), torch.randn(40, 40)
+    second = {"lokr_w2_a": up, "lokr_w2_b": down} if is_decomposed else {"lokr_w2": up @ down}
+    parts = {"lokr_w1": w1, "alpha": torch.tensor(10.0), **second}
+    state = PAIR | {f"unet.x.to_q.{name}": tensor for name, tensor in parts.items()}
+    save_lora(tmp_path / "one.safetensors", state, metadata={})
+    lora = read_lora(tmp_path / "one.safetensors")
+    assert lora.layers().keys() == {"unet.conv_in"}
+    product = lora.products["unet.x.to_q"]
+    assert (product.outs, product.ins, lora.rank) == (1920, 1920, 2)
+    # As LyCORIS: alpha / rank counts only where a matrix is decomposed.
+    torch.testing.assert_close(product.w1, w1 * (10 / 40 if is_decomposed else 1))
+    torch.testing.assert_close(product.w2, up @ down)
+
+
+def test_a_lokr_of_a_convolution_or_with_a_magnitude_has_a_pair(tmp_path: Path) -> None:
+    whole = {"lokr_w1": torch.randn(16, 16), "lokr_w2": torch.randn(20, 20)}
+    state = {f"unet.{path}.{name}": tensor.clone() for path in ("a.b", "a.c") for name, tensor in whole.items()}
+    state |= {"unet.a.c.dora_scale": torch.ones(320), "unet.a.d.lokr_w1": torch.randn(16, 16)}
+    state["unet.a.d.lokr_w2"] = torch.randn(20, 20, 3, 3)
+    save_lora(tmp_path / "one.safetensors", state, metadata={})
+    lora = read_lora(tmp_path / "one.safetensors")
+    assert set(lora.products) == {"unet.a.b"}
+    assert {path: layer.rank for path, layer in lora.layers().items()} == {"unet.a.c": 320, "unet.a.d": 320}
+
+
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin", ".pth", ""])
 def test_pickle_formats_are_refused_unopened(suffix: str, tmp_path: Path) -> None:
     with pytest.raises(LoraInvalid, match=r"only \.safetensors"):
@@ -172,7 +201,10 @@ def test_a_truncated_file_is_refused(kept: int, tmp_path: Path) -> None:
         ({"lora_unet_mid_block.hada_w1_a": torch.ones(2, 2)}, "LoHa.*incomplete"),
         ({"lora_unet_mid_block.hada_t1": torch.ones(2, 2, 3, 3)}, "Tucker LoHa"),
         ({"lora_unet_mid_block.oft_blocks": torch.ones(2, 2)}, "OFT"),
-        ({"x.lokr_w1": torch.ones(30, 30), "x.lokr_w2": torch.ones(60, 60)}, "rank 1800; 1536 is the most"),
+        (
+            {"lora_unet_x.lokr_w1": torch.ones(30, 30), "lora_unet_x.lokr_w2": torch.ones(60, 60)},
+            "1800; 1536 is the most",
+        ),
         ({"lora_unet_mid_block.lora_down.weight": torch.ones(2, 2)}, "unknown weights"),
         ({"lora_unet_mid_block.other": torch.ones(2, 2)}, "unknown weights"),
         ({"lora_unet_mid_block.alpha": torch.ones(())}, "unknown weights"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from diffusion.adapter import ConvLora, TrainableLora, attach_lora
 from diffusion.engine import Engine, GenerateRequest, LoraRef
+from diffusion.engine.lora_slots import LoraSlots
+from diffusion.engine.packed import load_adapter, stamp_of
 from diffusion.errors import LoraInvalid, SettingNotSupported
 from diffusion.families import StableDiffusion1, load_family
 from diffusion.kohya import to_kohya_factors
@@ -118,6 +121,44 @@ def test_a_whole_lokr_holds_two_matrices_and_no_scale(family: StableDiffusion1, 
     assert layer.alpha == layer.rank
     kept = load_file(tmp_path / "a.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in kept.values())
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs are so small that the tiny models' layers are too wide for them, as full-size transformers' are."""
+    monkeypatch.setattr("diffusion.lycoris.RANK_MAX", 24)
+    monkeypatch.setattr("diffusion.lycoris_layers.RANK_MAX", 24)
+    monkeypatch.setattr("diffusion.lycoris.CHEAP_RANK_MAX", 8)
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("lycoris", [Lycoris("lokr", full_rank=True), Lycoris("lokr", 2)], ids=["whole", "decomposed"])
+def test_a_lokr_wider_than_any_pair_is_trained_saved_and_served(lycoris: Lycoris, tmp_path: Path) -> None:
+    trained: Any = load_family(write_tiny_model("flux1", tmp_path), device="cpu", dtype=torch.float32)
+    served: Any = load_family(tmp_path / "model", device="cpu", dtype=torch.float32)
+    lora = attach_lora(trained, rank=14, alpha=7, targets="all", lycoris=lycoris)
+    randomise(lora)
+    path = tmp_path / "a.safetensors"
+    save_lora(path, lora.file_state(), metadata=lora.metadata(title="wide"))
+    adapter = load_adapter(stamp_of(path), served, lambda size: torch.empty(size, dtype=torch.uint8))
+    assert adapter.products
+    latents = torch.linspace(-1, 1, math.prod(served.latent_shape(64, 64))).reshape(1, *served.latent_shape(64, 64))
+
+    def predicted(family: Any) -> torch.Tensor:
+        with torch.no_grad():
+            made: torch.Tensor = family.predict(latents, torch.tensor([500.0]), served.encode_prompts(["a"]))
+        return made
+
+    plain = predicted(served)
+    LoraSlots(served).arrange("transformer", [((adapter, 1.0),)])
+    torch.testing.assert_close(predicted(served), predicted(trained), rtol=1e-4, atol=1e-5)
+    assert float((predicted(served) - plain).abs().max()) > 0.1
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_convolution_needs_a_pair_and_is_refused_where_it_has_none(family: StableDiffusion1) -> None:
+    with pytest.raises(SettingNotSupported, match=r"conv.*would have rank 32, and 24 is the most"):
+        attach(family, "lokr-full")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def own() -> dict[str, Tensor]:
 
 @pytest.fixture
 def layout() -> Layout:
-    return Layout(SIZES, {path: place for place, path in enumerate(SIZES)})
+    return Layout(SIZES, list(SIZES).index)
 
 
 def test_a_slot_is_its_last_content_and_its_neighbours_stay(layout: Layout, own: dict[str, Tensor]) -> None:
