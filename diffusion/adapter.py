@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from diffusion.errors import LoraMismatch, SettingNotSupported
 from diffusion.families.base import Family, LoraTargets
 from diffusion.lora_names import ADAPTER_METADATA_KEY
-from diffusion.lycoris_layers import Lycoris, alphas, check_ranks, settle_scales
+from diffusion.lycoris_layers import Lycoris, alphas, check_ranks, settle_scales, use_products
 
 AnyConfig: TypeAlias = LoraConfig | LoKrConfig | LoHaConfig
 TRAINING_ADAPTER = "trainee"  # peft keeps adapters in ModuleDicts, where "training" is taken
@@ -278,6 +278,7 @@ def _settle_lycoris(lora: TrainableLora, modules: Sequence[nn.Module]) -> None:
     """Raises SettingNotSupported, with the layers taken off again, for a network that could not be served."""
     try:
         for module in modules:
+            use_products(module)
             settle_scales(module, TRAINING_ADAPTER)
             check_ranks(module, TRAINING_ADAPTER)
     except SettingNotSupported:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from peft import LoHaConfig, LoKrConfig
 from peft.tuners.loha.layer import LoHaLayer
+from peft.tuners.lokr.layer import Linear as LoKrLinear
 from peft.tuners.lokr.layer import LoKrLayer
 from torch import Tensor, nn
 
@@ -49,6 +50,35 @@ class Lycoris:
         if self.kind == "loha":
             return {"algo": "loha"}
         return {"algo": "lokr", "factor": str(self.factor), "full_matrix": str(self.full_rank)}
+
+
+class ProductLinear(LoKrLinear):  # type: ignore[misc]
+    """peft's layer without the matrix of the base layer's size that it makes, and keeps for the gradients, in a call.
+
+    For a wide transformer those weigh as much as its weights in float32, and take as many multiplications.
+    """
+
+    def _get_delta_activations(self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        w1, w2 = (self._matrix(name, adapter_name) for name in ("lokr_w1", "lokr_w2"))
+        x_nqv = self._cast_input_dtype(x, w1.dtype).unflatten(-1, (w1.shape[1], w2.shape[1]))
+        changed = torch.einsum("pq,...qu->...pu", w1 * self.scaling[adapter_name], x_nqv @ w2.T)
+        return changed.flatten(-2)
+
+    def _matrix(self, name: str, adapter_name: str) -> Tensor:
+        whole = getattr(self, name)
+        if adapter_name in whole:
+            matrix: Tensor = whole[adapter_name]
+            return matrix
+        first, second = (getattr(self, f"{name}_{part}")[adapter_name] for part in "ab")
+        return torch.matmul(first, second)
+
+
+def use_products(component: nn.Module) -> None:
+    """LoKr's linear layers become ``ProductLinear``."""
+    for _, layer in _layers(component):
+        if type(layer) is LoKrLinear:
+            # Past nn.Module's own __setattr__, which knows parameters and submodules.
+            object.__setattr__(layer, "__class__", ProductLinear)
 
 
 def settle_scales(component: nn.Module, adapter_name: str) -> None:

@@ -35,13 +35,13 @@ class LoraSlots:
             for name, module in family.lora_components.items()
         }
 
-    def arrange(self, component: str, combos: Sequence[Combo], *, table: Hashable = None) -> int:
-        """Give the next calls of ``component`` one combo per slot. Returns how many slots had to be written.
+    def arrange(self, component: str, combos: Sequence[Combo], *, table: Hashable = None) -> None:
+        """Give the next calls of ``component`` one combo per slot.
 
         A call's rows must be a multiple of the slots, each slot's rows side by side. ``table`` names the batch that
         this is one call of: batches that take turns then do not overwrite one another.
         """
-        return self._components[component].arrange(combos, table)
+        self._components[component].arrange(combos, table)
 
     def growth_bytes(self, component: str, combos: Sequence[Combo], *, table: Hashable = None) -> int:
         """What ``arrange`` would allocate beside what is there."""
@@ -73,9 +73,9 @@ class _ComponentSlots:
     def size_bytes(self) -> int:
         return self._pairs.size_bytes + self._products.size_bytes
 
-    def arrange(self, combos: Sequence[Combo], key: Hashable) -> int:
-        # A slot with both is written in both tables, and is one.
-        return max(self._pairs.arrange(combos, key), self._products.arrange(combos, key))
+    def arrange(self, combos: Sequence[Combo], key: Hashable) -> None:
+        self._pairs.arrange(combos, key)
+        self._products.arrange(combos, key)
 
     def growth_bytes(self, combos: Sequence[Combo], key: Hashable) -> int:
         return self._pairs.growth_bytes(combos, key) + self._products.growth_bytes(combos, key)
@@ -121,23 +121,24 @@ class _Part(ABC, Generic[K]):
     @abstractmethod
     def _hide(self, slot: LayerSlot) -> None: ...
 
+    @abstractmethod
     def _merged(self, slots: int) -> MergedWeights | None:
-        return None
+        """The layers that get their weights per slot."""
 
     @property
     def size_bytes(self) -> int:
         return sum(table.size_bytes for table in self._tables.values())
 
-    def arrange(self, combos: Sequence[Combo], key: Hashable) -> int:
+    def arrange(self, combos: Sequence[Combo], key: Hashable) -> None:
         parts = self._parts(combos)
         rank = _rank(parts)
         if rank == 0 and not (self._fixed and self._slots):
             self.release()
-            return 0
+            return
         dora = any(part.dora for own in parts for part in own)
         self._grow(rank, _widths(parts), dora=dora)
         table = self._table(key, len(combos))
-        written = table.fill(combos)
+        table.fill(combos)
         if self._fixed:
             rank, dora, seen = table.rank, table.dora, None
         else:
@@ -146,7 +147,6 @@ class _Part(ABC, Generic[K]):
         if self._bound != wanted:
             self._bound = wanted
             self._show(table, len(combos), rank, seen, dora=dora)
-        return written
 
     def growth_bytes(self, combos: Sequence[Combo], key: Hashable) -> int:
         """Of the table's A and B: output scales and merged weights are small beside them."""
@@ -181,9 +181,11 @@ class _Part(ABC, Generic[K]):
     def _grow(self, rank: int, widths: dict[K, tuple[int, int]], *, dora: bool) -> None:
         self._rank_ceiling = max(self._rank_ceiling, _power_of_two(rank))
         self._dora_seen |= dora
-        self._layout = self._layout.with_layers(widths)
-        for path in {self._path(name) for name in self._layout.names} - self._slots.keys():
-            self._slots[path] = give_slot(base_layer(self._module, path))
+        layout = self._layout.with_layers(widths)
+        if layout is not self._layout:
+            self._layout = layout
+            for path in {self._path(name) for name in layout.names} - self._slots.keys():
+                self._slots[path] = give_slot(base_layer(self._module, path))
 
     def _table(self, key: Hashable, slots: int) -> SlotTable[K]:
         table = self._tables.get(key)
@@ -221,8 +223,7 @@ class _Pairs(_Part[str]):
         return name
 
     def _names(self, parts: Parts[str]) -> frozenset[str]:
-        layouts = {id(part.layout): part.layout for own in parts for part in own}
-        return frozenset[str]().union(*(layout.names for layout in layouts.values()))
+        return frozenset[str]().union(*{part.layout.names for own in parts for part in own})
 
     def _show(self, table: SlotTable[str], slots: int, rank: int, parts: Parts[str] | None, *, dora: bool) -> None:
         names = table.layout.names if parts is None else self._names(parts)
@@ -274,6 +275,9 @@ class _Products(_Part[Product]):
 
     def _hide(self, slot: LayerSlot) -> None:
         slot.products = ()
+
+    def _merged(self, slots: int) -> None:
+        return None
 
 
 def _rank(parts: Parts[K]) -> int:

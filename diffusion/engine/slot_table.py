@@ -49,16 +49,13 @@ class SlotTable(Generic[K]):
         scale_bytes = 0 if self._scale is None else self._scale.nbytes
         return self.factor_bytes + scale_bytes + (0 if self.merged is None else self.merged.size_bytes)
 
-    def fill(self, combos: Sequence[Combo]) -> int:
-        """Slot ``i`` gets ``combos[i]``. Returns how many slots had to be written: those whose content differs."""
-        written = 0
+    def fill(self, combos: Sequence[Combo]) -> None:
+        """Slot ``i`` gets ``combos[i]``, where it does not have that already."""
         for slot, combo in enumerate(combos):
-            content = tuple((adapter.stamp, scale) for adapter, scale in combo)
+            content = tuple((a.stamp, scale) for a, scale in combo if self._part_of(a) is not None)
             if content != self._contents[slot]:
                 self._write(slot, combo)
                 self._contents[slot] = content
-                written += 1
-        return written
 
     def factors(self, name: K, slots: int) -> tuple[Tensor, Tensor]:
         """A layer's ``[slots, rank, a]`` and ``[slots, rank, b]``, of the first ``slots`` slots."""

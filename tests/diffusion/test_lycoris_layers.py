@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lokr.layer import Linear as LoKrLinear
+from peft.tuners.lokr.layer import LoKrLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +25,7 @@ from diffusion.errors import LoraInvalid, SettingNotSupported
 from diffusion.families import StableDiffusion1, load_family
 from diffusion.kohya import to_kohya_factors
 from diffusion.lora import read_factors, read_lora, save_lora
-from diffusion.lycoris_layers import Lycoris
+from diffusion.lycoris_layers import Lycoris, ProductLinear
 from diffusion.testing import write_tiny_model
 
 REQUEST = GenerateRequest(prompt="a red ring", width=64, height=64, steps=2, guidance_scale=5.0, seed=3)
@@ -88,6 +90,25 @@ def test_a_new_network_changes_nothing_and_one_step_changes_the_prediction(name:
     assert len(trained) == len(lora.parameters())
     lora.detach()
     assert torch.equal(predict(family), before)
+
+
+@pytest.mark.parametrize("lycoris", [Lycoris("lokr", 4), Lycoris("lokr", 4, full_rank=True)])
+def test_a_linear_lokr_equals_pefts_own_and_never_makes_a_matrix_of_the_layers_size(
+    lycoris: Lycoris, family: StableDiffusion1, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = attach_lora(family, rank=2, alpha=3, targets="attention", lycoris=lycoris)
+    randomise(lora)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(predict(family).square().mean(), lora.parameters())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoKrLayer, "get_delta_weight", None)
+        prediction, own = predict(family).detach(), gradients()
+    monkeypatch.setattr(ProductLinear, "_get_delta_activations", LoKrLinear._get_delta_activations)
+    torch.testing.assert_close(prediction, predict(family), rtol=1e-4, atol=1e-5)
+    for ours, pefts in zip(own, gradients(), strict=True):
+        torch.testing.assert_close(ours, pefts, rtol=1e-3, atol=1e-5)
 
 
 def test_the_seed_alone_decides_the_first_weights(family: StableDiffusion1) -> None:
