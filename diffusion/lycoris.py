@@ -8,6 +8,7 @@ product); key names as LyCORIS and peft write them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -58,9 +59,7 @@ def take_products(
     for path, parts in modules.items():
         if stays_product(parts):
             (w1, rank1), (w2, rank2) = (_whole(path, parts, name) for name in ("lokr_w1", "lokr_w2"))
-            alpha, rank = raw.get(f"{path}.alpha"), rank2 or rank1
-            # LyCORIS ignores alpha where neither matrix is decomposed.
-            products[path] = Kronecker(w1 if alpha is None or rank == 0 else w1 * (float(alpha) / rank), w2)
+            products[path] = Kronecker(w1 * _scale(path, raw.get(f"{path}.alpha"), rank2 or rank1), w2)
     return {key: tensor for key, tensor in raw.items() if _path_and_part(key)[0] not in products}, products
 
 
@@ -79,6 +78,13 @@ def stays_product(parts: Mapping[str, Tensor]) -> bool:
 def _path_and_part(key: str) -> tuple[str, str]:
     path, _, part = key.removesuffix(".weight").rpartition(".")
     return path, part
+
+
+def _scale(path: str, alpha: Tensor | None, rank: int) -> float:
+    """alpha / rank. LyCORIS ignores alpha where neither matrix is decomposed: rank 0 says so."""
+    if alpha is not None and alpha.numel() != 1:
+        raise LoraInvalid(f"the alpha of {path!r} is not one number")
+    return 1.0 if alpha is None or rank == 0 else float(alpha) / rank
 
 
 def _whole(path: str, parts: Mapping[str, Tensor], name: str) -> tuple[Tensor, int]:
@@ -109,8 +115,7 @@ def expand(raw: Mapping[str, Tensor], *, down: str, up: str) -> dict[str, Tensor
         expanded = A.shape[0]
         kept[f"{path}.{down}"], kept[f"{path}.{up}"] = A, B
         # The pair is scaled by alpha / its own rank, the file's module by alpha / rank.
-        scale = 1.0 if alpha is None or rank == 0 else float(alpha) / rank
-        kept[f"{path}.alpha"] = torch.tensor(scale * expanded)
+        kept[f"{path}.alpha"] = torch.tensor(_scale(path, alpha, rank) * expanded)
     return kept
 
 
@@ -121,7 +126,7 @@ def pair_rank(parts: Mapping[str, Tensor]) -> int:
     rank = 1
     for name in ("lokr_w1", "lokr_w2"):
         whole = parts.get(name)
-        rank *= parts[f"{name}_b"].shape[0] if whole is None else min(whole.shape[0], whole[0].numel())
+        rank *= parts[f"{name}_b"].shape[0] if whole is None else min(whole.shape[0], math.prod(whole.shape[1:]))
     return rank
 
 
@@ -147,7 +152,6 @@ def _lokr(path: str, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int]:
     U1, V1, rank1 = _factors(path, parts, "lokr_w1")
     U2, V2, rank2 = _factors(path, parts, "lokr_w2")
     _check_rank(path, U1.shape[1] * U2.shape[1])
-    # LyCORIS ignores alpha where neither factor is decomposed: rank 0 says so.
     return torch.kron(V1, V2).contiguous(), torch.kron(U1, U2).contiguous(), rank2 or rank1
 
 
