@@ -236,7 +236,7 @@ def test_room_that_adapters_will_take_in_slots_counts(
     for count in (1, 3):
         grows = slots.growth_bytes("unet", [combo] * count, table="t")
         slots.arrange("unet", [combo] * count, table="t")
-        table = slots._components["unet"]._tables["t"]
+        table = slots._components["unet"]._pairs._tables["t"]
         assert grows == table.factor_bytes - held_bytes > 0
         held_bytes = table.factor_bytes
     assert slots.growth_bytes("unet", [combo] * 4, table="t") == 0
