@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from diffusion.errors import LoraInvalid, LoraMismatch
 from diffusion.lora_names import KOHYA_PREFIXES, from_diffusers, from_kohya, ranks
-from diffusion.lycoris import Kronecker, expand, take_products
+from diffusion.lycoris import Kronecker, expand, pair_of, take_products
 from diffusion.quantized import weight_shape
 
 logger = logging.getLogger(__name__)
@@ -151,25 +151,34 @@ def fit_layers(lora: LoraFile, components: Mapping[str, nn.Module]) -> dict[str,
     """The pairs by component, then by that module's own path names. Raises LoraMismatch unless every one fits.
 
     A file that names no component, as peft saves a single module, is for the first. The weights get the shapes of the
-    layers' own: a flat convolution pair its kernel's.
+    layers' own: a flat convolution pair its kernel's. Products on convolutions are among them: models of one
+    architecture have some projections as linear layers or as 1x1 convolutions. Raises LoraInvalid where such a one is
+    too wide.
     """
     fitted: dict[str, dict[str, LoraLayer]] = {}
-    for full_path, layer in lora.layers().items():
+    layers = lora.layers()
+    for full_path, product in lora.products.items():
+        component, path = _placed(full_path, components)
+        if not isinstance(_adaptable(path, components[component]), nn.Linear):
+            A, B = pair_of(full_path, product)
+            layers[full_path] = LoraLayer(A, B, float(A.shape[0]))
+    for full_path, layer in layers.items():
         component, path = _placed(full_path, components)
         fitted.setdefault(component, {})[path] = _shaped(path, layer, components[component])
     return fitted
 
 
 def fit_products(lora: LoraFile, components: Mapping[str, nn.Module]) -> dict[str, dict[str, Kronecker]]:
-    """As ``fit_layers``, of the products."""
+    """As ``fit_layers``, of the products on linear layers."""
     fitted: dict[str, dict[str, Kronecker]] = {}
     for full_path, product in lora.products.items():
         component, path = _placed(full_path, components)
         module = _adaptable(path, components[component])
-        if not isinstance(module, nn.Linear) or tuple(weight_shape(module)) != (product.outs, product.ins):
-            raise LoraMismatch(
-                f"layer {path!r} is {tuple(weight_shape(module))}, the LoKr was made for {(product.outs, product.ins)}"
-            )
+        if not isinstance(module, nn.Linear):
+            continue
+        shape, made_for = weight_shape(module), (product.outs, product.ins)
+        if shape != made_for:
+            raise LoraMismatch(f"layer {path!r} is {shape}, the LoKr was made for {made_for}")
         fitted.setdefault(component, {})[path] = product
     return fitted
 

@@ -110,6 +110,8 @@ def expand(raw: Mapping[str, Tensor], *, down: str, up: str) -> dict[str, Tensor
         else:
             kept[key] = tensor
     for path, parts in modules.items():
+        if any(tensor.ndim < 2 for tensor in parts.values()):
+            raise LoraInvalid(f"a weight of {path!r} is not a matrix")
         alpha = kept.pop(f"{path}.alpha", None)
         A, B, rank = _loha(path, parts) if any(part in LOHA for part in parts) else _lokr(path, parts)
         expanded = A.shape[0]
@@ -117,6 +119,12 @@ def expand(raw: Mapping[str, Tensor], *, down: str, up: str) -> dict[str, Tensor
         # The pair is scaled by alpha / its own rank, the file's module by alpha / rank.
         kept[f"{path}.alpha"] = torch.tensor(_scale(path, alpha, rank) * expanded)
     return kept
+
+
+def pair_of(path: str, product: Kronecker) -> tuple[Tensor, Tensor]:
+    """The product as ``A`` and ``B``, for a layer that cannot have it as it is. Raises LoraInvalid: it is too wide."""
+    A, B, _ = _lokr(path, {"lokr_w1": product.w1, "lokr_w2": product.w2})
+    return A, B
 
 
 def pair_rank(parts: Mapping[str, Tensor]) -> int:

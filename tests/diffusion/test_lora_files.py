@@ -205,6 +205,7 @@ def test_a_truncated_file_is_refused(kept: int, tmp_path: Path) -> None:
             {"lora_unet_x.lokr_w1": torch.ones(30, 30), "lora_unet_x.lokr_w2": torch.ones(60, 60)},
             "1800; 1536 is the most",
         ),
+        ({"x.y.lokr_w1": torch.ones(4), "x.y.lokr_w2": torch.ones(6, 6)}, "not a matrix"),
         ({"x.y.lokr_w1": torch.ones(0, 5), "x.y.lokr_w2": torch.ones(60, 60)}, "have rank 0"),
         (
             {"x.y.lokr_w1": torch.ones(9, 9), "x.y.lokr_w2": torch.ones(60, 60), "x.y.alpha": torch.ones(2)},

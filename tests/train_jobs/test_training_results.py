@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
-from safetensors.torch import load
+from safetensors.torch import load, save
 
 from diffusion.lora import read_lora
 from storage.datasets import write_dataset
@@ -86,6 +87,12 @@ def test_a_training_can_begin_from_an_adapter_of_its_owner(
     forget()
     other_rank = quiet | {"network": network | {"pretrained": mine, "rank": 3}}
     assert train(spec_from_json(TrainSpec, other_rank))["failure"]["code"] == "config_invalid"
+    whole_lokr = {f"unet.x.lokr_w{i}": torch.ones(16, 16) for i in (1, 2)}
+    asyncio.run(store.put(mine, save(whole_lokr)))
+    forget()
+    of_another_kind = quiet | {"network": network | {"pretrained": mine}}
+    failure = train(spec_from_json(TrainSpec, of_another_kind))["failure"]
+    assert "differ from the network's" in failure["message"]
 
 
 def test_a_second_training_finds_what_the_first_one_encoded(

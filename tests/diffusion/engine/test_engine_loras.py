@@ -1,46 +1,22 @@
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
 
 from diffusion.adapter import attach_lora
-from diffusion.engine import Engine, GenerateRequest, LoraRef
+from diffusion.engine import Engine, LoraRef
 from diffusion.errors import LoraInvalid, LoraMismatch
 from diffusion.families import StableDiffusion1
 from diffusion.lora import read_lora, save_lora
+from tests.diffusion.engine.lora_pictures import PLAIN, TOLERANCE, difference, pixels, stock_pixels, with_loras
 
-TOLERANCE = 1e-4
-PLAIN = GenerateRequest(prompt="a red ring", width=64, height=64, steps=2, guidance_scale=5.0, seed=3)
 WriteLora = Callable[..., Path]
-
-
-def with_loras(*loras: LoraRef) -> GenerateRequest:
-    return dataclasses.replace(PLAIN, loras=loras)
-
-
-def pixels(engine: Engine, *requests: GenerateRequest) -> list[Tensor]:
-    return [rendered.pixels_CHW for rendered in engine.render(requests)]
-
-
-def stock_pixels(pipeline: Any) -> Tensor:
-    made = pipeline(
-        PLAIN.prompt, width=64, height=64, num_inference_steps=PLAIN.steps, guidance_scale=PLAIN.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(PLAIN.seed), output_type="np",
-    ).images[0]  # fmt: skip
-    return torch.from_numpy(np.asarray(made)).permute(2, 0, 1)
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
 
 
 @pytest.mark.parametrize(

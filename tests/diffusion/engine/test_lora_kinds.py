@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,9 +15,8 @@ from torch import Tensor
 from diffusion.engine import Engine, GenerateRequest, LoraRef
 from diffusion.families import StableDiffusion1
 from diffusion.lora import read_lora
+from tests.diffusion.engine.lora_pictures import PLAIN, TOLERANCE, difference, pixels, stock_pixels, with_loras
 
-TOLERANCE = 1e-4
-PLAIN = GenerateRequest(prompt="a red ring", width=64, height=64, steps=2, guidance_scale=5.0, seed=3)
 CONVOLUTIONS = (
     "conv_in", "conv_out", "down_blocks.0.resnets.0.conv1", "down_blocks.0.downsamplers.0.conv",
     "up_blocks.1.resnets.0.conv_shortcut", "down_blocks.0.attentions.0.proj_in", "time_embedding.linear_1",
@@ -26,26 +24,6 @@ CONVOLUTIONS = (
 )  # fmt: skip
 WriteLora = Callable[..., Path]
 pytestmark = pytest.mark.usefixtures("each_kind_of_slot")
-
-
-def pixels(engine: Engine, *requests: GenerateRequest) -> list[Tensor]:
-    return [rendered.pixels_CHW for rendered in engine.render(requests)]
-
-
-def with_loras(*loras: LoraRef) -> GenerateRequest:
-    return dataclasses.replace(PLAIN, loras=loras)
-
-
-def stock_pixels(pipeline: Any) -> Tensor:
-    made = pipeline(
-        PLAIN.prompt, width=64, height=64, num_inference_steps=PLAIN.steps, guidance_scale=PLAIN.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(PLAIN.seed), output_type="np",
-    ).images[0]  # fmt: skip
-    return torch.from_numpy(np.asarray(made)).permute(2, 0, 1)
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
 
 
 def random(*shape: int, seed: int, scale: float = 0.3) -> Tensor:

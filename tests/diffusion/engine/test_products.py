@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,9 +22,8 @@ from diffusion.engine.slot_layers import give_slot
 from diffusion.errors import LoraInvalid, LoraMismatch, SettingNotSupported
 from diffusion.families import StableDiffusion1
 from diffusion.lora import read_lora
+from tests.diffusion.engine.lora_pictures import PLAIN, TOLERANCE, difference, pixels, stock_pixels, with_loras
 
-TOLERANCE = 1e-4
-PLAIN = GenerateRequest(prompt="a red ring", width=64, height=64, steps=2, guidance_scale=5.0, seed=3)
 ATTENTION = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
 LAYERS = (f"{ATTENTION}.attn1.to_q", f"{ATTENTION}.attn2.to_k", f"{ATTENTION}.ff.net.0.proj")
 WriteLora = Callable[..., Path]
@@ -61,30 +59,14 @@ def write_lokr(
     return changes
 
 
-def with_loras(*loras: LoraRef) -> GenerateRequest:
-    return dataclasses.replace(PLAIN, loras=loras)
-
-
-def pixels(engine: Engine, *requests: GenerateRequest) -> list[Tensor]:
-    return [rendered.pixels_CHW for rendered in engine.render(requests)]
-
-
-def stock_pixels(pipeline: Any, *changes: tuple[dict[str, Tensor], float]) -> Tensor:
-    """With the changes added to the weights."""
+def changed_pixels(pipeline: Any, *changes: tuple[dict[str, Tensor], float]) -> Tensor:
+    """The stock pipeline's, with the changes added to its weights."""
     with torch.no_grad():
         for change, scale in changes:
             for name, delta in change.items():
                 component, _, path = name.partition(".")
                 getattr(pipeline, component).get_submodule(path).weight += scale * delta
-    made = pipeline(
-        PLAIN.prompt, width=64, height=64, num_inference_steps=PLAIN.steps, guidance_scale=PLAIN.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(PLAIN.seed), output_type="np",
-    ).images[0]  # fmt: skip
-    return torch.from_numpy(np.asarray(made)).permute(2, 0, 1)
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
+    return stock_pixels(pipeline)
 
 
 def loaded(path: Path, family: StableDiffusion1) -> Adapter:
@@ -123,7 +105,7 @@ def test_a_picture_equals_the_stock_pipelines_with_the_change_merged(
     layers = (*LAYERS, "text_encoder.encoder.layers.0.self_attn.q_proj")
     changes = write_lokr(tmp_path / "a.safetensors", family, layers=layers, w1=w1)
     base, made = pixels(Engine(family), PLAIN, with_loras(LoraRef(tmp_path / "a.safetensors", 0.8)))
-    assert difference(made, stock_pixels(stock, (changes, 0.8))) < TOLERANCE
+    assert difference(made, changed_pixels(stock, (changes, 0.8))) < TOLERANCE
     assert difference(made, base) > 10 * TOLERANCE
 
 
@@ -135,7 +117,7 @@ def test_several_of_them_on_one_picture_add_up(family: StableDiffusion1, stock: 
     [made] = pixels(
         Engine(family), with_loras(*(LoraRef(tmp_path / f"{n}.safetensors", scale) for n, scale in scales.items()))
     )
-    expected = stock_pixels(stock, (same, 0.5), (again, -0.7), (other, 0.9))
+    expected = changed_pixels(stock, (same, 0.5), (again, -0.7), (other, 0.9))
     assert difference(made, expected) < TOLERANCE
 
 
@@ -231,6 +213,26 @@ def test_no_graph_is_compiled_once_their_shapes_have_been_seen(
     for first in range(1, 4):
         engine.render([*batch(4, first), PLAIN, with_loras(LoraRef(paths[first], -0.2))])
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_on_a_convolution_it_is_a_pair(
+    family: StableDiffusion1, stock: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another model of the same architecture the layer may be a linear one."""
+    name = "unet.down_blocks.0.attentions.0.proj_in"
+    outs, ins, *kernel = layer_of(family, name).weight.shape
+    assert kernel == [1, 1]
+    first, second = random(4, 2, seed=1), random(outs // 4, ins // 2, seed=2)
+    save_file({f"{name}.lokr_w1": first, f"{name}.lokr_w2": second}, tmp_path / "a.safetensors")
+    adapter = loaded(tmp_path / "a.safetensors", family)
+    assert not adapter.products
+    assert adapter.components == {"unet"}
+    [made] = pixels(Engine(family), with_loras(LoraRef(tmp_path / "a.safetensors", 0.8)))
+    change = torch.kron(first, second)[:, :, None, None]
+    assert difference(made, changed_pixels(stock, ({name: change}, 0.8))) < TOLERANCE
+    monkeypatch.setattr(lycoris, "RANK_MAX", 2)
+    with pytest.raises(LoraInvalid, match="2 is the most"):
+        loaded(tmp_path / "a.safetensors", family)
 
 
 def test_their_table_is_counted_before_it_is_made(family: StableDiffusion1, tmp_path: Path) -> None:
