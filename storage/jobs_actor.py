@@ -93,22 +93,19 @@ async def _serve(config: JobsConfig, launcher: TrainingLauncher, store: ObjectSt
     return _Serving(JobsService(config, launcher, store or StorageClient(config.s3, config.breaker)))
 
 
+class _OtherConfigurationError(Exception):
+    """An actor that is to be replaced has not ended yet."""
+
+
 def _may_come_up(error: BaseException) -> bool:
     """Whether asking again can help: an actor that was gone or going, and not one that failed to construct itself."""
     if isinstance(error, RayActorError) and error.actor_init_failed:
         return False
-    return isinstance(error, ActorDiedError | ActorUnavailableError)
+    return isinstance(error, ActorDiedError | ActorUnavailableError | _OtherConfigurationError)
 
 
-def ensure_jobs_actor(
-    config: JobsConfig, launcher: TrainingLauncher, *, store: ObjectStore | None = None, namespace: str = NAMESPACE
-) -> JobsClient:
-    """Start the jobs actor where there is none, and wait until it answers.
-
-    `launcher` and `store` are pickled into the actor; without `store` it uses the storage actor of its node. An actor
-    that already runs keeps its configuration. Raises JobsUnavailable when it does not come up.
-    """
-    options: dict[str, Any] = {
+def actor_options(namespace: str) -> dict[str, Any]:
+    return {
         "name": ACTOR_NAME,
         "namespace": namespace,
         "lifetime": "detached",
@@ -118,10 +115,20 @@ def ensure_jobs_actor(
         "max_task_retries": 0,
         "num_cpus": 0,
         "max_concurrency": CALLS_MAX,
+        # The database may be a file of the head node; restarted anywhere else, the actor would find an empty one. And
+        # Ray's dashboard, which takes the trainings, may listen on that node's loopback only.
+        "resources": {HEAD_NODE: 0.001},
     }
-    if config.records.url.startswith("sqlite"):
-        # The database is a file of the head node; restarted anywhere else, the actor would find an empty one.
-        options["resources"] = {HEAD_NODE: 0.001}
+
+
+def ensure_jobs_actor(
+    config: JobsConfig, launcher: TrainingLauncher, *, store: ObjectStore | None = None, namespace: str = NAMESPACE
+) -> JobsClient:
+    """Start the jobs actor where there is none, and wait until it answers.
+
+    `launcher` and `store` are pickled into the actor; without `store` it uses the storage actor of its node. An actor
+    that runs already with another configuration is replaced. Raises JobsUnavailable when it does not come up.
+    """
     actor_class = ray.remote(concurrency_groups={"long_polls": LONG_POLLS_MAX})(JobsActor)
     # The name of an actor that was killed for good may still lead to it for a moment; asked again, Ray makes a new one.
     starting = Retrying(
@@ -131,15 +138,15 @@ def ensure_jobs_actor(
         reraise=True,
     )
 
-    def running_config() -> JobsConfig:
-        actor = actor_class.options(**options).remote(config, launcher, store)
-        running: JobsConfig = ray.get(actor.config.remote(), timeout=START_TIMEOUT_S)
-        return running
+    def start() -> None:
+        actor = actor_class.options(**actor_options(namespace)).remote(config, launcher, store)
+        if ray.get(actor.config.remote(), timeout=START_TIMEOUT_S) != config:
+            logger.warning("the jobs actor runs already, with another configuration, and is replaced")
+            ray.kill(actor)
+            raise _OtherConfigurationError
 
     try:
-        running = starting(running_config)
-    except (RayActorError, GetTimeoutError) as error:
+        starting(start)
+    except (RayActorError, GetTimeoutError, _OtherConfigurationError) as error:
         raise JobsUnavailable("start") from error
-    if running != config:
-        logger.warning("the jobs actor runs already, with another configuration than the one given now")
     return JobsClient(namespace=namespace)

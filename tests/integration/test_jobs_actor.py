@@ -213,14 +213,18 @@ async def test_without_an_actor_a_call_ends_with_an_error(setting: Setting):
         await client.counts()
 
 
-async def test_an_actor_that_runs_keeps_its_configuration(setting: Setting, caplog: pytest.LogCaptureFixture):
-    setting.start(InMemoryStore())
-    first = setting.config
-    setting.config = first.model_copy(update={"training_slots": 3})
+async def test_an_actor_with_another_configuration_is_replaced_and_its_records_stay(
+    setting: Setting, caplog: pytest.LogCaptureFixture
+):
+    record = await _running(setting.start(InMemoryStore()))
+    setting.config = setting.config.model_copy(update={"training_slots": 3})
     client = setting.start(InMemoryStore())
-    assert (await client.cluster_config()).training_slots == 1
+    assert (await client.cluster_config()).training_slots == 3
+    assert (await client.get(record.id)).lease_owner == "w1"
     assert "another configuration" in caplog.text
-    setting.config = first
+    actor = ray.get_actor(ACTOR_NAME, namespace=setting.namespace)
+    setting.start(InMemoryStore())
+    assert ray.get_actor(ACTOR_NAME, namespace=setting.namespace) == actor
 
 
 async def test_a_lost_database_comes_back_from_object_storage(setting: Setting, embedded_s3: EmbeddedS3):
