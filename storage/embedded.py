@@ -30,6 +30,7 @@ from typing import IO
 from pydantic import BaseModel, ConfigDict, SecretStr
 
 from storage.errors import PortInUse, StorageMisconfigured, StorageUnavailable
+from storage.listening import Obstacle, free_port, joined, obstacle_to, reachable, url_of
 from storage.settings import S3Settings
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,8 @@ class Credentials(BaseModel):
 class EmbeddedS3:
     """Starts the server, restarts it when it dies, ends it with this process.
 
-    `port` 0 takes any free one. Stopping keeps the objects. Not reusable after `stop`.
+    `port` 0 takes any free one. `public_endpoint_url` is where clients elsewhere reach it, which presigned URLs are
+    made for. Stopping keeps the objects. Not reusable after `stop`.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class EmbeddedS3:
         port: int,
         *,
         host: str = "127.0.0.1",
+        public_endpoint_url: str | None = None,
         bucket: str = "raylora",
         prefix: str = "raylora",
         start_timeout_s: float = 20.0,
@@ -95,6 +98,7 @@ class EmbeddedS3:
         self._data_dir = data_dir
         self._host = host
         self._port = port
+        self._public_endpoint_url = public_endpoint_url
         self._bucket = bucket
         self._prefix = prefix
         self._start_timeout_s = start_timeout_s
@@ -111,14 +115,14 @@ class EmbeddedS3:
     def start(self) -> None:
         """Return when the server answers.
 
-        Raises PortInUse, StorageMisconfigured (no rclone, data directory in use), StorageUnavailable (it does not
-        come up).
+        Raises PortInUse, StorageMisconfigured (no rclone, data directory in use, no such address), StorageUnavailable
+        (it does not come up).
         """
         binary = find_rclone()
         self._data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock_file = _lock(self._data_dir / "s3.lock")
         try:
-            self._port = _free_port(self._host, self._port)
+            self._port = _checked_port(self._host, self._port)
             self._credentials = Credentials.load_or_create(self._data_dir / "s3-credentials.json")
             (self._data_dir / "objects" / self._bucket).mkdir(parents=True, exist_ok=True)
             # The kernel ends the child with the thread that started it, so that thread has to live as long.
@@ -150,7 +154,8 @@ class EmbeddedS3:
         if self._credentials is None:
             raise StorageMisconfigured("the embedded S3 server has not been started")
         return S3Settings(
-            endpoint_url=f"http://{self._host}:{self._port}",
+            endpoint_url=url_of(self._host, self._port),
+            public_endpoint_url=self._public_endpoint_url,
             bucket=self._bucket,
             prefix=self._prefix,
             access_key_id=SecretStr(self._credentials.access_key_id),
@@ -192,7 +197,7 @@ class EmbeddedS3:
             )
         if up and self._starts > 0:
             return
-        if not _port_is_free(self._host, self._port):
+        if obstacle_to(self._host, self._port) is Obstacle.TAKEN:
             raise PortInUse(self._port)
         raise StorageUnavailable("the embedded S3 server", RESTART_WAIT_MAX_S)
 
@@ -251,7 +256,7 @@ class EmbeddedS3:
             "--ignore-checksum",
             # Of what it reads for a GET, to compare it with the hash of the same file: two thirds of its work.
             "--no-checksum",
-            *("--addr", f"{self._host}:{self._port}", "--no-cleanup", str(self._data_dir.resolve() / "objects")),
+            *("--addr", joined(self._host, self._port), "--no-cleanup", str(self._data_dir.resolve() / "objects")),
         ]
 
     def _announce(self) -> None:
@@ -346,28 +351,19 @@ def _lock(path: Path) -> IO[bytes]:
     return file
 
 
-def _free_port(host: str, port: int) -> int:
-    """`port`, or any free one for 0. Raises PortInUse."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise PortInUse(port) from error
-        return int(probe.getsockname()[1])
-
-
-def _port_is_free(host: str, port: int) -> bool:
-    try:
-        _free_port(host, port)
-    except PortInUse:
-        return False
-    return True
+def _checked_port(host: str, port: int) -> int:
+    """`port`, or any free one for 0. Raises PortInUse, StorageMisconfigured."""
+    obstacle = obstacle_to(host, port)
+    if obstacle is Obstacle.TAKEN:
+        raise PortInUse(port)
+    if obstacle is not None:
+        raise StorageMisconfigured("the embedded S3 server may not listen on this address and port")
+    return port or free_port(host)
 
 
 def _answers(host: str, port: int) -> bool:
     try:
-        with socket.create_connection((host, port), timeout=0.5):
+        with socket.create_connection((reachable(host), port), timeout=0.5):
             return True
     except OSError:
         return False

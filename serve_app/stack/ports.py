@@ -1,10 +1,11 @@
-"""Which TCP ports are free on loopback."""
+"""Which TCP ports are free."""
 
 from __future__ import annotations
 
 import random
-import socket
 from pathlib import Path
+
+from storage.listening import obstacle_to
 
 # Under them lie the ports of known services and those that Ray gives to workers by default (10002 to 19999).
 FIRST_OWN_PORT = 20000
@@ -17,13 +18,7 @@ _given: set[int] = set()
 
 def is_free(port: int, host: str = "127.0.0.1") -> bool:
     """Whether a server could listen there now; a port in TIME_WAIT counts as free."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-        return True
+    return obstacle_to(host, port) is None
 
 
 def any_free(*, room: int = 0) -> int:
@@ -51,14 +46,14 @@ def _first_ephemeral() -> int:
         return EPHEMERAL_FIRST
 
 
-def remembered(file: Path) -> int:
-    """The port kept in ``file`` while it is free, else a new one that is kept there.
+def remembered(file: Path, host: str = "127.0.0.1") -> int:
+    """The port kept in ``file`` while it is free on ``host``, else a new one that is kept there.
 
     URLs signed before a restart stay good as long as the port stays the same.
     """
     if file.exists():
         text = file.read_text().strip()
-        if text.isdecimal() and is_free(int(text)):
+        if text.isdecimal() and is_free(int(text), host):
             return int(text)
     port = any_free()
     file.write_text(f"{port}\n")

@@ -11,14 +11,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
+from serve_app.stack.ports import any_free
 from storage.embedded import EmbeddedS3, TemporaryFiles
 from storage.errors import PortInUse, StorageMisconfigured
 from storage.s3 import S3Store
+from tests.addresses import needs_ipv6
 
 WAIT_S = 20
+EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 of a machine of tests, and for a moment
 
 
 @pytest.fixture
@@ -123,6 +127,43 @@ def test_a_data_directory_has_one_server(server: EmbeddedS3, tmp_path: Path) -> 
 def test_settings_exist_only_after_the_start(tmp_path: Path) -> None:
     with pytest.raises(StorageMisconfigured):
         EmbeddedS3(tmp_path, 0).settings()
+
+
+@pytest.mark.parametrize("public", ["http://localhost", "http://127.0.0.2"])
+async def test_urls_for_a_public_endpoint_work_there(tmp_path: Path, public: str) -> None:
+    port = any_free()
+    with EmbeddedS3(
+        tmp_path, port, host=EVERY_ADDRESS, public_endpoint_url=f"{public}:{port}", bucket="mine", prefix="pre"
+    ) as server:
+        settings = server.settings()
+        assert (settings.endpoint_url, settings.bucket, settings.prefix) == (f"http://127.0.0.1:{port}", "mine", "pre")
+        async with S3Store(settings) as store:
+            put_url = await store.presign_put("pre/a.txt", content_type="text/plain")
+            get_url = await store.presign_get("pre/a.txt")
+            async with httpx.AsyncClient() as client:
+                put = await client.put(put_url, content=b"1234", headers={"Content-Type": "text/plain"})
+                assert (put.status_code, put_url.startswith(f"{public}:{port}/mine/")) == (200, True)
+                got = await client.get(get_url)
+                assert (got.status_code, got.content, get_url.startswith(public)) == (200, b"1234", True)
+                forged = await client.get(get_url.replace("a.txt", "b.txt"))
+                assert forged.status_code == 403
+            assert await store.get("pre/a.txt") == b"1234"
+    assert (tmp_path / "objects" / "mine" / "pre" / "a.txt").read_bytes() == b"1234"
+
+
+@needs_ipv6
+async def test_the_server_listens_on_ipv6_where_it_is_told_to(tmp_path: Path) -> None:
+    with EmbeddedS3(tmp_path, 0, host="::1") as server:
+        assert server.settings().endpoint_url == f"http://[::1]:{server.port}"
+        async with S3Store(server.settings()) as store:
+            await store.put("raylora/a", b"1")
+            assert await store.get("raylora/a") == b"1"
+
+
+def test_an_address_of_another_machine_is_a_misconfiguration(tmp_path: Path) -> None:
+    with pytest.raises(StorageMisconfigured) as refused:
+        EmbeddedS3(tmp_path, 0, host="203.0.113.9").start()
+    assert not isinstance(refused.value, PortInUse)
 
 
 def test_what_cut_uploads_left_is_swept_at_the_start(tmp_path: Path) -> None:
