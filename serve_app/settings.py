@@ -22,13 +22,13 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from serve_app.names import StoragePrefix, Tenant
 from serve_app.webhook_secrets import MARK as WEBHOOK_MARK
 from serve_app.webhook_secrets import WebhookSecrets, decoded
 from storage.jobs_config import JobsConfig
 from storage.settings import BreakerSettings, RecordsSettings, S3Settings, SweepSettings
 
 CONFIG_FILE_VARIABLE = "RAYLORA_CONFIG"
-TENANT_PATTERN = r"^[a-zA-Z0-9_-]{1,64}$"
 TENANT_KEY_LENGTH_MIN = 16
 TINY_MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny" / "model"
 MIB = 1024 * 1024
@@ -164,9 +164,9 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = None
     # Origins whose pages may call this server from a browser: `https://studio.example.com`. Never all of them.
     cors_origins: tuple[Origin, ...] = ()
-    default_tenant: str = Field(default="default", pattern=TENANT_PATTERN)
+    default_tenant: Tenant = "default"
     # Further tenants by name, each with its key: their jobs, files and adapters are apart from all others'.
-    tenant_keys: dict[Annotated[str, Field(pattern=TENANT_PATTERN)], SecretStr] = Field(default_factory=dict)
+    tenant_keys: dict[Tenant, SecretStr] = Field(default_factory=dict)
 
     models: dict[str, str] = Field(default_factory=lambda: {"tiny": str(TINY_MODEL)}, min_length=1)
     default_model: str = "tiny"
@@ -210,7 +210,8 @@ class Settings(BaseSettings):
     # Adapters in a replica's memory, and on its disk.
     adapter_memory_bytes_max: int = Field(default=2 * 1024 * MIB, ge=0)
     lora_cache_bytes_max: int = Field(default=20 * 1024 * MIB, gt=0)
-    # What a generation may still take when its replica or the server is told to stop; afterwards it is queued again.
+    # What a generation may still take, at the least, when its replica or the server is told to stop; afterwards it is
+    # queued again. See serve_app/shutdown.py for how long the server then takes.
     drain_s: float = Field(default=30.0, ge=0)
     # Generations that wait; beyond them a request is refused with 429 and told when to come again.
     generation_queue_max: int = Field(default=1000, ge=1)
@@ -219,10 +220,12 @@ class Settings(BaseSettings):
     s3_endpoint_url: str | None = None
     s3_public_endpoint_url: str | None = None
     s3_bucket: str = "raylora"
-    s3_prefix: str = "raylora"
+    s3_prefix: StoragePrefix = "raylora"
     s3_region: str = "us-east-1"
     s3_access_key_id: SecretStr | None = None
     s3_secret_access_key: SecretStr | None = None
+    # Of the embedded server. Elsewhere it is reached by an address of this machine, and `s3_public_endpoint_url`.
+    s3_host: str = "127.0.0.1"
     # None: a free port, chosen at the first start and kept, so that signed URLs outlive a restart.
     s3_port: int | None = Field(default=None, gt=0, lt=65536)
     records_url: str | None = None
@@ -269,6 +272,17 @@ class Settings(BaseSettings):
             raise ValueError(f"default_model {self.default_model!r} is not one of models: {sorted(self.models)}")
         return self
 
+    @model_validator(mode="after")
+    def _an_s3_server_is_named_whole(self) -> Settings:
+        keys = {"_ACCESS_KEY_ID": self.s3_access_key_id, "_SECRET_ACCESS_KEY": self.s3_secret_access_key}
+        missing = [f"RAYLORA_S3{name}" for name, value in keys.items() if value is None]
+        if missing and not self.uses_embedded_s3():
+            raise ValueError(
+                f"an S3 server of your own needs {' and '.join(missing)}; the embedded one is used where none of "
+                "RAYLORA_S3_ENDPOINT_URL, _ACCESS_KEY_ID, _SECRET_ACCESS_KEY and _BACKEND is set"
+            )
+        return self
+
     def keys_by_tenant(self) -> dict[str, SecretStr]:
         """Who may call: `api_key`, where it is known, speaks for `default_tenant`."""
         first = {} if self.api_key is None else {self.default_tenant: self.api_key}
@@ -284,7 +298,8 @@ class Settings(BaseSettings):
 
     def uses_embedded_s3(self) -> bool:
         """True where no S3 server is named, so that the stack starts its own on ``s3_port``."""
-        return self.s3_endpoint_url is None and self.s3_access_key_id is None
+        named = (self.s3_endpoint_url, self.s3_access_key_id, self.s3_secret_access_key)
+        return self.s3_backend == "rclone" and all(value is None for value in named)
 
     def with_s3(self, s3: S3Settings) -> Settings:
         """These settings pointing at ``s3``: how the stack hands over the server that it started."""

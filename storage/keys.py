@@ -49,6 +49,20 @@ def check_name(value: str, what: str) -> str:
     return _bounded(value, what)
 
 
+def check_tenant(value: str) -> str:
+    """A tenant's name as one segment, and none of those that lie beside tenants. Raises InvalidKey."""
+    if check_name(value, "a tenant").lower() in _SIBLINGS_OF_TENANTS:
+        raise InvalidKey(value, "this tenant's name is reserved")
+    return value
+
+
+def check_storage_prefix(value: str) -> str:
+    """What all keys begin with: segments like names. Raises InvalidKey."""
+    for segment in value.split("/"):
+        check_name(segment, "a prefix's segment")
+    return value
+
+
 def composed(name: str) -> str:
     """A name in Unicode's composed form (NFC), for where names enter: macOS sends them decomposed (NFD)."""
     return unicodedata.normalize("NFC", name)
@@ -185,10 +199,8 @@ class Keys:
     """
 
     def __init__(self, prefix: str, tenant: str, *, reads_older: bool = False) -> None:
-        self._prefix = "/".join(check_name(segment, "a prefix's segment") for segment in prefix.split("/"))
-        if check_name(tenant, "a tenant").lower() in _SIBLINGS_OF_TENANTS:
-            raise InvalidKey(tenant, "this tenant's name is reserved")
-        self.tenant = tenant
+        self._prefix = check_storage_prefix(prefix)
+        self.tenant = check_tenant(tenant)
         self.tenant_prefix = f"{self._prefix}/{tenant}/"
         self._reads_older = reads_older
 

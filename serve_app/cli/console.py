@@ -19,6 +19,7 @@ from serve_app.settings import Settings, SettingsIncomplete
 from serve_app.stack.errors import InstanceError, NotRunning
 from serve_app.stack.instance import Instance
 from storage.errors import JobError, StorageError
+from storage.listening import url_of
 from train_jobs.field_problems import problems_of
 
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_KEY, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
@@ -61,8 +62,12 @@ def reported(as_json: bool) -> Iterator[None]:
         _give_up("settings_invalid", f"{setting} is not valid JSON.", EXIT_USAGE, as_json)
     except ValidationError as exc:
         problems = problems_of(exc, Settings)
-        lines = [f"RAYLORA_{p.path.replace('.', '__').upper()}: {p.message}" for p in problems]
+        lines = [f"{_variable(p.path)}: {p.message}" if p.path else p.message for p in problems]
         _give_up("settings_invalid", "A setting is wrong.\n" + "\n".join(lines), EXIT_USAGE, as_json)
+
+
+def _variable(path: str) -> str:
+    return f"RAYLORA_{path.replace('.', '__').upper()}"
 
 
 def _give_up(code: str, message: str, status: int, as_json: bool) -> None:
@@ -87,5 +92,5 @@ def connect(settings: Settings) -> ApiClient:
     if not key:
         raise NoKey(instance.home)
     state = instance.read_state()
-    url = state.http_url if state else f"http://{settings.host}:{settings.port}"
+    url = state.http_url if state else url_of(settings.host, settings.port)
     return ApiClient(url, key)

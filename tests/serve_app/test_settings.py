@@ -103,6 +103,42 @@ def test_the_stacks_own_server_is_handed_over_whole() -> None:
     assert settings.jobs_config().s3 == s3
 
 
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({"s3_endpoint_url": "http://s3"}, "RAYLORA_S3_ACCESS_KEY_ID and RAYLORA_S3_SECRET_ACCESS_KEY;"),
+        ({"s3_bucket": "b", "s3_secret_access_key": "secret-1"}, "needs RAYLORA_S3_ACCESS_KEY_ID;"),
+        ({"s3_endpoint_url": "http://s3", "s3_access_key_id": "i"}, "needs RAYLORA_S3_SECRET_ACCESS_KEY;"),
+        ({"s3_backend": "aws"}, "RAYLORA_S3_ACCESS_KEY_ID and RAYLORA_S3_SECRET_ACCESS_KEY;"),
+    ],
+)
+def test_an_s3_server_that_is_named_in_part_is_refused(given: dict[str, str], missing: str) -> None:
+    with pytest.raises(ValidationError, match=missing) as refused:
+        Settings(**given)  # type: ignore[arg-type]
+    assert "secret-1" not in str(refused.value)
+
+
+def test_what_the_embedded_server_is_to_be_like_names_no_other() -> None:
+    settings = Settings(s3_bucket="b", s3_prefix="a/b", s3_public_endpoint_url="https://files", s3_port=9000)
+    assert settings.uses_embedded_s3()
+    assert not complete(s3_endpoint_url="http://s3").uses_embedded_s3()
+    assert not complete().uses_embedded_s3()
+
+
+@pytest.mark.parametrize("name", ["processes", "Datasets", "-a", "a.b", ""])
+def test_a_tenant_that_could_have_no_objects_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError):
+        Settings(default_tenant=name)
+    with pytest.raises(ValidationError):
+        Settings(tenant_keys={name: SecretStr("0123456789abcdef")})
+
+
+@pytest.mark.parametrize("prefix", ["a//b", "/a", "..", ""])
+def test_a_prefix_that_no_key_may_begin_with_is_refused(prefix: str) -> None:
+    with pytest.raises(ValidationError):
+        Settings(s3_prefix=prefix)
+
+
 def test_records_are_below_home_unless_a_database_is_named(tmp_path: Path) -> None:
     assert complete(home=tmp_path).jobs_config().records.url == f"sqlite:///{tmp_path}/records.db"
     assert complete(records_url="postgresql://db/x").records().url == "postgresql://db/x"

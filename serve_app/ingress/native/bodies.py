@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from serve_app.errors import InvalidRequest
 from serve_app.ingress.envelope import read_object
+from serve_app.names import TENANT_PATTERN
 from serve_app.policy import Policy
-from serve_app.settings import TENANT_PATTERN
 from serve_app.validation.file_checks import EXTENSIONS, FILE_BYTES_MAX, TOTAL_BYTES_MAX
 from serve_app.validation.staged import OVER_SIZE, ZIP, is_over_size
 from train_jobs.field_problems import problems_of

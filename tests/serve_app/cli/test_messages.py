@@ -34,6 +34,22 @@ def test_a_broken_setting_is_one_message(
     assert "secret" not in result.output
 
 
+@pytest.mark.parametrize("command", [["up"], ["doctor"]])
+def test_an_s3_server_named_in_part_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setenv("RAYLORA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RAYLORA_S3_BUCKET", "mine")
+    monkeypatch.setenv("RAYLORA_S3_SECRET_ACCESS_KEY", "a-secret")
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2, result.output
+    said = " ".join(result.stderr.split())
+    assert "needs RAYLORA_S3_ACCESS_KEY_ID; the embedded" in said
+    assert "RAYLORA_:" not in said
+    assert "a-secret" not in result.output
+    assert not (tmp_path / "home").exists()
+
+
 def test_a_picture_that_could_not_be_put_anywhere_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYLORA_HOME", str(tmp_path))
     monkeypatch.setenv("RAYLORA_API_KEY", "rl_test")
