@@ -16,6 +16,7 @@ from serve_app.dispatch.routing import WarmFirstRouter
 from serve_app.inference.deployment import Inference
 from serve_app.ingress.deployment import DoorSettings, Ingress
 from serve_app.settings import Settings, SettingsIncomplete
+from serve_app.shutdown import REPLICA_S, application_s, inference_s
 from serve_app.validation.deployment import Validation
 
 APPLICATION = "raylora"
@@ -26,7 +27,6 @@ CPUS_PER_REPLICA = 0.1
 INGRESS_REQUESTS_MAX = 2000
 DISPATCH_REQUESTS_MAX = 2000
 VALIDATION_REQUESTS_MAX = 8
-SHUTDOWN_S = 10.0
 # Serve runs a replica's code, and its calls to other replicas, on event loops of their own, so that code that blocks
 # holds up nothing else. These replicas only wait for others, and a request would cost them half as much again. Their
 # log lines of requests are written a hundred at a time.
@@ -53,7 +53,7 @@ def build(settings: Settings, doors: Path | None = None) -> Application:
         "Dispatcher",
         1,
         DISPATCH_REQUESTS_MAX,
-        shutdown_s=2 * SHUTDOWN_S + settings.drain_s,
+        shutdown_s=application_s(settings.drain_s),
         environment=ONE_LOOP,
     ).bind(settings, inference)
     validation = _deployment(Validation, "Validation", settings.validation_replicas, VALIDATION_REQUESTS_MAX).bind(
@@ -62,7 +62,7 @@ def build(settings: Settings, doors: Path | None = None) -> Application:
     ingress = _deployment(
         serve.ingress()(Ingress), "Ingress", settings.ingress_replicas, INGRESS_REQUESTS_MAX, environment=ONE_LOOP
     )
-    door = None if doors is None else DoorSettings(doors, places=INGRESS_REQUESTS_MAX, drain_s=SHUTDOWN_S / 2)
+    door = None if doors is None else DoorSettings(doors, places=INGRESS_REQUESTS_MAX, drain_s=REPLICA_S / 2)
     application: Application = ingress.bind(settings, validation, dispatch, inference, APPLICATION, INFERENCE, door)
     return application
 
@@ -87,7 +87,7 @@ def inference_deployment(settings: Settings, cls: Any = Inference) -> Any:
         ray_actor_options={"num_cpus": CPUS_PER_REPLICA, "num_gpus": gpus_per_replica(settings)},
         # Health calls must find a place beside the generations.
         max_ongoing_requests=settings.generations_per_replica + 8,
-        graceful_shutdown_timeout_s=settings.drain_s,
+        graceful_shutdown_timeout_s=inference_s(settings.drain_s),
         logging_config=_json_logs(),
     )
 
@@ -128,7 +128,7 @@ def _deployment(
     replicas: int,
     requests_max: int,
     *,
-    shutdown_s: float = SHUTDOWN_S,
+    shutdown_s: float = REPLICA_S,
     environment: Mapping[str, str] | None = None,
 ) -> Any:
     runtime = {} if environment is None else {"runtime_env": {"env_vars": dict(environment)}}

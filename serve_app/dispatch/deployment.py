@@ -34,8 +34,7 @@ class Dispatcher:
             HandleInference(inference),
             owner=f"dispatcher-{uuid.uuid4().hex[:12]}",
             slots=settings.replicas_max() * settings.generations_per_replica,
-            # Before the replicas, which drain at the same time, are ended for taking `drain_s`.
-            drain_s=settings.drain_s / 2,
+            drain_s=settings.drain_s,
         )
         s3 = settings.s3()
         store = StorageClient(s3, settings.breaker())

@@ -12,12 +12,11 @@ from pathlib import Path
 import psutil
 
 from serve_app.stack.errors import AlreadyRunning, InstanceError, NotRunning, StartFailed
-from serve_app.stack.instance import Instance, InstanceState, has_ended, wait_until_ended
+from serve_app.stack.instance import STOP_TIMEOUT_S, Instance, InstanceState, has_ended, wait_until_ended
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 240.0
-STOP_TIMEOUT_S = 60.0
 
 
 class ReportedFailure(InstanceError):
@@ -102,8 +101,9 @@ def stop(instance: Instance, *, missing_ok: bool = False, process: psutil.Proces
     """
     supervisor = instance.supervisor() or process
     if supervisor is not None and not has_ended(supervisor):
+        state = instance.read_state()
         supervisor.terminate()
-        if not wait_until_ended(supervisor, STOP_TIMEOUT_S):
+        if not wait_until_ended(supervisor, STOP_TIMEOUT_S if state is None else state.stop_timeout_s):
             logger.warning("the supervisor %d did not end in time and is killed", supervisor.pid)
             supervisor.kill()
     ended = instance.end_processes()

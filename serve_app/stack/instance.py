@@ -25,6 +25,7 @@ from serve_app.stack.errors import AlreadyRunning, HomeUnusable
 logger = logging.getLogger(__name__)
 
 INSTANCE_VARIABLE = "RAYLORA_INSTANCE"
+STOP_TIMEOUT_S = 120.0
 Phase = Literal["starting", "ready", "stopping", "failed"]
 
 
@@ -43,6 +44,8 @@ class InstanceState(BaseModel):
     ray_address: str | None = None
     # Of `storage.objects.Capabilities`; None until the S3 server has been tried out.
     storage_capabilities: dict[str, bool] | None = None
+    # What the end of everything may take, by the settings that the instance runs with.
+    stop_timeout_s: float = STOP_TIMEOUT_S
     error_code: str | None = None
     error_message: str | None = None
 
