@@ -14,11 +14,10 @@ from typing import Any
 
 from serve_app.cli.client import ApiClient, ApiError
 from serve_app.settings import CONFIG_FILE_VARIABLE, Settings
-from serve_app.stack.errors import HomeUnusable
+from serve_app.stack.checks import DASHBOARD_HOST, FREE_DISK_MIN_MB, check_port, models_missing
+from serve_app.stack.errors import AddressUnusable, HomeUnusable, PortForbidden, PortTaken
 from serve_app.stack.instance import INSTANCE_VARIABLE, Instance
-from serve_app.stack.ports import is_free
 from serve_app.stack.probing import described
-from serve_app.stack.supervisor import FREE_DISK_MIN_MB
 
 PACKAGES = ("ray", "torch", "diffusers", "peft", "transformers", "aiobotocore")
 MEMORY_MIN_MB = 4096
@@ -46,8 +45,7 @@ def diagnose(settings: Settings) -> list[Finding]:
     findings = [check() for check in checks]
     if instance.supervisor() is None:
         findings += [
-            _port(settings.port, "RAYLORA_PORT", settings.host),
-            _port(settings.dashboard_port, "RAYLORA_DASHBOARD_PORT", "127.0.0.1"),
+            *_ports(settings),
             _leftovers(instance),
         ]
     else:
@@ -113,11 +111,7 @@ def _memory() -> Finding:
 
 
 def _models(settings: Settings) -> Finding:
-    missing = [
-        name
-        for name, path in settings.models.items()
-        if path.startswith(("/", ".", "~")) and not (Path(path).expanduser() / "model_index.json").is_file()
-    ]
+    missing = models_missing(settings)
     advice = "Point their entries in RAYLORA_MODELS at diffusers model folders." if missing else ""
     found = f"no model folder for: {', '.join(missing)}" if missing else ", ".join(settings.models)
     return Finding("models", not missing, found, advice)
@@ -136,10 +130,28 @@ def _gpu() -> Finding:
     return Finding("GPU", True, f"{torch.cuda.get_device_name()}: {free >> 20} of {total >> 20} MB free")
 
 
-def _port(port: int, variable: str, host: str) -> Finding:
-    ok = is_free(port, host)
-    advice = "" if ok else f"Free it, or set {variable} to another port."
-    return Finding(f"port {port}", ok, "free" if ok else "in use by another program", advice)
+def _ports(settings: Settings) -> list[Finding]:
+    """Of what this machine would open, which in a cluster that runs already depends on what runs there."""
+    found = []
+    if settings.ray_address is None:
+        found += [
+            _port(settings.port, "RAYLORA_PORT", settings.host, "RAYLORA_HOST"),
+            _port(settings.dashboard_port, "RAYLORA_DASHBOARD_PORT", DASHBOARD_HOST, "RAYLORA_DASHBOARD_PORT"),
+        ]
+    if settings.uses_embedded_s3() and settings.s3_port is not None:
+        found.append(_port(settings.s3_port, "RAYLORA_S3_PORT", settings.s3_host, "RAYLORA_S3_HOST"))
+    return found
+
+
+def _port(port: int, variable: str, host: str, host_variable: str) -> Finding:
+    name = f"port {port}"
+    try:
+        check_port(port, variable, host, host_variable)
+    except PortTaken:
+        return Finding(name, False, "in use by another program", f"Free it, or set {variable} to another port.")
+    except (PortForbidden, AddressUnusable) as error:
+        return Finding(name, False, f"cannot be opened on {host}", str(error))
+    return Finding(name, True, "free")
 
 
 def _leftovers(instance: Instance) -> Finding:

@@ -3,8 +3,8 @@
 Outermost first: EdgeHeaders -> Cors (`serve_app.ingress.cors`, where origins are named) -> Guard -> Authentication ->
 RateLimit (`serve_app.ingress.rate_limits`) -> BodyLimit -> ShortWays (`serve_app.ingress.short_ways`) -> routes.
 `proxy_middlewares` puts EdgeHeaders in front of Serve's own proxy too, because the proxy obeys the two headers that
-clients must not set before any replica sees the request, and ProxyErrors. Serve's environment must have
-RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.ingress.middleware:proxy_middlewares when it starts.
+clients must not set before any replica sees the request, and ProxyErrors. Serve must have PROXY_ENVIRONMENT when it
+starts.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from serve_app.settings import RequestLimits
 
 logger = logging.getLogger(__name__)
 
+PROXY_ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.ingress.middleware:proxy_middlewares"}
 REQUEST_ID_HEADER = "x-request-id"
 TRACE_HEADER = "traceparent"
 # With these a client could lift Serve's timeout or keep work running after it has gone.

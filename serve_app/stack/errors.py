@@ -4,9 +4,16 @@ InstanceError
 ├── AlreadyRunning
 ├── NotRunning
 ├── PortTaken
+├── PortForbidden
+├── AddressUnusable
 ├── DiskFull
 ├── HomeUnusable
 ├── ModelMissing
+├── ClusterInUse
+├── ServeElsewhere
+├── RouteTaken
+├── ProxyUnguarded
+├── StorageNotShared
 └── StartFailed
 """
 
@@ -45,6 +52,23 @@ class PortTaken(InstanceError):
         super().__init__(f"Port {port} is in use by another program. Free it, or set {variable} to another port.")
 
 
+class PortForbidden(InstanceError):
+    code = "port_forbidden"
+
+    def __init__(self, port: int, variable: str) -> None:
+        super().__init__(f"This user may not open port {port}. Set {variable} to one above 1023.")
+
+
+class AddressUnusable(InstanceError):
+    code = "address_unusable"
+
+    def __init__(self, host: str, variable: str) -> None:
+        super().__init__(
+            f"This machine cannot listen on {host!r}. Set {variable} to one of its addresses, "
+            "or to 0.0.0.0 or :: for all of them."
+        )
+
+
 class DiskFull(InstanceError):
     code = "disk_full"
 
@@ -68,6 +92,57 @@ class ModelMissing(InstanceError):
     def __init__(self, name: str) -> None:
         super().__init__(
             f"The model {name!r} has no folder. Point its entry in RAYLORA_MODELS at a diffusers model folder."
+        )
+
+
+class ClusterInUse(InstanceError):
+    code = "cluster_in_use"
+
+    def __init__(self, home: str) -> None:
+        super().__init__(
+            f"Another instance, in {home}, uses the Ray cluster at RAYLORA_RAY_ADDRESS, which has room for one. "
+            "`raylora down` there ends it."
+        )
+
+
+class ServeElsewhere(InstanceError):
+    code = "serve_elsewhere"
+
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__(
+            f"Ray Serve runs in the cluster already and listens on {host}, port {port}. "
+            "Set RAYLORA_HOST and RAYLORA_PORT to these, or end it with `serve shutdown`."
+        )
+
+
+class RouteTaken(InstanceError):
+    code = "route_taken"
+
+    def __init__(self, application: str) -> None:
+        super().__init__(
+            f"The Serve application {application!r} of the cluster answers every path. "
+            "Give it a route_prefix of its own, or end it."
+        )
+
+
+class ProxyUnguarded(InstanceError):
+    code = "proxy_unguarded"
+
+    def __init__(self, variable: str, value: str) -> None:
+        super().__init__(
+            "Ray Serve was started in the cluster without this project's part of its proxy. "
+            f"Start the nodes with {variable}={value}, as cluster.yaml does, or end Serve with `serve shutdown`."
+        )
+
+
+class StorageNotShared(InstanceError):
+    code = "storage_not_shared"
+
+    def __init__(self, nodes: int) -> None:
+        super().__init__(
+            f"The cluster has {nodes} nodes, and the embedded S3 server is reached from this one only. "
+            "Set RAYLORA_S3_ENDPOINT_URL, _ACCESS_KEY_ID and _SECRET_ACCESS_KEY to a server that all nodes reach, "
+            "or RAYLORA_S3_HOST to an address of this node that the others reach."
         )
 
 

@@ -11,7 +11,6 @@ import asyncio
 import hashlib
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,26 +20,33 @@ import time
 from contextlib import ExitStack
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from serve_app.ingress.middleware import PROXY_ENVIRONMENT
 from serve_app.ingress.replies import SURFACES, lost_body, refused_body
 from serve_app.settings import Settings
+from serve_app.shutdown import TRAINING_S, instance_s
 from serve_app.stack.background import Background
-from serve_app.stack.errors import AlreadyRunning, DiskFull, InstanceError, ModelMissing, PortTaken, StartFailed
-from serve_app.stack.haproxy import LOOPBACK, environment
+from serve_app.stack.checks import DASHBOARD_HOST, check, check_port
+from serve_app.stack.errors import AlreadyRunning, ClusterInUse, InstanceError, StartFailed, StorageNotShared
+from serve_app.stack.haproxy import environment
 from serve_app.stack.instance import INSTANCE_VARIABLE, Instance, InstanceState, Phase
-from serve_app.stack.ports import is_free, remembered
+from serve_app.stack.ports import remembered
 from serve_app.stack.probing import CapabilityProbe
 from storage.embedded import EmbeddedS3
+from storage.listening import is_loopback, url_of
 from storage.objects import StoreMaintenance
+
+if TYPE_CHECKING:
+    from cluster.membership import Membership
 
 logger = logging.getLogger("raylora.supervisor")
 
-FREE_DISK_MIN_MB = 1024
-EXCUSE_WITHIN_S = 5.0
 # Unix socket paths end at 107 bytes and Ray puts about 70 of its own behind this folder.
 RAY_FOLDER_MAX_CHARS = 36
+RAY_OPTIONS: dict[str, Any] = {"namespace": "raylora", "log_to_driver": False, "configure_logging": False}
 
 
 class Supervisor:
@@ -52,6 +58,9 @@ class Supervisor:
         self._owner = psutil.Process(while_pid) if while_pid else None
         self._asked = threading.Event()
         self._ray_address: str | None = None
+        self._dashboard_url = url_of(DASHBOARD_HOST, settings.dashboard_port)
+        self._submissions: list[str] = []
+        self._s3_is_near = False
         self._doors: Path | None = None
         self._capabilities: dict[str, bool] | None = None
         self._capabilities_found = threading.Event()
@@ -117,32 +126,18 @@ class Supervisor:
                 pid_created_at=psutil.Process().create_time(),
                 phase=phase,
                 stage=stage,
-                http_url=f"http://{settings.host}:{settings.port}",
-                dashboard_url=f"http://127.0.0.1:{settings.dashboard_port}",
+                http_url=url_of(settings.host, settings.port),
+                dashboard_url=self._dashboard_url,
                 ray_address=self._ray_address,
                 storage_capabilities=self._capabilities,
+                stop_timeout_s=instance_s(settings.drain_s),
                 error_code=error.code if error else None,
                 error_message=str(error) if error else None,
             )
         )
 
     def _check(self) -> None:
-        settings = self._settings
-        for port, variable, host in (
-            (settings.port, "RAYLORA_PORT", settings.host),
-            (settings.dashboard_port, "RAYLORA_DASHBOARD_PORT", "127.0.0.1"),
-        ):
-            if variable == "RAYLORA_DASHBOARD_PORT" and settings.ray_address is not None:
-                continue
-            if not is_free(port, host):
-                raise PortTaken(port, variable)
-        free_mb = shutil.disk_usage(self._instance.home).free // 2**20
-        if free_mb < FREE_DISK_MIN_MB:
-            raise DiskFull(self._instance.home, free_mb, FREE_DISK_MIN_MB)
-        for name, path in settings.models.items():
-            looks_local = path.startswith(("/", ".", "~"))
-            if looks_local and not (Path(path).expanduser() / "model_index.json").is_file():
-                raise ModelMissing(name)
+        check(self._settings, self._instance.home)
 
     def _start_watchdog(self) -> None:
         watchdog = subprocess.Popen(
@@ -170,22 +165,36 @@ class Supervisor:
             logger.warning("ended %d processes that had outlived Ray's own shutdown", ended)
 
     def _start_storage(self) -> None:
-        if not self._settings.uses_embedded_s3():
+        settings = self._settings
+        if not settings.uses_embedded_s3():
             return
-        port = self._settings.s3_port or remembered(self._instance.home / "s3-port")
-        if not is_free(port):
-            raise PortTaken(port, "RAYLORA_S3_PORT")
-        server = EmbeddedS3(self._instance.s3_folder, port)
+        check_port(settings.s3_port or 0, "RAYLORA_S3_PORT", settings.s3_host, "RAYLORA_S3_HOST")
+        server = EmbeddedS3(
+            self._instance.s3_folder,
+            settings.s3_port or remembered(self._instance.home / "s3-port", settings.s3_host),
+            host=settings.s3_host,
+            public_endpoint_url=settings.s3_public_endpoint_url,
+            bucket=settings.s3_bucket,
+            prefix=settings.s3_prefix,
+        )
         server.start()
         self._cleanup.callback(server.stop)
-        self._settings = self._settings.with_s3(server.settings())
+        self._s3_is_near = is_loopback(settings.s3_host)
+        self._settings = settings.with_s3(server.settings())
 
     def _start_ray(self) -> None:
+        if self._settings.ray_address is None:
+            self._start_own_ray(self._settings)
+        else:
+            self._join_ray(self._settings.ray_address)
+        # Ray's driver installs a SIGTERM handler of its own, which would end this process without a shutdown.
+        self._install_signals()
+
+    def _start_own_ray(self, settings: Settings) -> None:
         # Read by Serve's proxy when it starts: it strips headers that no client may set, before any replica sees them.
-        os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "serve_app.ingress.middleware:proxy_middlewares"
-        settings = self._settings
+        os.environ.update(PROXY_ENVIRONMENT)
         folder = ray_folder(self._instance.home)
-        if settings.http_proxy == "haproxy" and settings.ray_address is None:
+        if settings.http_proxy == "haproxy":
             self._doors = folder / "haproxy"
             lost = {beginning: lost_body(beginning) for beginning in SURFACES}
             os.environ.update(environment(self._doors, host=settings.host, lost=lost, refused=refused_body()))
@@ -193,27 +202,51 @@ class Supervisor:
 
         from serve_app.stack.ray_node import start_head
 
-        common = {"namespace": "raylora", "log_to_driver": False, "configure_logging": False}
-        if settings.ray_address is not None:
-            ray.init(address=settings.ray_address, **common)
-        else:
-            start_head(
-                include_dashboard=True,
-                dashboard_host="127.0.0.1",
-                dashboard_port=settings.dashboard_port,
-                object_store_memory=settings.object_store_bytes,
-                _temp_dir=str(folder),
-                **common,
-            )
+        start_head(
+            include_dashboard=True,
+            dashboard_host=DASHBOARD_HOST,
+            dashboard_port=settings.dashboard_port,
+            object_store_memory=settings.object_store_bytes,
+            _temp_dir=str(folder),
+            **RAY_OPTIONS,
+        )
         self._cleanup.callback(ray.shutdown)
         self._ray_address = str(ray.get_runtime_context().gcs_address)
-        # Ray's driver installs a SIGTERM handler of its own, which would end this process without a shutdown.
-        self._install_signals()
+
+    def _join_ray(self, address: str) -> None:
+        """Raises ClusterInUse, StorageNotShared."""
+        import ray
+
+        from cluster.membership import ClusterTakenError, Membership, nodes_alive
+
+        joined = ray.init(address=address, **RAY_OPTIONS)
+        self._cleanup.callback(ray.shutdown)
+        self._ray_address = str(ray.get_runtime_context().gcs_address)
+        if joined.dashboard_url:
+            self._dashboard_url = f"http://{joined.dashboard_url}"
+        else:
+            logger.warning("the cluster has no dashboard, without which no training can be started")
+        if self._s3_is_near and nodes_alive() > 1:
+            raise StorageNotShared(nodes_alive())
+        try:
+            membership = Membership.join(str(self._instance.home))
+        except ClusterTakenError as error:
+            raise ClusterInUse(error.home) from error
+        self._cleanup.callback(membership.leave)
+        # An instance that was killed leaves its actors, with the settings of then.
+        membership.end_actors()
+        self._cleanup.callback(membership.end_actors)
+        self._cleanup.callback(self._end_trainings, membership)
+
+    def _end_trainings(self, membership: Membership) -> None:
+        from serve_app.stack import trainings
+        from train_jobs.launcher import RayJobLauncher
+
+        membership.end_jobs_actor()
+        trainings.end(self._submissions, RayJobLauncher(self._dashboard_url), timeout_s=TRAINING_S)
 
     def _start_application(self) -> None:
-        from ray import serve
-
-        from serve_app.app import build
+        from serve_app.stack.serving import Serving
         from storage.actor import StorageClient
         from storage.jobs_actor import ensure_jobs_actor
         from train_jobs.launcher import RayJobLauncher
@@ -221,30 +254,18 @@ class Supervisor:
         settings = self._settings
         storage = StorageClient(settings.s3(), settings.breaker())
         asyncio.run(storage.ensure_bucket())
-        ensure_jobs_actor(settings.jobs_config(), RayJobLauncher(f"http://127.0.0.1:{settings.dashboard_port}"))
-        # HAProxy alone listens on the host; what Serve opens for it need not be reached from elsewhere.
-        host = settings.host if self._doors is None else LOOPBACK
-        serve.start(http_options={"host": host, "port": settings.port})
-        serve.run(build(settings, doors=self._doors), name="raylora", route_prefix="/", blocking=False)
-        self._cleanup.callback(serve.shutdown)
-        if settings.ray_address is None:
-            self._cleanup.callback(self._excuse_trainings)
+        ensure_jobs_actor(settings.jobs_config(), RayJobLauncher(self._dashboard_url))
+        serving = Serving(settings, doors=self._doors, shared=settings.ray_address is not None)
+        self._cleanup.callback(serving.stop)
+        serving.start()
+        self._cleanup.callback(self._excuse_trainings)
         self._start_probe(storage)
         self._start_sweeps()
 
     def _excuse_trainings(self) -> None:
-        """They end with the cluster and go on in the next one; a planned stop uses up none of their attempts."""
-        from storage.blocking_jobs import BlockingJobs
-        from storage.job_state import JobKind
-        from storage.jobs_client import JobsClient
+        from serve_app.stack import trainings
 
-        jobs = BlockingJobs(JobsClient(unavailable_after_s=EXCUSE_WITHIN_S))
-        try:
-            for record in jobs.leased(JobKind.TRAINING):
-                jobs.allow_attempts(record.id, record.attempts_max + 1)
-                logger.info("%s is stopped in attempt %d, which is not counted", record.id, record.attempt)
-        finally:
-            jobs.close()
+        self._submissions = trainings.excuse()
 
     def _start_probe(self, storage: StoreMaintenance) -> None:
         probe = Background("capabilities", CapabilityProbe(storage.capabilities, self._note_capabilities).run)

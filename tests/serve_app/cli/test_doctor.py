@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from serve_app.cli.doctor import breaker_finding, capabilities_finding
+from serve_app.cli.doctor import breaker_finding, capabilities_finding, diagnose
+from serve_app.settings import Settings
 
 HEALTHY = {"ok": True, "breaker": "closed", "breaker_mode": "automatic", "retry_after_s": None}
 
@@ -39,3 +42,19 @@ def test_what_the_s3_server_lacks_is_said_and_is_no_fault() -> None:
 
 def test_a_server_that_reads_no_parts_is_a_fault() -> None:
     assert not capabilities_finding({"ranged_reads": False}).ok
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "advice"),
+    [
+        ({"host": "localhost2.invalid", "port": 18998}, "port 18998", "RAYLORA_HOST"),
+        ({"s3_host": "203.0.113.9", "s3_port": 18997}, "port 18997", "RAYLORA_S3_HOST"),
+    ],
+)
+def test_a_host_that_is_none_is_not_told_as_a_busy_port(
+    tmp_path: Path, fields: dict[str, object], name: str, advice: str
+) -> None:
+    found = {finding.name: finding for finding in diagnose(Settings(home=tmp_path, **fields))}  # type: ignore[arg-type]
+    assert not found[name].ok
+    assert "in use" not in found[name].found
+    assert f"Set {advice}" in found[name].advice
