@@ -284,6 +284,14 @@ def _check_folder(output: Path) -> None:
         raise Failure("bad_output", f"{folder} cannot be written. Name another folder with -o.", EXIT_USAGE)
 
 
+def _make_folder(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        raise Failure("bad_output", f"{output} cannot be made. Name another folder with -o.", EXIT_USAGE) from None
+    _check_folder(output)
+
+
 @app.command()
 def jobs(limit: Annotated[int, typer.Option(min=1, max=1000)] = 20, as_json: AsJson = False) -> None:
     """List trainings and generations, newest first."""
@@ -341,7 +349,8 @@ def demo(
 ) -> None:
     """Train a LoRA on a small data set, draw with it before and after, and show the difference."""
     with reported(as_json):
-        emit(as_json, run_demo(output, err if as_json else out))
+        _make_folder(output)
+        emit(as_json, run_demo(output, Settings(), err if as_json else out))
 
 
 def main() -> None:

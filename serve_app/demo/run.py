@@ -20,16 +20,19 @@ from serve_app.cli.progress import training_progress
 from serve_app.cli.trainings import prepare_training
 from serve_app.demo.measure import distance_to_set, rms_distance
 from serve_app.demo.report import Report, Row, write_report
+from serve_app.settings import Settings
 from serve_app.stack import control
 from serve_app.stack.instance import Instance
 from serve_app.stack.ports import any_free
+from storage.listening import url_of
 
 logger = logging.getLogger(__name__)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "examples" / "zib" / "train.yaml"
 PICTURES = REPOSITORY / "examples" / "zib" / "images"
-HOME = REPOSITORY / ".raylora" / "demo"
+HOME_FOLDER = "demo"
+LOOPBACK = "127.0.0.1"
 
 NEW_WORD = tuple(f"a zib on a {colour} background" for colour in ("red", "blue", "green", "white", "yellow", "black"))
 OLD_WORDS = (
@@ -54,13 +57,25 @@ class Drawn:
     old: tuple[Image.Image, ...]
 
 
-@contextmanager
-def running_instance(console: Console) -> Iterator[tuple[str, str]]:
-    """An instance on free ports that lives as long as the block or this process: (URL, API key)."""
-    instance = Instance(HOME)
-    environment = {
-        "RAYLORA_HOME": str(HOME), "RAYLORA_PORT": str(any_free()), "RAYLORA_DASHBOARD_PORT": str(any_free()),
+def surroundings(settings: Settings) -> dict[str, str]:
+    """Variables for the demo's instance: its data beside the code, or below the folder where data were said to be; its
+    ports on loopback, and none of an instance that runs already."""
+    base = settings.home if "home" in settings.model_fields_set else REPOSITORY / ".raylora"
+    own = {
+        "RAYLORA_HOME": str(base / HOME_FOLDER), "RAYLORA_HOST": LOOPBACK, "RAYLORA_PORT": str(any_free()),
+        "RAYLORA_DASHBOARD_PORT": str(any_free()),
     }  # fmt: skip
+    if settings.uses_embedded_s3():
+        port = any_free()
+        own |= {"RAYLORA_S3_HOST": LOOPBACK, "RAYLORA_S3_PORT": str(port)}
+        own |= {"RAYLORA_S3_PUBLIC_ENDPOINT_URL": url_of(LOOPBACK, port)}
+    return own
+
+
+@contextmanager
+def running_instance(environment: dict[str, str], console: Console) -> Iterator[tuple[str, str]]:
+    """An instance with these variables that lives as long as the block or this process: (URL, API key)."""
+    instance = Instance(Path(environment["RAYLORA_HOME"]))
     control.stop(instance, missing_ok=True)
     instance.prepare()
     key, _ = instance.ensure_api_key(None)
@@ -138,11 +153,13 @@ def training_pictures() -> dict[str, Image.Image]:
     return pictures
 
 
-def run_demo(output: Path, console: Console) -> dict[str, Any]:
-    """Do the main job and return what was found. Raises ApiError (also below the bar) or InstanceError."""
-    output.mkdir(parents=True, exist_ok=True)
+def run_demo(output: Path, settings: Settings, console: Console) -> dict[str, Any]:
+    """Do the main job, with results in the folder `output`, and return what was found.
+
+    Raises ApiError (also below the bar) or InstanceError.
+    """
     started_at = time.monotonic()
-    with running_instance(console) as (url, key), ApiClient(url, key) as client:
+    with running_instance(surroundings(settings), console) as (url, key), ApiClient(url, key) as client:
         ready_s = time.monotonic() - started_at
         console.print(f"ready on {url} after {ready_s:.0f} s")
         cancel_leftovers(client)

@@ -50,6 +50,16 @@ def test_an_s3_server_named_in_part_is_told_before_anything_starts(
     assert not (tmp_path / "home").exists()
 
 
+def test_a_demo_whose_results_could_not_be_put_anywhere_is_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_app.cli.main.run_demo", lambda *_: pytest.fail("it was started"))
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(app, ["demo", "-o", str(tmp_path / "file" / "x")])
+    assert result.exit_code == 2, result.output
+    assert "cannot be made. Name another folder with -o." in " ".join(result.stderr.split())
+
+
 def test_a_picture_that_could_not_be_put_anywhere_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYLORA_HOME", str(tmp_path))
     monkeypatch.setenv("RAYLORA_API_KEY", "rl_test")
