@@ -76,8 +76,9 @@ LOGGING = Section(
 
 SAVE = Section(
     honoured=_keys("save_every dtype max_step_saves_to_keep"),
-    ignored=_because("nothing is pushed to a hub", "hf_repo_id hf_private"),
-    refused={"save_format": "safetensors", "push_to_hub": False},
+    ignored=_because("nothing is pushed to a hub", "hf_repo_id hf_private")
+    | {"save_format": "an adapter is stored as safetensors, under diffusers' and kohya's key names"},
+    refused={"push_to_hub": False},
 )
 
 SAMPLE = Section(

@@ -161,12 +161,14 @@ class OptimizerSpec(Spec):
 
 
 class TimestepSpec(Spec):
-    """Which noise levels are trained; see `diffusion.families.base.NoiseLevels`."""
+    """Which noise levels are trained (see `diffusion.families.base.NoiseLevels`), and how much each counts in the
+    loss of a flow model (see `diffusion.families.flow_weights`)."""
 
     kind: Literal["sigmoid", "linear", "shift"] = "sigmoid"
     bias: Literal["balanced", "content", "style"] = "balanced"
     first: int = Field(default=0, ge=0, le=999)
     last: int = Field(default=999, ge=0, le=999)
+    weighting: Literal["none", "bell", "measured"] = "none"
 
     @model_validator(mode="after")
     def _is_a_range(self) -> "TimestepSpec":

@@ -19,6 +19,8 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from diffusion.families.flow_weights import LossWeighting
+
 LoraTargets = Literal["attention", "all"]
 
 
@@ -246,5 +248,10 @@ class Family(ABC):
         """What ``predict`` should have said: noise, velocity, sample or flow."""
 
     @abstractmethod
-    def loss_weight(self, timesteps_B: Tensor, snr_gamma: float | None = None) -> Tensor:
-        """``[B]`` weights of the per-picture mean squared error; ones, or min-SNR-gamma where it applies."""
+    def loss_weight(
+        self, timesteps_B: Tensor, snr_gamma: float | None = None, weighting: LossWeighting = "none"
+    ) -> Tensor:
+        """``[B]`` weights of the per-picture mean squared error; ones, or min-SNR-gamma where it applies.
+
+        ``weighting`` is for flow models.
+        """

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffusion.families.base import ALL_LEVELS, NoiseLevels
 from diffusion.families.discrete import SCHEDULERS, DiscreteNoise
+from diffusion.families.flow_weights import LossWeighting
 from diffusion.families.kl_family import KlFamily
 
 UNET_TARGETS = {
@@ -58,5 +59,7 @@ class UNetFamily(KlFamily):
     def prediction_target(self, latents_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor) -> Tensor:
         return self.noise.prediction_target(latents_BCHW, noise_BCHW, timesteps_B)
 
-    def loss_weight(self, timesteps_B: Tensor, snr_gamma: float | None = None) -> Tensor:
+    def loss_weight(
+        self, timesteps_B: Tensor, snr_gamma: float | None = None, weighting: LossWeighting = "none"
+    ) -> Tensor:
         return self.noise.loss_weight(timesteps_B, snr_gamma)

@@ -258,6 +258,12 @@ def test_flow_timesteps_stay_inside_the_wanted_part_and_repeat_with_the_seed(
         assert 0 < float(drawn.min()) < float(drawn.max()) < 1000
     part = family.sample_timesteps(500, None, NoiseLevels(kind="linear", first=200, last=399))
     assert 600 <= float(part.min()) <= float(part.max()) <= 800
+    shifted = family.sample_timesteps(500, torch.Generator().manual_seed(1), NoiseLevels(kind="shift"), shape) / 1000
+    even = family.sample_timesteps(500, torch.Generator().manual_seed(1), NoiseLevels(kind="linear")) / 1000
+    odds = (shifted / (1 - shifted)) / (even / (1 - even))
+    schedule: Any = family.make_schedule(None, 2, shape)
+    if not schedule.config.use_dynamic_shifting:
+        assert torch.allclose(odds, torch.full_like(odds, schedule.config.shift), rtol=1e-2)
     content = family.sample_timesteps(2000, None, NoiseLevels(kind="linear", bias="content"))
     style = family.sample_timesteps(2000, None, NoiseLevels(kind="linear", bias="style"))
     assert float(content.mean()) > 600 > 400 > float(style.mean())
