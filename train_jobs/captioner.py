@@ -15,8 +15,7 @@ from PIL import Image, ImageOps
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from train_jobs.captions import with_trigger
-from train_jobs.data import Picture, on_white, own_text
+from train_jobs.data import Picture, caption_of, on_white, own_text
 from train_jobs.errors import ModelNotAvailable
 from train_jobs.kept import Kept, digest_of_file, digest_of_files, name_of
 from train_jobs.models import resolve_model
@@ -156,6 +155,6 @@ def _with_captions(
     for picture in pictures:
         if said.get(picture.path):
             text = f"{spec.prefix}{said[picture.path]}{spec.suffix}"[:PROMPT_MAX].strip()
-            picture = replace(picture, text=text, caption=with_trigger(text, dataset.trigger_word))
+            picture = replace(picture, text=text, caption=caption_of(text, dataset))
         captioned.append(picture)
     return captioned

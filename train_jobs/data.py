@@ -66,8 +66,9 @@ class Use:
         if spec is None:
             return CaptionRules(self.caption_dropout_rate)
         return CaptionRules(
-            self.caption_dropout_rate, spec.shuffle_tokens, spec.token_dropout_rate, spec.keep_tokens, spec.trigger_word
-        )
+            self.caption_dropout_rate, spec.shuffle_tokens, spec.token_dropout_rate, spec.keep_tokens,
+            spec.trigger_word, trigger_in_front=not spec.is_regularisation,
+        )  # fmt: skip
 
     @property
     def is_regularisation(self) -> bool:
@@ -95,7 +96,7 @@ def read_folder(folder: Path, spec: DatasetSpec, masks: Path | None = None) -> l
             broken.append(name)
             continue
         text = read_text(path, spec)
-        caption = with_trigger(text, spec.trigger_word)
+        caption = caption_of(text, spec)
         mask = mask_of.get(path.relative_to(folder).with_suffix("").as_posix(), beside.get(path.with_suffix("")))
         pictures.append(Picture(path, name, width_px, height_px, caption, text, mask))
     if broken:
@@ -157,6 +158,12 @@ def own_text(path: Path, spec: DatasetSpec) -> str:
     """The text beside a picture, in one line; empty where there is none."""
     beside = path.with_suffix(spec.caption_ext)
     return " ".join(beside.read_text(encoding="utf-8-sig", errors="replace").split()) if beside.is_file() else ""
+
+
+def caption_of(text: str, spec: DatasetSpec) -> str:
+    """`text` with the trigger word; a regularisation picture, which shows something else, has it only where the text
+    asks for it."""
+    return with_trigger(text, spec.trigger_word, in_front=not spec.is_regularisation)
 
 
 def plan_uses(

@@ -41,8 +41,9 @@ class DatasetSpec(Spec):
 
     Each picture is used once more for every kind of flip asked for. `shuffle_tokens`, `keep_tokens` and
     `token_dropout_rate` are about the parts of a caption between commas. Regularisation pictures take turns with the
-    others. A mask says where the loss counts, black (or transparent) parts by `mask_min_value`: `mask_dataset` names
-    an uploaded dataset with a picture of the same name, `alpha_mask` takes the pictures' own transparency.
+    others, and get no trigger word in front of their captions. A mask says where the loss counts, black (or
+    transparent) parts by `mask_min_value`: `mask_dataset` names an uploaded dataset with a picture of the same name,
+    `alpha_mask` takes the pictures' own transparency.
     """
 
     dataset: str | None = Field(default=None, max_length=150, pattern=DATASET_PATTERN)

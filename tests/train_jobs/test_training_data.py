@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from diffusion.families import Family
 from train_jobs.cache import build_cache
+from train_jobs.captions import varied, with_trigger
 from train_jobs.data import (
     BatchPlan,
     Picture,
@@ -23,7 +25,6 @@ from train_jobs.data import (
     picture_files,
     plan_uses,
     read_folder,
-    with_trigger,
 )
 from train_jobs.errors import DatasetEmpty, ImageUnreadable
 from train_jobs.spec import DatasetSpec
@@ -67,6 +68,18 @@ def test_a_picture_without_caption_has_the_default_one(write_pictures: Write) ->
 )
 def test_the_trigger_word_is_always_in_the_caption(text: str, word: str | None, caption: str) -> None:
     assert with_trigger(text, word) == caption
+
+
+def test_a_regularisation_picture_has_the_trigger_word_only_where_its_text_asks_for_it(write_pictures: Write) -> None:
+    folder = write_pictures((8, 8), (8, 8))
+    (folder / "p0.txt").write_text("a man, red")
+    (folder / "p1.txt").write_text("a [trigger], red")
+    spec = _spec(is_regularisation=True, trigger_word="ohwx")
+    pictures = read_folder(folder, spec)
+    assert [picture.caption for picture in pictures] == ["a man, red", "a ohwx, red"]
+    rules = plan_uses(pictures, spec, size_multiple=8)[0].rules
+    assert varied(pictures[0].text, rules, torch.Generator()) == "a man, red"
+    assert read_folder(folder, _spec(trigger_word="ohwx"))[0].caption == "ohwx a man, red"
 
 
 def test_every_broken_picture_is_named_at_once(write_pictures: Write) -> None:
