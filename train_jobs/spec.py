@@ -379,13 +379,6 @@ class TrainSpec(Spec):
             raise ValueError("a model that is split over workers (fsdp) cannot carry a DoRA, which needs whole weights")
         return self
 
-    def is_remote_safe(self) -> bool:
-        """Whether it names nothing on the server's own disk, as every spec that came over HTTP must."""
-        named = [self.model, *([self.captioning.model] if self.captioning is not None else [])]
-        return all(check_model_name(model, paths_allowed=False) is None for model in named) and all(
-            d.local_path is None for d in self.all_datasets
-        )
-
     @property
     def all_datasets(self) -> tuple[DatasetSpec, ...]:
         """Those trained on, then the one for validation."""

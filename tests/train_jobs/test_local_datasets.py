@@ -32,7 +32,7 @@ async def test_local_folders_are_uploaded_and_pinned(
     change = {"datasets": [{"local_path": str(folder)}], "validation": held}
     local = spec_from_json(TrainSpec, spec.model_dump() | change, paths_allowed=True)
     uploaded = await upload_local_datasets(store, KEYS, local, now=NOW)
-    assert uploaded.is_remote_safe()
+    assert spec_from_json(TrainSpec, uploaded.model_dump()) == uploaded
     assert uploaded.datasets[0].dataset == "my_cats"
     assert uploaded.validation is not None
     assert uploaded.validation.dataset is not None
