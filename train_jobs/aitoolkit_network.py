@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from train_jobs import aitoolkit_keys as keys
+from train_jobs import aitoolkit_values as values
 from train_jobs.config_reader import ConfigReader, copy_keys
 
 NETWORK_TYPES = ("lora", "locon", "dora", "lokr", "loha")
 
 
-def read_network(reader: ConfigReader, value: Any, path: str) -> None:
+def read_network(reader: ConfigReader, value: Any, path: str, family: str | None) -> None:
+    """`family`: what the file takes its model for, where it says so."""
     if value is None:
         reader.problem(path, "is missing: only LoRA training is supported", "missing")
         return
@@ -23,9 +25,8 @@ def read_network(reader: ConfigReader, value: Any, path: str) -> None:
     elif kind not in ("lora", "locon"):
         reader.put("network.type", kind, f"{path}.type")
     rank_key = "rank" if "rank" in network else "linear"
-    alpha_key = "linear_alpha" if "linear_alpha" in network else "alpha"
     reader.put("network.rank", network.get(rank_key, 4), f"{path}.{rank_key}")
-    reader.put("network.alpha", network.get(alpha_key, 1.0), f"{path}.{alpha_key}")
+    _alpha(reader, value if isinstance(value, dict) else {}, path, rank=network.get(rank_key, 4), family=family)
     names = {
         "conv": "conv_rank",
         "dropout": "dropout",
@@ -44,3 +45,19 @@ def read_network(reader: ConfigReader, value: Any, path: str) -> None:
     filters = reader.section(network.get("network_kwargs"), at, keys.NETWORK_KWARGS)
     for key, value in filters.items():
         reader.put(f"network.{key}", [value] if isinstance(value, str) else value, f"{at}.{key}")
+
+
+def _alpha(reader: ConfigReader, written: dict[str, Any], path: str, *, rank: Any, family: str | None) -> None:
+    """ai-toolkit has no alpha in transformers (`lora_special.py`, `peft_format`): there it is the rank. In UNets it is 1
+    unless the file says otherwise, and 0 or null stand for the rank."""
+    key = "linear_alpha" if "linear_alpha" in written else "alpha"
+    alpha = written.get(key, 1.0) or rank
+    has_none = family in values.FLOW_FAMILIES and not (written.get("type") == "lokr" and written.get("old_lokr_format"))
+    if has_none and key in written and alpha != rank and not _is_whole(written):
+        reader.warn(f"{path}.{key}", f"is taken as the rank, {rank}: ai-toolkit trains models of this kind so")
+    reader.put("network.alpha", rank if has_none else alpha, f"{path}.{key}")
+
+
+def _is_whole(written: dict[str, Any]) -> bool:
+    """A LoKr with whole matrices, in which rank and alpha have no say."""
+    return written.get("type") == "lokr" and written.get("lokr_full_rank", True) is not False

@@ -7,6 +7,8 @@ import pytest
 from tests.train_jobs.ui_files import CHANGES, ui_file
 from train_jobs.aitoolkit import parse_train_yaml
 from train_jobs.config_check import ConfigCheck, check_train_yaml
+from train_jobs.config_reader import ParsedConfig
+from train_jobs.spec import TrainSpec
 
 AT = "config.process[0]"
 FAMILIES = {
@@ -65,4 +67,40 @@ def test_linear_timesteps_weigh_a_flow_models_loss_too() -> None:
         spec = parse_train_yaml(ui_file("flux", train__linear_timesteps=True, train__timestep_type=kind)).spec
         assert (spec.train.timesteps.kind, spec.train.timesteps.weighting) == ("linear", weighting)
     parsed = parse_train_yaml(ui_file("sdxl", train__linear_timesteps=True))
-    assert {w.path: w.message for w in parsed.warnings}[f"{AT}.train.linear_timesteps"].startswith("has no effect")
+    assert _notes(parsed)[f"{AT}.train.linear_timesteps"].startswith("has no effect")
+
+
+@pytest.mark.parametrize("arch", ["flux", "flux2_klein_4b", "qwen_image", "zimage"])
+def test_a_transformers_alpha_is_its_rank_and_another_one_is_told(arch: str) -> None:
+    parsed = parse_train_yaml(ui_file(arch, network__linear_alpha=1))
+    assert (parsed.spec.network.rank, parsed.spec.network.alpha) == (32, 32)
+    assert "is taken as the rank, 32" in _notes(parsed)[f"{AT}.network.linear_alpha"]
+    without = parse_train_yaml(_without_alpha(arch))
+    assert without.spec.network.alpha == 32
+    assert f"{AT}.network.alpha" not in _notes(without)
+    check = check_train_yaml(ui_file(arch, network__linear_alpha=1))
+    assert "is taken as the rank" in {key.path: key.note for key in check.keys}[f"{AT}.network.linear_alpha"]
+
+
+def test_a_unets_alpha_is_the_files_and_1_without_one() -> None:
+    assert parse_train_yaml(ui_file("sdxl", network__linear_alpha=16)).spec.network.alpha == 16
+    assert parse_train_yaml(_without_alpha("sdxl")).spec.network.alpha == 1
+    for nothing in (0, None):
+        assert parse_train_yaml(ui_file("sdxl", network__linear_alpha=nothing)).spec.network.alpha == 32
+
+
+def test_a_lokr_in_the_older_format_keeps_its_alpha() -> None:
+    lokr = {"network__type": "lokr", "network__lokr_full_rank": False, "network__linear_alpha": 8}
+    assert parse_train_yaml(ui_file("flux", **lokr)).spec.network.alpha == 32
+    older = ui_file("flux", **lokr, network__old_lokr_format=True)
+    assert parse_train_yaml(older).spec.network.alpha == 8
+    whole = parse_train_yaml(ui_file("flux", **(lokr | {"network__lokr_full_rank": True})))
+    assert f"{AT}.network.linear_alpha" not in _notes(whole)
+
+
+def _without_alpha(arch: str) -> str:
+    return ui_file(arch).replace("linear_alpha: 32\n", "dropout: null\n")
+
+
+def _notes(parsed: ParsedConfig[TrainSpec]) -> dict[str, str]:
+    return {warning.path: warning.message for warning in parsed.warnings}
