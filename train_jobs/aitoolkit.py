@@ -110,6 +110,9 @@ def _train(reader: ConfigReader, process: dict[str, Any], path: str, family: str
     if train.get("train_text_encoder") and "text_encoder_lr" in train:
         reader.put("train.text_encoder_learning_rate", train["text_encoder_lr"], f"{at}.text_encoder_lr")
     read_timesteps(reader, train, at, family)
+    for key in ("unet_lr", "text_encoder_lr"):
+        if train.get(key, train.get("lr")) != train.get("lr"):
+            reader.warn(f"{at}.{key}", "is honoured here; ai-toolkit trains all of an adapter at 'lr'")
     _average(reader, train.get("ema_config"), f"{at}.ema_config")
     if "training_seed" in process:
         reader.put("train.seed", process["training_seed"], f"{path}.training_seed")

@@ -48,7 +48,7 @@ def read_network(reader: ConfigReader, value: Any, path: str, family: str | None
 
 
 def _alpha(reader: ConfigReader, written: dict[str, Any], path: str, *, rank: Any, family: str | None) -> None:
-    """ai-toolkit has no alpha in transformers (`lora_special.py`, `peft_format`): there it is the rank. In UNets it is 1
+    """ai-toolkit has none in transformers (`lora_special.py`, `peft_format`): there it is the rank. In UNets it is 1
     unless the file says otherwise, and 0 or null stand for the rank."""
     key = "linear_alpha" if "linear_alpha" in written else "alpha"
     alpha = written.get(key, 1.0) or rank

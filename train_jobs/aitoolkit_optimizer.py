@@ -16,10 +16,12 @@ def read_optimizer(reader: ConfigReader, train: dict[str, Any], path: str) -> No
     name = reader.choice(written, f"{path}.optimizer", values.OPTIMIZERS)
     if name is not None:
         reader.put("train.optimizer.type", name, f"{path}.optimizer")
+        for key, default in values.OPTIMIZER_DEFAULTS[name].items():
+            reader.put(f"train.optimizer.{key}", default, f"{path}.optimizer")
     if isinstance(written, str) and written.lower().endswith("8bit"):
         told = "is run with 8-bit state where there is a GPU and bitsandbytes, else with full-precision state"
         reader.warn(f"{path}.optimizer", told if name == "adamw8bit" else "is run with full-precision state")
-    rate = train.get("unet_lr", train.get("lr"))
+    rate = train.get("unet_lr", train.get("lr", 1e-6))
     if name == "prodigy" and isinstance(rate, int | float) and rate < PRODIGY_RATE_MIN:
         # Prodigy finds the rate and takes this one as a factor; ai-toolkit reads small ones as 1 too.
         reader.put("train.learning_rate", 1.0, f"{path}.lr")

@@ -42,6 +42,16 @@ OPTIMIZERS = {
     "lion": "lion",
     "lion8bit": "lion",
 }
+OPTIMIZER_DEFAULTS: dict[str, dict[str, float]] = {
+    "adam": {"eps": 1e-6, "weight_decay": 0.0},
+    "adamw": {"eps": 1e-6, "weight_decay": 0.01},
+    "adamw8bit": {"eps": 1e-6, "weight_decay": 0.01},
+    "adafactor": {"weight_decay": 0.0},
+    "prodigy": {"eps": 1e-6, "weight_decay": 0.0},
+    "lion": {"beta2": 0.99, "weight_decay": 0.0},
+}
+"""What ai-toolkit's `toolkit/optimizer.py` and the packages behind it take where a file says nothing, by the name here.
+Betas are 0.9 and 0.999 unless they are listed."""
 QTYPES = {
     "qfloat8": "float8",
     "float8": "float8",
