@@ -91,6 +91,7 @@ def _train(reader: ConfigReader, process: dict[str, Any], path: str, family: str
     train = reader.section(process.get("train"), at, keys.TRAIN)
     lr_key = "unet_lr" if "unet_lr" in train else "lr"
     reader.put("train.learning_rate", train.get(lr_key, 1e-6), f"{at}.{lr_key}")
+    reader.put("train.gradient_checkpointing", True, f"{at}.gradient_checkpointing")
     copy_keys(
         reader,
         train,
@@ -113,6 +114,7 @@ def _train(reader: ConfigReader, process: dict[str, Any], path: str, family: str
     for key in ("unet_lr", "text_encoder_lr"):
         if train.get(key, train.get("lr")) != train.get("lr"):
             reader.warn(f"{at}.{key}", "is honoured here; ai-toolkit trains all of an adapter at 'lr'")
+    _guidance(reader, train, at, family)
     _average(reader, train.get("ema_config"), f"{at}.ema_config")
     if "training_seed" in process:
         reader.put("train.seed", process["training_seed"], f"{path}.training_seed")
@@ -124,6 +126,17 @@ def _train(reader: ConfigReader, process: dict[str, Any], path: str, family: str
     reader.put("train.steps", -(-steps // updates_per), f"{at}.steps")
     read_schedule(reader, train, at, updates_per)
     return updates_per
+
+
+def _guidance(reader: ConfigReader, train: dict[str, Any], path: str, family: str | None) -> None:
+    """Only FLUX.1's guidance is left out in ai-toolkit, whatever the file says of other models."""
+    at = f"{path}.bypass_guidance_embedding"
+    if "bypass_guidance_embedding" not in train or not reader.flag(train["bypass_guidance_embedding"], at):
+        return
+    if family == "flux1":
+        reader.put("train.bypass_guidance_embedding", True, at)
+    else:
+        reader.warn(at, "has no effect on this model: it is for FLUX.1")
 
 
 def _dtype(reader: ConfigReader, value: Any, path: str) -> None:
@@ -231,6 +244,10 @@ def _model(reader: ConfigReader, value: Any, path: str, *, local: bool) -> str |
     if flags:
         reader.put("train.compile", any(flags), f"{path}.compile")
     read_quantization(reader, model, path)
+    encoders = [
+        n for n in (1, 2) if reader.flag(model.get(f"use_text_encoder_{n}", True), f"{path}.use_text_encoder_{n}")
+    ]
+    reader.put("train.trained_text_encoders", encoders, f"{path}.use_text_encoder_1")
     name = model.get("name_or_path")
     at = f"{path}.name_or_path"
     if not isinstance(name, str) or not name:

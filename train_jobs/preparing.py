@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffusion.adapter import ConvLora, TrainableLora, attach_lora
 from diffusion.errors import SettingNotSupported
-from diffusion.families import Family, load_family
+from diffusion.families import Family, Flux1, load_family
 from diffusion.kohya import to_kohya_factors
 from diffusion.lora import fit_layers, read_factors, read_lora
 from diffusion.lycoris_layers import Lycoris
@@ -30,7 +30,7 @@ from train_jobs.models import resolve_model
 from train_jobs.peers import Peers
 from train_jobs.previews import Previews, store_nowhere
 from train_jobs.sharing import together
-from train_jobs.spec import DatasetSpec, NetworkSpec, TrainSpec
+from train_jobs.spec import DatasetSpec, NetworkSpec, OptimizeSpec, TrainSpec
 from train_jobs.validation import Validation
 
 
@@ -84,9 +84,12 @@ def warnings_of(pictures: Pictures) -> list[str]:
 def without_effect(spec: TrainSpec, family: Family) -> list[str]:
     """Settings that this model has no place for. Trainers' interfaces write `conv` into every model's config."""
     denoiser = next(iter(family.lora_components))
+    warnings: list[str] = []
     if spec.network.conv_rank is not None and not family.conv_target_modules(denoiser):
-        return ["The network's conv rank had no effect: this model has no convolutions to adapt."]
-    return []
+        warnings.append("The network's conv rank had no effect: this model has no convolutions to adapt.")
+    if spec.train.bypass_guidance_embedding and family.name != Flux1.name:
+        warnings.append("Bypassing the guidance embedding had no effect: it is for FLUX.1.")
+    return warnings
 
 
 def plan_all_uses(spec: TrainSpec, pictures: Pictures, *, size_multiple: int) -> list[Use]:
@@ -127,6 +130,7 @@ def load_model(
     family = load_family(folder, device=loaded_on, dtype=dtype, quantization=quantization)
     if spec.family is not None and spec.family != family.name:
         raise ModelNotAvailable(spec.model, f"it is of the kind {family.name}, and the config says {spec.family}")
+    family.bypasses_guidance = train.bypass_guidance_embedding
     lora = _attach(spec, family)
     if is_split:
         shard_denoiser(family, device, whole=lora.parameters())
@@ -157,12 +161,17 @@ def _attach(spec: TrainSpec, family: Family) -> TrainableLora:
         dora=network.type == "dora",
         lycoris=lycoris,
         targets=network.targets,
-        components=[denoiser, *(encoders if spec.train.train_text_encoder else ())],
+        components=[denoiser, *_trained(spec.train, encoders)],
         seed=spec.train.seed,
         conv=conv,
         only_if_contains=network.only_if_contains,
         ignore_if_contains=network.ignore_if_contains,
     )
+
+
+def _trained(train: OptimizeSpec, encoders: Sequence[str]) -> list[str]:
+    numbered = enumerate(encoders, start=1)
+    return [name for number, name in numbered if train.train_text_encoder and number in train.trained_text_encoders]
 
 
 def _lycoris(network: NetworkSpec) -> Lycoris | None:

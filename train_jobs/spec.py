@@ -183,7 +183,8 @@ class OptimizeSpec(Spec):
 
     `min_snr_gamma`: loss weights of Hang et al. 2023. `noise_offset`: std of a per-channel constant added to the noise.
     `ema_decay`: an average of the weights is kept, and is what previews show and the result holds. With
-    `train_text_encoder` the text encoders get adapters too, at their own rate if one is given.
+    `train_text_encoder` the text encoders get adapters too, at their own rate if one is given: those of them that
+    `trained_text_encoders` counts. `bypass_guidance_embedding` trains FLUX.1 dev as if it knew no guidance scale.
     `regularisation_weight` multiplies the loss of regularisation pictures.
     `strategy`: with several workers each holds the whole model (ddp), or a share of the denoiser's weights (fsdp).
     """
@@ -201,6 +202,8 @@ class OptimizeSpec(Spec):
     seed: Seed = 42
     ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
     train_text_encoder: bool = False
+    trained_text_encoders: tuple[Literal[1, 2], ...] = Field(default=(1, 2), max_length=2)
+    bypass_guidance_embedding: bool = False
     text_encoder_learning_rate: float | None = Field(default=None, gt=0.0, le=10.0)
     timesteps: TimestepSpec = TimestepSpec()
     regularisation_weight: float = Field(default=1.0, ge=0.0, le=1000.0)

@@ -120,6 +120,8 @@ class Family(ABC):
     """Both picture sides must be multiples of this many pixels."""
     vae: Any
     """diffusers' autoencoder of the model, for its tiling."""
+    bypasses_guidance: bool = False
+    """Whether a guidance-distilled FLUX.1 is trained without its guidance's embedding; other families ignore it."""
     native_size_px: int
     """Width and height of the pictures that the model was made for."""
 

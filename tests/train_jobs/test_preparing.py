@@ -71,6 +71,25 @@ def test_a_conv_rank_for_a_model_without_convolutions_is_left_out_and_said(
     assert any("conv1" in parameter for parameter, _ in lora.named_parameters()) == (not is_told)
 
 
+def test_the_guidance_embedding_is_bypassed_where_there_is_one(flux: Path, tmp_path: Path) -> None:
+    spec = _spec(train={"bypass_guidance_embedding": True})
+    family, _ = load_model(spec, {"m": str(flux)}, CPU, paths_allowed=False)
+    assert family.bypasses_guidance
+    assert without_effect(spec, family) == []
+    assert not load_model(_spec(), {"m": str(flux)}, CPU, paths_allowed=False)[0].bypasses_guidance
+    other = write_tiny_model("z_image", tmp_path)
+    family, _ = load_model(spec, {"m": str(other)}, CPU, paths_allowed=False)
+    assert "FLUX.1" in without_effect(spec, family)[0]
+
+
+@pytest.mark.parametrize(("chosen", "parts"), [([2], {"unet", "text_encoder_2"}), ([], {"unet"})])
+def test_only_the_chosen_text_encoders_are_adapted(chosen: list[int], parts: set[str], tmp_path: Path) -> None:
+    folder = write_tiny_model("sdxl", tmp_path)
+    spec = _spec(train={"train_text_encoder": True, "trained_text_encoders": chosen})
+    _, lora = load_model(spec, {"m": str(folder)}, CPU, paths_allowed=False)
+    assert {name.partition(".")[0] for name, _ in lora.named_parameters()} == parts
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inside torch
 def test_checkpointed_and_compiled_denoisers_have_the_same_gradients(flux: Path) -> None:
     models = {"m": str(flux)}

@@ -98,6 +98,38 @@ def test_a_lokr_in_the_older_format_keeps_its_alpha() -> None:
     assert f"{AT}.network.linear_alpha" not in _notes(whole)
 
 
+def test_flux1s_guidance_is_left_out_where_the_file_says_so() -> None:
+    assert parse_train_yaml(ui_file("flex1")).spec.train.bypass_guidance_embedding
+    assert not parse_train_yaml(ui_file("flux")).spec.train.bypass_guidance_embedding
+    assert parse_train_yaml(ui_file("flux", train__bypass_guidance_embedding=True)).spec.train.bypass_guidance_embedding
+    other = parse_train_yaml(ui_file("flux2", train__bypass_guidance_embedding=True))
+    assert not other.spec.train.bypass_guidance_embedding
+    assert "has no effect" in _notes(other)[f"{AT}.train.bypass_guidance_embedding"]
+    refused = check_train_yaml(ui_file("flux", model__use_flux_cfg=True))
+    assert _verdicts(refused)[f"{AT}.model.use_flux_cfg"] == "refused"
+
+
+def test_memory_is_saved_by_recomputing_unless_the_file_says_otherwise() -> None:
+    without = ui_file("flux").replace("gradient_checkpointing: true", "seed: 1")
+    assert parse_train_yaml(without).spec.train.gradient_checkpointing
+    switched_off = ui_file("flux", train__gradient_checkpointing=False)
+    assert not parse_train_yaml(switched_off).spec.train.gradient_checkpointing
+
+
+def test_the_older_name_of_the_captions_suffix_outweighs_the_newer() -> None:
+    spec = parse_train_yaml(ui_file("flux", datasets__caption_type="caption")).spec
+    assert spec.datasets[0].caption_ext == ".caption"
+    assert parse_train_yaml(ui_file("flux", datasets__caption_type=None)).spec.datasets[0].caption_ext == ".txt"
+
+
+@pytest.mark.parametrize(("off", "left"), [((), (1, 2)), ((1,), (2,)), ((2,), (1,)), ((1, 2), ())])
+def test_a_file_may_keep_a_text_encoder_from_being_adapted(off: tuple[int, ...], left: tuple[int, ...]) -> None:
+    switches = {f"model__use_text_encoder_{number}": False for number in off}
+    spec = parse_train_yaml(ui_file("sdxl", train__train_text_encoder=True, **switches)).spec
+    assert spec.train.train_text_encoder
+    assert spec.train.trained_text_encoders == left
+
+
 def _without_alpha(arch: str) -> str:
     return ui_file(arch).replace("linear_alpha: 32\n", "dropout: null\n")
 
