@@ -28,6 +28,8 @@ TEXT_BATCH = 16
 PIXELS_PER_BATCH = 4 * 1024 * 1024
 LATENTS, TEXTS = "latents", "texts"
 VERSION = 1
+LATENTS_VERSION = 2
+"""Since pictures of 16 bits are read as they are."""
 """To be raised when pictures are scaled or encoded in another way: what was kept before is then no longer found."""
 
 
@@ -118,7 +120,7 @@ class Encodings:
         if path not in self._pictures:
             self._pictures[path] = digest_of_file(path)
         how = [use.width_px, use.height_px, use.is_flipped, use.is_flipped_y]
-        return name_of(VERSION, self.latents_by, self._pictures[path], how)
+        return name_of(LATENTS_VERSION, self.latents_by, self._pictures[path], how)
 
 
 def build_cache(

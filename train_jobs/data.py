@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from diffusion.images import read_image
 from train_jobs.captions import CaptionRules, with_trigger
 from train_jobs.errors import DatasetEmpty, ImageUnreadable
 from train_jobs.spec import DatasetSpec
@@ -89,9 +90,7 @@ def read_folder(folder: Path, spec: DatasetSpec, masks: Path | None = None) -> l
     for path in picture_files(folder):
         name = path.relative_to(folder).as_posix()
         try:
-            with Image.open(path) as image:
-                image.load()
-                width_px, height_px = ImageOps.exif_transpose(image).size
+            width_px, height_px = read_image(path).size
         except DECODE_ERRORS:
             broken.append(name)
             continue
@@ -243,9 +242,8 @@ def bucket_size(width_px: int, height_px: int, resolution_px: int, step_px: int)
 def load_pixels(use: Use) -> NDArray[np.float32]:
     """`[3, height, width]` in -1..1. Transparency is put on white. Raises ImageUnreadable."""
     try:
-        with Image.open(use.picture.path) as image:
-            upright = ImageOps.exif_transpose(image)
-            pixels = ImageOps.fit(on_white(upright), (use.width_px, use.height_px), Image.Resampling.BICUBIC)
+        upright = read_image(use.picture.path)
+        pixels = ImageOps.fit(on_white(upright), (use.width_px, use.height_px), Image.Resampling.BICUBIC)
     except DECODE_ERRORS:
         raise ImageUnreadable([use.picture.name]) from None
     array = np.asarray(_flipped(pixels, use), dtype=np.float32) / 127.5 - 1.0
@@ -258,10 +256,9 @@ def load_mask(use: Use) -> NDArray[np.float32] | None:
     if spec is None or (picture.mask_path is None and not spec.alpha_mask):
         return None
     try:
-        with Image.open(picture.mask_path or picture.path) as image:
-            upright = ImageOps.exif_transpose(image)
-            grey = upright.convert("L") if picture.mask_path is not None else upright.convert("RGBA").getchannel("A")
-            fitted = ImageOps.fit(grey, (use.width_px, use.height_px), Image.Resampling.BICUBIC)
+        upright = read_image(picture.mask_path or picture.path)
+        grey = upright.convert("L") if picture.mask_path is not None else upright.convert("RGBA").getchannel("A")
+        fitted = ImageOps.fit(grey, (use.width_px, use.height_px), Image.Resampling.BICUBIC)
     except DECODE_ERRORS:
         raise ImageUnreadable([picture.name]) from None
     mask = np.asarray(_flipped(fitted, use), dtype=np.float32) / 255.0

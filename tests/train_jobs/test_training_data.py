@@ -161,6 +161,23 @@ def test_transparency_is_put_on_white(tmp_path: Path) -> None:
     assert load_pixels(Use(_picture(tmp_path / "a.png", 8, 8), 8, 8, False, 1, 0.0)).min() == 1.0
 
 
+def test_a_picture_and_a_mask_of_16_bits_keep_their_shades(tmp_path: Path) -> None:
+    shades = np.full((64, 64), 13_107, dtype=np.uint16)
+    for name in ("a.png", "a_mask.png"):
+        Image.fromarray(shades).save(tmp_path / name)
+    spec = _spec(resolutions_px=(64,))
+    [use] = plan_uses(read_folder(tmp_path, spec), spec, size_multiple=8)
+    assert load_pixels(use) == pytest.approx(0.2 * 2 - 1, abs=1e-6)
+    assert load_mask(use) == pytest.approx(0.2)
+
+
+def test_a_picture_whose_white_is_unknown_is_named_before_anything_is_trained(tmp_path: Path) -> None:
+    Image.fromarray(np.ones((8, 8), dtype=np.float32)).save(tmp_path / "a.png", "tiff")
+    with pytest.raises(ImageUnreadable) as caught:
+        read_folder(tmp_path, _spec())
+    assert caught.value.names == ("a.png",)
+
+
 def test_a_picture_that_vanished_is_named(tmp_path: Path) -> None:
     with pytest.raises(ImageUnreadable):
         load_pixels(Use(_picture(tmp_path / "gone.png"), 8, 8, False, 1, 0.0))
