@@ -20,9 +20,9 @@ from PIL import Image, ImageOps
 from diffusion.images import read_image
 from train_jobs.captions import CaptionRules, with_trigger
 from train_jobs.errors import DatasetEmpty, ImageUnreadable
+from train_jobs.folder_files import masks_beside, picture_files
 from train_jobs.spec import DatasetSpec
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 ROUNDING = 1e-9
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 
@@ -112,40 +112,6 @@ def same_pictures(pictures: Sequence[Picture]) -> list[tuple[str, ...]]:
         with picture.path.open("rb") as file:
             by_digest.setdefault(hashlib.file_digest(file, "sha256").hexdigest(), []).append(picture.name)
     return [tuple(names) for names in by_digest.values() if len(names) > 1]
-
-
-def picture_files(folder: Path) -> list[Path]:
-    """Files with a picture's suffix, hidden ones and masks beside pictures left out, in name order.
-
-    A missing folder has none.
-    """
-    masks = set(masks_beside(folder).values())
-    return [path for path in _image_files(folder) if path not in masks]
-
-
-def masks_beside(folder: Path) -> dict[Path, Path]:
-    """The masks that lie beside their pictures: `x_mask.png` for the picture `x.jpg`, whose path without a suffix leads
-    to it.
-    """
-    found = _image_files(folder)
-    pictures = {path.with_suffix("") for path in found}
-    masks = {_unmasked(path): path for path in found if path.stem.endswith("_mask")}
-    return {picture: mask for picture, mask in masks.items() if picture in pictures}
-
-
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-
-
-def _unmasked(path: Path) -> Path:
-    """The picture that a mask would belong to, without a suffix."""
-    return path.with_name(path.stem.removesuffix("_mask") or "_")
 
 
 def read_text(path: Path, spec: DatasetSpec) -> str:

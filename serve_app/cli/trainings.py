@@ -6,14 +6,13 @@ import base64
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from serve_app.cli.client import ApiClient, ApiError, NoKey, Unreachable, WrongKey
-from storage.keys import storable_stem
 from train_jobs.config_check import check_train_yaml
 from train_jobs.errors import ConfigInvalid
+from train_jobs.folder_files import upload_groups
 from train_jobs.strict_yaml import read_mapping
 
 # A request holds base64, a third more than the bytes, and the server takes 20 MB.
@@ -21,7 +20,8 @@ UPLOAD_BATCH_BYTES = 12 * 10**6
 UPLOAD_BATCH_FILES = 100
 WRONG = frozenset({"invalid", "refused"})
 NOT_ASKED_FOR = "The file cannot be read as a configuration."
-UPLOADED_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".txt"})
+CAPTION_SUFFIX = ".txt"
+"""Others are not taken by the server."""
 
 
 @dataclass(frozen=True)
@@ -134,58 +134,40 @@ def _local_folder(named: str, config: Path) -> Path | None:
 
 
 def upload_folder(client: ApiClient, folder: Path, name: str, *, on_upload: Callable[[str], None]) -> None:
-    """Upload the pictures and captions of a folder as data set ``name``. Raises ApiError where there are none."""
-    files = sorted(
-        f
-        for f in folder.iterdir()
-        if f.is_file() and f.suffix.lower() in UPLOADED_SUFFIXES and not f.name.startswith(".")
-    )
-    if not files:
+    """Upload the pictures of a folder, their captions and masks as data set ``name``. Raises ApiError where there are
+    none."""
+    groups = upload_groups(folder, CAPTION_SUFFIX)
+    if not groups:
         raise ApiError("dataset_empty", f"{folder} holds no pictures. Put .png, .jpg or .webp files there.")
-    names = _stored_names(files)
-    for index, batch in enumerate(_batches(files)):
+    for index, batch in enumerate(_batches(groups)):
         client.call(
             "upload_training_data",
             training_name=re.sub(r"[^a-zA-Z0-9_-]", "-", name),
             dataset_folder=name,
             cleanup_existing=index == 0,
             files=[
-                {"filename": names[file], "content": base64.b64encode(file.read_bytes()).decode()} for file in batch
+                {"filename": filename, "content": base64.b64encode(file.read_bytes()).decode()}
+                for filename, file in batch.items()
             ],
         )
-    on_upload(f"uploaded {len(files)} files as data set {name}")
+    on_upload(f"uploaded {sum(map(len, groups))} files as data set {name}")
 
 
-def _stored_names(files: list[Path]) -> dict[Path, str]:
-    """What each file is called on the server, which takes no emoji, `#` or the like; captions stay with their pictures.
-
-    Stems that would become the same are told apart by a number.
-    """
-    stems: dict[str, str] = {}
-    for stem in sorted({file.stem for file in files}, key=lambda stem: (stem != storable_stem(stem), stem)):
-        wanted = storable_stem(stem)
-        taken = {name.casefold() for name in stems.values()}
-        numbered = (wanted if number == 1 else f"{wanted}_{number}" for number in count(1))
-        stems[stem] = next(name for name in numbered if name.casefold() not in taken)
-    return {file: stems[file.stem] + file.suffix for file in files}
-
-
-def _batches(files: list[Path]) -> Iterator[list[Path]]:
-    """Files in requests of a size that the server takes; a picture and its caption stay together."""
-    groups: dict[str, list[Path]] = {}
-    for file in files:
-        groups.setdefault(file.stem, []).append(file)
-    batch: list[Path] = []
+def _batches(groups: list[dict[str, Path]]) -> Iterator[dict[str, Path]]:
+    """Files in requests of a size that the server takes; a picture, its caption and its mask stay together."""
+    batch: dict[str, Path] = {}
     size = 0
-    for group in groups.values():
-        group_size = sum(file.stat().st_size for file in group)
+    for group in groups:
+        group_size = sum(file.stat().st_size for file in group.values())
         if group_size > UPLOAD_BATCH_BYTES:
             limit_mb = UPLOAD_BATCH_BYTES // 10**6
-            raise ApiError("file_too_large", f"{group[0].name} is larger than {limit_mb} MB. Scale the picture down.")
+            name = next(iter(group.values())).name
+            message = f"{name}, with its caption and mask, is larger than {limit_mb} MB. Scale the picture down."
+            raise ApiError("file_too_large", message)
         if batch and (size + group_size > UPLOAD_BATCH_BYTES or len(batch) + len(group) > UPLOAD_BATCH_FILES):
             yield batch
-            batch, size = [], 0
-        batch += group
+            batch, size = {}, 0
+        batch |= group
         size += group_size
     if batch:
         yield batch

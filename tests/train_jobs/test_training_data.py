@@ -22,7 +22,6 @@ from train_jobs.data import (
     bucket_size,
     load_mask,
     load_pixels,
-    picture_files,
     plan_uses,
     read_folder,
 )
@@ -225,12 +224,6 @@ def test_latents_and_texts_are_computed_once_for_each_use(family: Family, write_
 def test_caching_stops_when_asked(family: Family, write_pictures: Write) -> None:
     uses = plan_uses(read_folder(write_pictures((32, 32)), _spec()), _spec(), size_multiple=8)
     assert build_cache(family, uses, should_stop=lambda: True) is None
-
-
-def test_a_mask_beside_its_picture_is_not_trained_on(tmp_path: Path) -> None:
-    for name in ("a.jpg", "a_mask.png", "lone_mask.png", "_mask.png"):
-        (tmp_path / name).touch()
-    assert [path.name for path in picture_files(tmp_path)] == ["_mask.png", "a.jpg", "lone_mask.png"]
 
 
 def test_a_mask_beside_its_picture_weighs_its_loss(tmp_path: Path) -> None:

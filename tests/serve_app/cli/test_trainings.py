@@ -238,6 +238,16 @@ def test_names_that_the_server_does_not_take_are_made_plain_and_stay_apart(tmp_p
     assert sent.keys() == {name.removesuffix(".txt") + end for name in captions for end in (".txt", ".png")}
 
 
+def test_masks_and_pictures_in_subfolders_are_uploaded_too(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("a.png", "a_mask.png", "a.txt", "sub/b.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    server = RecordingServer()
+    with client_of(server) as client:
+        trainings.upload_folder(client, tmp_path, "d", on_upload=lambda _: None)
+    assert [f["filename"] for f in server.inputs[0]["files"]] == ["a.png", "a.txt", "a_mask.png", "sub_b.jpg"]
+
+
 def test_a_list_of_problems_is_not_shown_twice() -> None:
     def refused(_: httpx.Request) -> httpx.Response:
         problems = [{"path": "width", "message": "is too small"}, {"path": "seed", "message": "is missing"}]
