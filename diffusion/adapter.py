@@ -256,7 +256,7 @@ def attach_lora(
         torch.manual_seed(seed)
         for name in chosen:
             layers = _target_layers(family, name, targets, conv, only_if_contains, ignore_if_contains)
-            patterns = _conv_patterns(family, name, conv)
+            patterns = _conv_patterns(family.conv_target_modules(name, targets), layers, conv)
             if lycoris is not None:
                 configs[name] = lycoris.config(rank=rank, alpha=alpha, targets=layers, patterns=patterns)
             else:
@@ -292,7 +292,7 @@ def _target_layers(
     """The family's suffixes, or with filters the full names of the layers that pass. Raises SettingNotSupported."""
     suffixes = family.lora_target_modules(component, kind)
     if conv is not None:
-        suffixes += family.conv_target_modules(component)
+        suffixes += family.conv_target_modules(component, kind)
     if not only and not ignore:
         return suffixes
     names = [
@@ -311,9 +311,12 @@ def _target_layers(
     return passed
 
 
-def _conv_patterns(family: Family, component: str, conv: ConvLora | None) -> dict[str, dict[str, float]]:
+def _conv_patterns(
+    convolutions: Sequence[str], layers: Sequence[str], conv: ConvLora | None
+) -> dict[str, dict[str, float]]:
     """peft's ranks and alphas by layer name, where they differ from the adapter's own."""
     if conv is None:
         return {}
-    suffixes = family.conv_target_modules(component)
+    # peft warns of those that the filters left no layer of.
+    suffixes = [s for s in convolutions if any(layer == s or layer.endswith(f".{s}") for layer in layers)]
     return {"rank_pattern": dict.fromkeys(suffixes, conv.rank), "alpha_pattern": dict.fromkeys(suffixes, conv.alpha)}

@@ -8,6 +8,8 @@ from train_jobs import aitoolkit_keys as keys
 from train_jobs import aitoolkit_values as values
 from train_jobs.config_reader import ConfigReader, copy_keys
 
+NOT_IN_LOCON = ("unet.conv_in", "unet.conv_out", "unet.time_embedding", "unet.add_embedding")
+"""Layers outside a UNet's blocks, which ai-toolkit's other networks adapt too (`lycoris_special.py`)."""
 NETWORK_TYPES = ("lora", "locon", "dora", "lokr", "loha")
 
 
@@ -24,6 +26,7 @@ def read_network(reader: ConfigReader, value: Any, path: str, family: str | None
         )
     elif kind not in ("lora", "locon"):
         reader.put("network.type", kind, f"{path}.type")
+    reader.put("network.targets", "ai_toolkit", path)
     rank_key = "rank" if "rank" in network else "linear"
     reader.put("network.rank", network.get(rank_key, 4), f"{path}.{rank_key}")
     _alpha(reader, value if isinstance(value, dict) else {}, path, rank=network.get(rank_key, 4), family=family)
@@ -44,7 +47,13 @@ def read_network(reader: ConfigReader, value: Any, path: str, family: str | None
     at = f"{path}.network_kwargs"
     filters = reader.section(network.get("network_kwargs"), at, keys.NETWORK_KWARGS)
     for key, value in filters.items():
+        if family in ("flux2_dev", "flux2_klein") and value:
+            reader.warn(f"{at}.{key}", "is compared with the layers' names in diffusers, not with FLUX.2's own")
         reader.put(f"network.{key}", [value] if isinstance(value, str) else value, f"{at}.{key}")
+    if kind == "locon":
+        ignored = reader.values["network"].get("ignore_if_contains", [])
+        if isinstance(ignored, list):
+            reader.put("network.ignore_if_contains", [*ignored, *NOT_IN_LOCON], f"{at}.ignore_if_contains")
 
 
 def _alpha(reader: ConfigReader, written: dict[str, Any], path: str, *, rank: Any, family: str | None) -> None:

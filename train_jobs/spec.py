@@ -85,9 +85,10 @@ class NetworkSpec(Spec):
     """The adapter: `alpha / rank` scales its output, as in kohya and peft. `alpha` defaults to `rank`. `dora` learns
     the length of each output's weights too (Liu et al. 2024).
 
-    `targets`: only the attention's layers, or every linear layer of the denoiser's transformer blocks; of these the
-    layers whose name holds a part in `only_if_contains` (when there is one) and none in `ignore_if_contains`.
-    `conv_rank` adapts the convolutions of a UNet too. `pretrained` is the key of an adapter to begin from.
+    `targets`: the attention's layers, or `all` that trainers usually adapt (the feed-forward networks' too, and
+    FLUX.1's modulations), or those of ai-toolkit (see `diffusion.families.base.LoraTargets`); of these the layers whose
+    name holds a part in `only_if_contains` (when there is one) and none in `ignore_if_contains`. `conv_rank` adapts the
+    convolutions of a UNet too. `pretrained` is the key of an adapter to begin from.
 
     `lokr` and `loha` (Yeh et al. 2023) take no dropout. `lokr_factor` is the side of LoKr's smaller matrix, -1 for
     about the square root of the layer's; with `lokr_full_rank` the larger one is whole, a UNet's convolutions are
@@ -97,7 +98,7 @@ class NetworkSpec(Spec):
     type: Literal["lora", "dora", "lokr", "loha"] = "lora"
     rank: int = Field(default=16, ge=1, le=1024)
     alpha: float | None = Field(default=None, gt=0.0, le=4096.0)
-    targets: Literal["attention", "all"] = "all"
+    targets: Literal["attention", "all", "ai_toolkit"] = "all"
     conv_rank: int | None = Field(default=None, ge=1, le=1024)
     conv_alpha: float | None = Field(default=None, gt=0.0, le=4096.0)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)

@@ -21,7 +21,10 @@ from torch import Tensor, nn
 
 from diffusion.families.flow_weights import LossWeighting
 
-LoraTargets = Literal["attention", "all"]
+LoraTargets = Literal["attention", "all", "ai_toolkit"]
+"""``attention`` are the attention's layers, ``all`` also those of the feed-forward networks and FLUX.1's modulations.
+``ai_toolkit`` are those of ai-toolkit: every linear layer of a transformer's blocks, or of a whole UNet, whose 1x1
+convolutions count as such."""
 
 
 @dataclass(frozen=True)
@@ -237,8 +240,11 @@ class Family(ABC):
         ``latent_shape`` is for ``levels.kind`` of ``shift``.
         """
 
-    def conv_target_modules(self, component: str) -> list[str]:
-        """Names (suffixes) of the convolutions that a LoRA may adapt in ``component``; none for transformers."""
+    def conv_target_modules(self, component: str, kind: LoraTargets = "all") -> list[str]:
+        """Names (suffixes) of the convolutions that a LoRA may adapt in ``component``, with a rank of their own.
+
+        None for transformers.
+        """
         return []
 
     @abstractmethod

@@ -30,6 +30,7 @@ from diffusion.families.unet_family import UNET_TARGETS, UNetFamily
 TEXT_TARGETS = {
     "attention": ["q_proj", "k_proj", "v_proj", "out_proj"],
     "all": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "ai_toolkit": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
 }
 
 

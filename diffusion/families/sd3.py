@@ -85,7 +85,9 @@ class StableDiffusion3(KlFamily, FlowFamily):
     def lora_target_modules(self, component: str, kind: LoraTargets = "attention") -> list[str]:
         if component != "transformer":
             return list(TEXT_TARGETS[kind])
-        return [*ATTENTION] if kind == "attention" else [*ATTENTION, *FEED_FORWARD]
+        feed_forward = [] if kind == "attention" else [*FEED_FORWARD]
+        modulations = ["norm1.linear", "norm1_context.linear"] if kind == "ai_toolkit" else []
+        return [*ATTENTION, *feed_forward, *modulations]
 
     # -- text
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.families.base import ALL_LEVELS, NoiseLevels
+from diffusion.families.base import ALL_LEVELS, LoraTargets, NoiseLevels
 from diffusion.families.discrete import SCHEDULERS, DiscreteNoise
 from diffusion.families.flow_weights import LossWeighting
 from diffusion.families.kl_family import KlFamily
@@ -16,8 +16,18 @@ from diffusion.families.kl_family import KlFamily
 UNET_TARGETS = {
     "attention": ["to_q", "to_k", "to_v", "to_out.0"],
     "all": ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"],
+    "ai_toolkit": [
+        "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv_shortcut",
+        "time_emb_proj", "time_embedding.linear_1", "time_embedding.linear_2", "add_embedding.linear_1",
+        "add_embedding.linear_2",
+    ],
+}  # fmt: skip
+_IN_BLOCKS = ["conv1", "conv2", "downsamplers.0.conv", "upsamplers.0.conv"]
+UNET_CONVOLUTIONS = {
+    "attention": [*_IN_BLOCKS, "conv_shortcut"],
+    "all": [*_IN_BLOCKS, "conv_shortcut"],
+    "ai_toolkit": [*_IN_BLOCKS, "conv_in", "conv_out"],
 }
-UNET_CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
 
 
 class UNetFamily(KlFamily):
@@ -37,8 +47,8 @@ class UNetFamily(KlFamily):
         unet: nn.Module = self.unet
         return unet
 
-    def conv_target_modules(self, component: str) -> list[str]:
-        return list(UNET_CONVOLUTIONS) if component == "unet" else []
+    def conv_target_modules(self, component: str, kind: LoraTargets = "all") -> list[str]:
+        return list(UNET_CONVOLUTIONS[kind]) if component == "unet" else []
 
     @property
     def schedulers(self) -> Mapping[str, str]:

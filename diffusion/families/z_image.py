@@ -64,7 +64,12 @@ class ZImage(KlFamily, FlowFamily):
         return {"transformer": self.transformer}
 
     def lora_target_modules(self, component: str, kind: LoraTargets = "attention") -> list[str]:
+        """``ai_toolkit`` leaves the refiners out, which ``all`` takes."""
         attention = ["to_q", "to_k", "to_v", "to_out.0"]
+        if kind == "ai_toolkit":
+            parts = [f"attention.{part}" for part in attention]
+            parts += ["feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0"]
+            return [f"layers.{i}.{part}" for i in range(len(self.transformer.layers)) for part in parts]
         return attention if kind == "attention" else [*attention, "w1", "w2", "w3"]
 
     # -- text

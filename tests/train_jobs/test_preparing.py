@@ -10,6 +10,8 @@ from diffusion.adapter import attach_lora
 from diffusion.errors import SettingNotSupported
 from diffusion.families import Family, load_family
 from diffusion.testing import write_tiny_model
+from tests.train_jobs.ui_files import ui_file
+from train_jobs.aitoolkit import parse_train_yaml
 from train_jobs.errors import ModelNotAvailable
 from train_jobs.preparing import load_model, without_effect
 from train_jobs.spec import TrainSpec
@@ -69,6 +71,18 @@ def test_a_conv_rank_for_a_model_without_convolutions_is_left_out_and_said(
     family, lora = load_model(spec, {"m": str(folder)}, CPU, paths_allowed=False)
     assert bool(without_effect(spec, family)) == is_told
     assert any("conv1" in parameter for parameter, _ in lora.named_parameters()) == (not is_told)
+
+
+def test_a_configs_locon_adapts_what_lies_in_the_unets_blocks(tmp_path: Path) -> None:
+    folder = write_tiny_model("sdxl", tmp_path)
+    found: dict[str, set[str]] = {}
+    for kind in ("lora", "locon"):
+        text = ui_file("sdxl", network__type=kind, network__linear=2, network__conv=3, model__name_or_path="m")
+        _, lora = load_model(parse_train_yaml(text).spec, {"m": str(folder)}, CPU, paths_allowed=False)
+        found[kind] = {name.split(".lora_")[0] for name, _ in lora.named_parameters()}
+    outside = {"conv_in", "conv_out", *(f"{part}_embedding.linear_{n}" for part in ("time", "add") for n in (1, 2))}
+    assert found["lora"] - found["locon"] == {f"unet.{name}" for name in outside}
+    assert all("_blocks." in name or "mid_block." in name for name in found["locon"])
 
 
 def test_the_guidance_embedding_is_bypassed_where_there_is_one(flux: Path, tmp_path: Path) -> None:

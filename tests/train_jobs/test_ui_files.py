@@ -130,6 +130,28 @@ def test_a_file_may_keep_a_text_encoder_from_being_adapted(off: tuple[int, ...],
     assert spec.train.trained_text_encoders == left
 
 
+def test_ai_toolkits_layers_are_adapted_and_locon_stays_inside_the_unets_blocks() -> None:
+    assert parse_train_yaml(ui_file("qwen_image")).spec.network.targets == "ai_toolkit"
+    plain = parse_train_yaml(ui_file("sdxl")).spec.network
+    assert (plain.targets, plain.ignore_if_contains) == ("ai_toolkit", ())
+    kept = {"ignore_if_contains": ["up_blocks"]}
+    locon = parse_train_yaml(ui_file("sdxl", network__type="locon", network__network_kwargs=kept)).spec.network
+    assert locon.ignore_if_contains == (
+        "up_blocks", "unet.conv_in", "unet.conv_out", "unet.time_embedding", "unet.add_embedding",
+    )  # fmt: skip
+
+
+def test_a_filter_of_flux2s_layers_is_told_whose_names_it_meets() -> None:
+    named = {"only_if_contains": ["single_blocks"], "ignore_if_contains": []}
+    assert (
+        "diffusers"
+        in _notes(parse_train_yaml(ui_file("flux2", network__network_kwargs=named)))[
+            f"{AT}.network.network_kwargs.only_if_contains"
+        ]
+    )
+    assert not any("network_kwargs" in path for path in _notes(parse_train_yaml(ui_file("flux2"))))
+
+
 def _without_alpha(arch: str) -> str:
     return ui_file(arch).replace("linear_alpha: 32\n", "dropout: null\n")
 

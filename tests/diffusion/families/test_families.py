@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffusion.adapter import attach_lora, inject_adapter
 from diffusion.engine import Engine, GenerateRequest, LoraRef
-from diffusion.families import FAMILIES, Family, NoiseLevels, load_family
+from diffusion.families import FAMILIES, Family, LoraTargets, NoiseLevels, load_family
 from diffusion.lora import save_lora
 from diffusion.testing import MAKERS, write_tiny_model
 
@@ -202,13 +202,14 @@ def test_latents_of_a_picture_equal_the_stock_vaes(name: str, folders: dict[str,
         assert torch.allclose(mean, (posterior.mean - 0.06) * 0.7, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("targets", ["all", "ai_toolkit"])
+@pytest.mark.parametrize("name", ["sd1", *OTHERS])
 def test_a_trained_adapter_gives_the_same_picture_in_the_stock_pipeline(
-    name: str, folders: dict[str, Path], tmp_path: Path
+    name: str, targets: LoraTargets, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     family = load(folders[name])
     parts = [part for part in family.lora_components if not part.endswith("_2")]
-    lora = attach_lora(family, rank=2, alpha=1, targets="all", components=parts)
+    lora = attach_lora(family, rank=2, alpha=1, targets=targets, components=parts)
     path = tmp_path / "a.safetensors"
     save_lora(path, random_state(lora.state_dict()), metadata=lora.metadata(title="a"))
     lora.detach()
