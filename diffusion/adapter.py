@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from peft import (
@@ -27,6 +27,7 @@ from diffusion.lora_names import ADAPTER_METADATA_KEY
 from diffusion.lycoris_layers import Lycoris, alphas, check_ranks, settle_scales, use_products
 
 AnyConfig: TypeAlias = LoraConfig | LoKrConfig | LoHaConfig
+InitialWeights = Literal["gaussian", "uniform"]
 TRAINING_ADAPTER = "trainee"  # peft keeps adapters in ModuleDicts, where "training" is taken
 
 
@@ -229,13 +230,15 @@ def attach_lora(
     lycoris: Lycoris | None = None,
     only_if_contains: Sequence[str] = (),
     ignore_if_contains: Sequence[str] = (),
+    initial: InitialWeights = "gaussian",
 ) -> TrainableLora:
     """Wrap the target layers of ``components`` (default: only the denoiser's) with new, float32, trainable LoRA layers.
 
-    A is normal with standard deviation 1/rank and B zero, as in the diffusers examples, so nothing changes until the
-    first optimizer step. ``conv`` adapts a UNet's convolutions too; ``dora`` also trains magnitudes; ``lycoris`` makes
-    the layers LoKr or LoHa, to which peft gives no dropout. Of the target layers those are taken whose name, with its
-    component in front, contains a part in ``only_if_contains`` (when given) and none in ``ignore_if_contains``.
+    B is zero, so nothing changes until the first optimizer step. A is normal with standard deviation 1/rank, as in the
+    diffusers examples, or with ``initial`` of ``uniform`` within 1/sqrt(inputs), as in kohya's scripts and ai-toolkit;
+    both are for LoRA and DoRA. ``conv`` adapts a UNet's convolutions too; ``dora`` also trains magnitudes; ``lycoris``
+    makes the layers LoKr or LoHa, to which peft gives no dropout. Of the target layers those are taken whose name, with
+    its component in front, contains a part in ``only_if_contains`` (when given) and none in ``ignore_if_contains``.
     ``seed`` alone decides A; the global random state is left as it was. The modules stay in eval mode until
     ``TrainableLora.train()``. Raises SettingNotSupported.
     """
@@ -261,7 +264,8 @@ def attach_lora(
                 configs[name] = lycoris.config(rank=rank, alpha=alpha, targets=layers, patterns=patterns)
             else:
                 configs[name] = LoraConfig(
-                    r=rank, lora_alpha=alpha, lora_dropout=dropout, init_lora_weights="gaussian",
+                    r=rank, lora_alpha=alpha, lora_dropout=dropout,
+                    init_lora_weights=True if initial == "uniform" else "gaussian",
                     target_modules=layers, use_dora=dora, **patterns,
                 )  # fmt: skip
             inject_adapter(known[name], TRAINING_ADAPTER, configs[name])

@@ -27,6 +27,8 @@ def read_network(reader: ConfigReader, value: Any, path: str, family: str | None
     elif kind not in ("lora", "locon"):
         reader.put("network.type", kind, f"{path}.type")
     reader.put("network.targets", "ai_toolkit", path)
+    if kind in ("lora", "locon"):
+        reader.put("network.initial", "uniform", path)
     rank_key = "rank" if "rank" in network else "linear"
     reader.put("network.rank", network.get(rank_key, 4), f"{path}.{rank_key}")
     _alpha(reader, value if isinstance(value, dict) else {}, path, rank=network.get(rank_key, 4), family=family)

@@ -166,6 +166,7 @@ def _attach(spec: TrainSpec, family: Family) -> TrainableLora:
         conv=conv,
         only_if_contains=network.only_if_contains,
         ignore_if_contains=network.ignore_if_contains,
+        initial=network.initial,
     )
 
 

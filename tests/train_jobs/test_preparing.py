@@ -85,6 +85,20 @@ def test_a_configs_locon_adapts_what_lies_in_the_unets_blocks(tmp_path: Path) ->
     assert all("_blocks." in name or "mid_block." in name for name in found["locon"])
 
 
+@pytest.mark.parametrize("initial", ["gaussian", "uniform"])
+def test_an_adapter_begins_with_the_weights_that_were_asked_for(flux: Path, initial: str) -> None:
+    spec = _spec(network={"rank": 64, "initial": initial})
+    _, lora = load_model(spec, {"m": str(flux)}, CPU, paths_allowed=False)
+    for name, parameter in lora.named_parameters():
+        if name.endswith(".lora_B.weight"):
+            assert not parameter.any()
+        elif initial == "uniform":
+            bound = parameter.shape[1] ** -0.5
+            assert 0.9 * bound < float(parameter.detach().abs().max()) <= bound
+        else:
+            assert float(parameter.detach().std()) == pytest.approx(1 / 64, rel=0.2)
+
+
 def test_the_guidance_embedding_is_bypassed_where_there_is_one(flux: Path, tmp_path: Path) -> None:
     spec = _spec(train={"bypass_guidance_embedding": True})
     family, _ = load_model(spec, {"m": str(flux)}, CPU, paths_allowed=False)

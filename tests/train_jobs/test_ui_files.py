@@ -152,6 +152,10 @@ def test_a_filter_of_flux2s_layers_is_told_whose_names_it_meets() -> None:
     assert not any("network_kwargs" in path for path in _notes(parse_train_yaml(ui_file("flux2"))))
 
 
+def test_an_adapter_begins_as_in_ai_toolkit() -> None:
+    assert parse_train_yaml(ui_file("flux")).spec.network.initial == "uniform"
+
+
 def _without_alpha(arch: str) -> str:
     return ui_file(arch).replace("linear_alpha: 32\n", "dropout: null\n")
 
