@@ -29,8 +29,8 @@ PIXELS_PER_BATCH = 4 * 1024 * 1024
 LATENTS, TEXTS = "latents", "texts"
 VERSION = 1
 LATENTS_VERSION = 2
-"""Since pictures of 16 bits are read as they are."""
-"""To be raised when pictures are scaled or encoded in another way: what was kept before is then no longer found."""
+"""To be raised when texts or pictures are scaled or encoded in another way: what was kept before is then no longer
+found. Of latents 2 since pictures of 16 bits are read as they are."""
 
 
 @dataclass(frozen=True)
