@@ -10,9 +10,9 @@ import torch
 
 @dataclass(frozen=True)
 class CaptionRules:
-    """`dropout_rate`: how often a sample is trained without text. Tokens are the parts between commas; the first
-    `keep_tokens` stay in place and are never dropped. The trigger word is put in front of a caption without it, unless
-    `trigger_in_front` is off."""
+    """`dropout_rate`: how often a sample is trained with `dropped` for its caption, usually nothing. Tokens are the
+    parts between commas; the first `keep_tokens` stay in place and are never dropped. The trigger word is put in front
+    of a caption without it, unless `trigger_in_front` is off."""
 
     dropout_rate: float = 0.0
     shuffle_tokens: bool = False
@@ -20,6 +20,7 @@ class CaptionRules:
     keep_tokens: int = 0
     trigger_word: str | None = None
     trigger_in_front: bool = True
+    dropped: str = ""
 
     @property
     def varies(self) -> bool:

@@ -68,7 +68,7 @@ class Use:
             return CaptionRules(self.caption_dropout_rate)
         return CaptionRules(
             self.caption_dropout_rate, spec.shuffle_tokens, spec.token_dropout_rate, spec.keep_tokens,
-            spec.trigger_word, trigger_in_front=not spec.is_regularisation,
+            spec.trigger_word, trigger_in_front=not spec.is_regularisation, dropped=spec.dropped_caption,
         )  # fmt: skip
 
     @property

@@ -104,7 +104,7 @@ class Sampler:
             offset_C11 = torch.randn((noise_CHW.shape[0], 1, 1), generator=random)
             noise_CHW = noise_CHW + noise_offset * offset_C11
         if is_dropped:
-            caption, row = "", self._cache.empty_text_row
+            caption, row = use.rules.dropped, use.dropped_row
         elif use.rules.varies and not plain:
             return Sample(use, latents_CHW, noise_CHW, timestep_1, varied(use.text, use.rules, random), None)
         else:

@@ -39,7 +39,8 @@ class DatasetSpec(Spec):
     command line, which uploads it and fills in `dataset` before anything runs. `upload_id` pins one upload; without
     it the newest finished one is used.
 
-    Each picture is used once more for every kind of flip asked for. `shuffle_tokens`, `keep_tokens` and
+    A caption is dropped, which is to train with `dropped_caption` for it, at the rate of `caption_dropout_rate`. Each
+    picture is used once more for every kind of flip asked for. `shuffle_tokens`, `keep_tokens` and
     `token_dropout_rate` are about the parts of a caption between commas. Regularisation pictures take turns with the
     others, and get no trigger word in front of their captions. A mask says where the loss counts, black (or
     transparent) parts by `mask_min_value`: `mask_dataset` names an uploaded dataset with a picture of the same name,
@@ -54,6 +55,7 @@ class DatasetSpec(Spec):
     default_caption: str | None = Field(default=None, max_length=PROMPT_MAX)
     caption_ext: str = Field(default=".txt", pattern=r"^\.[A-Za-z0-9]{1,10}$")
     caption_dropout_rate: float = Field(default=0.0, ge=0.0, le=1.0)
+    dropped_caption: str = Field(default="", max_length=100)
     repeats: int = Field(default=1, ge=1, le=10_000)
     flip_x: bool = False
     flip_y: bool = False

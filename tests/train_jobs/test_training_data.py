@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffusion.families import Family
+from diffusion.families import ALL_LEVELS, Family
 from train_jobs.cache import build_cache
 from train_jobs.captions import varied, with_trigger
 from train_jobs.data import (
@@ -26,7 +26,8 @@ from train_jobs.data import (
     read_folder,
 )
 from train_jobs.errors import DatasetEmpty, ImageUnreadable
-from train_jobs.spec import DatasetSpec
+from train_jobs.samples import Sampler
+from train_jobs.spec import DatasetSpec, OptimizeSpec
 
 Write = Callable[..., Path]
 
@@ -219,6 +220,19 @@ def test_latents_and_texts_are_computed_once_for_each_use(family: Family, write_
     assert seen[-1] == (4, 4)
     assert tuple(cache.entry(0).mean_CHW.shape) == family.latent_shape(32, 32)
     assert len(set(cache.buckets())) == 2
+
+
+@torch.no_grad()
+def test_a_dropped_caption_is_what_the_data_set_says(family: Family, write_pictures: Write) -> None:
+    folder = write_pictures((32, 32))
+    for dropped in ("", "ohwx"):
+        spec = _spec(caption_dropout_rate=1.0, dropped_caption=dropped)
+        cache = build_cache(family, plan_uses(read_folder(folder, spec), spec, size_multiple=8))
+        assert cache is not None
+        drawn = Sampler(family, cache, OptimizeSpec(dtype="fp32"))._draw(0, 0, ALL_LEVELS, 0.0)
+        assert drawn.caption == dropped
+        assert drawn.text is not None
+        assert torch.equal(drawn.text.hidden_BLD, family.encode_prompts([dropped]).hidden_BLD)
 
 
 def test_caching_stops_when_asked(family: Family, write_pictures: Write) -> None:

@@ -156,6 +156,13 @@ def test_an_adapter_begins_as_in_ai_toolkit() -> None:
     assert parse_train_yaml(ui_file("flux")).spec.network.initial == "uniform"
 
 
+def test_a_dropped_caption_leaves_the_process_trigger_word_but_in_regularisation() -> None:
+    text = ui_file("flux").replace("trigger_word: null", "trigger_word: ohwx")
+    assert parse_train_yaml(text).spec.datasets[0].dropped_caption == "ohwx"
+    assert parse_train_yaml(text.replace("is_reg: false", "is_reg: true")).spec.datasets[0].dropped_caption == ""
+    assert parse_train_yaml(ui_file("flux", datasets__trigger_word="ohwx")).spec.datasets[0].dropped_caption == ""
+
+
 def _without_alpha(arch: str) -> str:
     return ui_file(arch).replace("linear_alpha: 32\n", "dropout: null\n")
 
