@@ -155,7 +155,10 @@ class StorageClient:
         return info
 
     async def put_many(self, items: Sequence[PutItem]) -> list[PutOutcome]:
-        outcomes: list[PutOutcome] = await self._call("put_many", items)
+        try:
+            outcomes: list[PutOutcome] = await self._call("put_many", items)
+        except StorageError as error:
+            return [PutOutcome(item.key, error=error) for item in items]
         return outcomes
 
     async def get(self, key: str, *, expected_sha256: str | None = None) -> bytes:

@@ -178,6 +178,12 @@ def place_of(prefix: str, key: str) -> Place | None:
     return None
 
 
+def owner_of(prefix: str, key: str) -> str:
+    """What an object belongs to, in words for a log, which holds no keys: a key has names in it that users gave."""
+    place = place_of(prefix, key)
+    return "something else" if place is None else f"{place.kind} {place.name}"
+
+
 class Keys:
     """The keys of one tenant. Every method raises InvalidKey for a part that may not be one.
 

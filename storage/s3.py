@@ -24,7 +24,14 @@ from storage.bounded import run_bounded
 from storage.breaker import BreakerMode, BreakerSnapshot, CircuitBreaker
 from storage.counters import Counts, Tally
 from storage.digests import digest_of, md5_of, sha256_of
-from storage.errors import ObjectNotFound, StorageError, StorageMisconfigured, StorageRefused, StorageUnavailable
+from storage.errors import (
+    IntegrityError,
+    ObjectNotFound,
+    StorageError,
+    StorageMisconfigured,
+    StorageRefused,
+    StorageUnavailable,
+)
 from storage.gate import Gate, LocalGate
 from storage.keys import check_key, check_prefix
 from storage.objects import (
@@ -81,8 +88,8 @@ class S3Store:
         )
         self._clients = S3Clients(settings)
         self._calls = S3Calls(self._clients, Bodies(settings), settings.bucket, self._tally)
-        self._files = FileTransfers(self._calls, self._resilience, settings, self._tally)
-        self._maintenance = Maintenance(self._calls, self._resilience, settings)
+        self._maintenance = Maintenance(self._calls, self._resilience, settings, self._tally)
+        self._files = FileTransfers(self._calls, self._resilience, self._maintenance, settings, self._tally)
 
     async def __aenter__(self) -> S3Store:
         return self
@@ -110,7 +117,11 @@ class S3Store:
             answer = await self._calls.put("put", key, data, sha256, content_type)
             return await self._calls.confirmed("put", key, digest_of(data, sha256, await md5), content_type, answer)
 
-        return await self._resilience.call("put", attempt, size_bytes=len(data))
+        try:
+            return await self._resilience.call("put", attempt, size_bytes=len(data))
+        except IntegrityError:
+            await self._maintenance.discard("put", key)
+            raise
 
     async def put_many(self, items: Sequence[PutItem]) -> list[PutOutcome]:
         async def one(item: PutItem) -> PutOutcome:

@@ -16,12 +16,13 @@ from storage.bounded import run_bounded
 from storage.byte_budget import ByteBudget
 from storage.counters import CLEANUP_FAILURES, Counters
 from storage.digests import Digest, sha256_file
-from storage.errors import IntegrityError, StorageError, StorageTimeout
+from storage.errors import IntegrityError, StorageError, StorageRefused, StorageTimeout
 from storage.file_parts import FilePart, PartWriter
+from storage.keys import owner_of
 from storage.objects import ObjectInfo
 from storage.resilience import Attempt, Resilience, TransientFaultError
-from storage.s3_calls import S3Calls, description
-from storage.s3_maintenance import UNPROBED
+from storage.s3_calls import Answer, S3Calls, description
+from storage.s3_maintenance import UNPROBED, Maintenance
 from storage.settings import MIB, S3Settings
 
 logger = logging.getLogger(__name__)
@@ -63,8 +64,16 @@ class FileTransfers:
     together; in memory is a piece or two of each.
     """
 
-    def __init__(self, calls: S3Calls, resilience: Resilience, settings: S3Settings, counters: Counters) -> None:
+    def __init__(
+        self,
+        calls: S3Calls,
+        resilience: Resilience,
+        maintenance: Maintenance,
+        settings: S3Settings,
+        counters: Counters,
+    ) -> None:
         self._calls = calls
+        self._maintenance = maintenance
         self._counters = counters
         self._resilience = resilience
         self._settings = settings
@@ -179,24 +188,38 @@ class FileTransfers:
     ) -> ObjectInfo:
         named = [{"PartNumber": part.number, "ETag": part.etag} for part in parts]
         parameters = {"Key": key, "UploadId": upload_id, "MultipartUpload": {"Parts": named}}
+        answer: Answer | None = None
 
         async def attempt(state: Attempt) -> ObjectInfo:
-            if state.ambiguous and (stored := await self._calls.stored("upload_file", key, digest)):
-                return stored
-            answer = await self._calls.send("upload_file", key, "complete_multipart_upload", parameters)
+            # An upload can be completed once only: from then on there is nothing to do but to look at the object.
+            nonlocal answer
+            if answer is None:
+                if state.ambiguous and (stored := await self._calls.stored("upload_file", key, digest)):
+                    return stored
+                answer = await self._completed(key, parameters, was_tried=state.ambiguous)
             return await self._calls.confirmed("upload_file", key, digest, content_type, answer)
 
-        return await self._resilience.call("upload_file", attempt, size_bytes=digest.size_bytes)
+        try:
+            return await self._resilience.call("upload_file", attempt, size_bytes=digest.size_bytes)
+        except IntegrityError:
+            await self._maintenance.discard("upload_file", key)
+            raise
+
+    async def _completed(self, key: str, parameters: dict[str, Any], *, was_tried: bool) -> Answer:
+        try:
+            return await self._calls.send("upload_file", key, "complete_multipart_upload", parameters)
+        except StorageRefused as error:
+            if was_tried and error.reason == "no_such_upload":
+                return {}
+            raise
 
     async def _abort_upload(self, key: str, upload_id: str) -> None:
-        async def attempt(_: Attempt) -> None:
-            await self._calls.send("upload_file", key, "abort_multipart_upload", {"Key": key, "UploadId": upload_id})
-
         try:
-            await self._resilience.call("upload_file", attempt)
+            await self._maintenance.abort_upload(key, upload_id)
         except StorageError as error:
             self._counters.add(CLEANUP_FAILURES, resource="multipart_upload")
-            logger.warning("an unfinished upload was left behind", extra={"code": error.code})
+            owner = owner_of(self._settings.prefix, key)
+            logger.warning("the unfinished upload %s of %s was left behind (%s)", upload_id, owner, error.code)
 
     async def _download_parts(self, info: ObjectInfo, target: Path) -> str:
         """Returns the SHA-256 of what is in the file, which is read back while later parts are still on their way."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import UTC
 from typing import Any
 
-from storage.errors import ObjectNotFound, StorageRefused
-from storage.keys import probe_object
+from storage.counters import CLEANUP_FAILURES, Counters
+from storage.errors import ObjectNotFound, StorageError, StorageRefused
+from storage.keys import owner_of, probe_object
 from storage.objects import Capabilities, PendingUpload
 from storage.resilience import Attempt, Resilience
 from storage.s3_calls import Answer, S3Calls
 from storage.settings import S3Settings
+
+logger = logging.getLogger(__name__)
 
 PROBE_BODY = b"probe"
 
@@ -25,8 +29,9 @@ UNPROBED: dict[str, dict[str, bool]] = {
 class Maintenance:
     """Each method is made of operations that go through `Resilience.call`."""
 
-    def __init__(self, calls: S3Calls, resilience: Resilience, settings: S3Settings) -> None:
+    def __init__(self, calls: S3Calls, resilience: Resilience, settings: S3Settings, counters: Counters) -> None:
         self._calls = calls
+        self._counters = counters
         self._resilience = resilience
         self._settings = settings
 
@@ -56,6 +61,23 @@ class Maintenance:
                     raise
 
         await self._resilience.call("abort_upload", attempt)
+
+    async def discard(self, operation: str, key: str) -> None:
+        """Remove an object whose bytes are not those that were sent, before anybody reads it. A failure is logged and
+        counted: our caller raises what is worse."""
+
+        async def attempt(_: Attempt) -> None:
+            try:
+                await self._calls.send(operation, key, "delete_object", {"Key": key})
+            except ObjectNotFound:
+                return
+
+        try:
+            await self._resilience.call(operation, attempt)
+        except StorageError as error:
+            self._counters.add(CLEANUP_FAILURES, resource="corrupted_object")
+            owner = owner_of(self._settings.prefix, key)
+            logger.warning("a corrupted object of %s was left behind (%s)", owner, error.code)
 
     async def capabilities(self, token: str) -> Capabilities:
         """Try the server out with an object of its own, named by `token`, which is removed again.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from storage.counters import RETRIES
+from storage.counters import CLEANUP_FAILURES, RETRIES
 from storage.embedded import EmbeddedS3
 from storage.errors import (
     IntegrityError,
@@ -102,6 +104,37 @@ async def test_bytes_changed_on_the_server_are_noticed_after_the_write(
 
     with pytest.raises(IntegrityError):
         await store.put(key, b"12345678")
+
+    assert not await store.exists(key)
+
+
+@pytest.mark.parametrize("is_answer_lost", [False, True])
+async def test_parts_changed_on_the_server_are_noticed_and_no_object_is_left(
+    store: S3Store,
+    proxy: FaultProxy,
+    key: str,
+    large_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_answer_lost: bool,
+) -> None:
+    send = store._calls.send
+
+    async def send_other_bytes(operation: str, at: str | None, method: str, parameters: Mapping[str, Any]) -> Any:
+        if method == "upload_part" and parameters["PartNumber"] == 2:
+            parameters = {**parameters, "Body": bytes(len(parameters["Body"]))}
+        return await send(operation, at, method, parameters)
+
+    monkeypatch.setattr(store._calls, "send", send_other_bytes)
+    if is_answer_lost:
+        proxy.script("POST", Fault.NONE, Fault.LOSE_ANSWER)
+
+    with pytest.raises(IntegrityError):
+        await store.upload_file(large_file, key)
+    await store._files.aclose()
+
+    assert not await store.exists(key)
+    assert CLEANUP_FAILURES not in await store.counts()
 
 
 async def test_a_lost_answer_to_a_copy_does_not_fail_it(store: S3Store, proxy: FaultProxy, key: str) -> None:
