@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import mmap
 import os
 import pickle
+import random
 import secrets
 import socket
 import struct
@@ -39,7 +41,9 @@ FIRST_READ_BYTES = 64 * 1024
 SHARED_BYTES = 2 * 1024 * 1024
 KEPT_BYTES_MAX = 2 * 1024 * 1024
 IDLE_MAX = 64
-BACKLOG = 128
+BACKLOG = 1024
+CONNECT_WITHIN_S, CONNECT_PAUSE_S = 10.0, 0.05
+MISSING = frozenset({errno.ENOENT, errno.ECONNREFUSED, errno.EACCES, errno.EPERM})
 ACCEPT_PAUSE_S = 0.1
 SUFFIX = ".socket"
 
@@ -76,13 +80,18 @@ class ChannelServer:
         self.path: Path | None = None
 
     async def start(self) -> Path | None:
-        """Where it listens; None where the folder for it is not this user's alone."""
-        folder = _own_folder()
-        if folder is None:
+        """Where it listens; None where the folder for it is not this user's alone, or no socket can be made there."""
+        try:
+            folder = _own_folder()
+            if folder is None:
+                return None
+            remove_abandoned(folder, SUFFIX)
+            path = folder / (secrets.token_hex(8) + SUFFIX)
+            listener = listen_at(path, BACKLOG)
+        except OSError as error:
+            # As where the temporary folder's path is longer than an address may be.
+            logger.warning("the socket of the storage actor cannot be made: %s", error.strerror or error)
             return None
-        remove_abandoned(folder, SUFFIX)
-        path = folder / (secrets.token_hex(8) + SUFFIX)
-        listener = listen_at(path, BACKLOG)
         self._listener, self.path = listener, path
         self._keep(asyncio.create_task(self._accept(listener)))
         return path
@@ -137,6 +146,7 @@ class ChannelServer:
                     if connection.is_gone():
                         raise ChannelClosedError from None
                     serving.cancel()
+                    await asyncio.wait({serving})
                     raise
         await connection.send(outcome)
 
@@ -189,16 +199,28 @@ class ChannelClient:
             connection.close()
         end = _socket()
         try:
-            await asyncio.get_running_loop().sock_connect(end, str(self.path))
+            await self._connect(end)
             connection = _Connection(end)
             connection.offer_memory()
         except OSError as error:
             end.close()
-            raise ChannelMissingError(error.errno) from error
+            if error.errno in MISSING:
+                raise ChannelMissingError(error.errno) from error
+            raise ChannelClosedError from error
         except BaseException:
             end.close()
             raise
         return connection
+
+    async def _connect(self, end: socket.socket) -> None:
+        """A connection to a Unix socket is made at once, or refused because too many others wait there: asyncio would
+        take that one for made."""
+        async with asyncio.timeout(CONNECT_WITHIN_S):
+            while True:
+                try:
+                    return end.connect(str(self.path))
+                except BlockingIOError:
+                    await asyncio.sleep(random.uniform(0, CONNECT_PAUSE_S))
 
     def _give_back(self, connection: _Connection) -> None:
         if len(self._idle) < IDLE_MAX:
@@ -343,7 +365,13 @@ def _joined(message: tuple[Any, ...], body: bytes) -> tuple[Any, ...]:
 def _watched(connection: socket.socket, serving: asyncio.Future[Any]) -> Iterator[None]:
     """Cancels the work when the caller goes away; it sends nothing until it has its answer."""
     loop = asyncio.get_running_loop()
-    loop.add_reader(connection, serving.cancel)
+
+    def leave() -> None:
+        # A closed socket stays readable, and work that cleans up must not be cancelled again and again.
+        loop.remove_reader(connection)
+        serving.cancel()
+
+    loop.add_reader(connection, leave)
     try:
         yield
     finally:

@@ -6,17 +6,16 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from collections.abc import Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from storage.bounded import run_bounded
 from storage.byte_budget import ByteBudget
 from storage.counters import CLEANUP_FAILURES, Counters
 from storage.digests import Digest, sha256_file
-from storage.errors import IntegrityError, StorageError, StorageRefused, StorageTimeout
+from storage.errors import IntegrityError, StorageError, StorageRefused
 from storage.file_parts import FilePart, PartWriter
 from storage.keys import owner_of
 from storage.objects import ObjectInfo
@@ -26,8 +25,6 @@ from storage.s3_maintenance import UNPROBED, Maintenance
 from storage.settings import MIB, S3Settings
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 PARTS_MAX = 10_000
 HASHED_AT_ONCE_BYTES = 16 * MIB
@@ -60,8 +57,8 @@ class _SentPart:
 class FileTransfers:
     """Multipart uploads and ranged downloads.
 
-    At one time `parts_in_flight` parts of each transfer are on their way, and `bytes_in_flight_max` bytes of all
-    together; in memory is a piece or two of each.
+    At one time `parts_in_flight` parts of each transfer are on their way, within `in_flight` all together; in memory is
+    a piece or two of each. Whoever calls bounds the time of a whole transfer.
     """
 
     def __init__(
@@ -69,6 +66,7 @@ class FileTransfers:
         calls: S3Calls,
         resilience: Resilience,
         maintenance: Maintenance,
+        in_flight: ByteBudget,
         settings: S3Settings,
         counters: Counters,
     ) -> None:
@@ -77,7 +75,7 @@ class FileTransfers:
         self._counters = counters
         self._resilience = resilience
         self._settings = settings
-        self._in_flight = ByteBudget(settings.bytes_in_flight_max)
+        self._in_flight = in_flight
         self._aborts: set[asyncio.Task[None]] = set()
 
     async def aclose(self) -> None:
@@ -94,32 +92,19 @@ class FileTransfers:
         # sending where the backend would forget it.
         keeps_notes = UNPROBED[self._settings.backend]["keeps_metadata"]
         sha256 = await asyncio.to_thread(sha256_file, path) if keeps_notes else None
-        upload = self._upload_parts(path, key, before, sha256, content_type)
-        return await self._within("upload_file", before.size_bytes, upload)
+        return await self._upload_parts(path, key, before, sha256, content_type)
 
     async def download(self, info: ObjectInfo, path: Path, *, expected_sha256: str | None) -> ObjectInfo:
         """Into a hidden file beside `path`, which it replaces once complete and verified."""
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         try:
-            sha256 = await self._within("download_file", info.size_bytes, self._download_parts(info, temporary))
+            sha256 = await self._download_parts(info, temporary)
             if expected_sha256 is not None and sha256 != expected_sha256:
                 raise IntegrityError(info.key, expected_sha256, sha256)
             await asyncio.to_thread(temporary.replace, path)
         finally:
             temporary.unlink(missing_ok=True)
         return ObjectInfo(info.key, info.size_bytes, sha256, info.modified_at, info.content_type)
-
-    async def _within(self, operation: str, size_bytes: int, work: Coroutine[Any, Any, T]) -> T:
-        """Bound a transfer as a whole; its attempts have their own, shorter, bounds."""
-        settings = self._settings
-        deadline_s = settings.deadline_s + size_bytes / settings.throughput_min_bytes_per_s
-        try:
-            async with asyncio.timeout(deadline_s) as deadline:
-                return await work
-        except TimeoutError as error:
-            if not deadline.expired():
-                raise
-            raise StorageTimeout(operation, deadline_s) from error
 
     async def _upload_parts(
         self, path: Path, key: str, before: _Look, sha256: str | None, content_type: str | None

@@ -7,6 +7,7 @@ from datetime import UTC
 from typing import Any
 
 from storage.counters import CLEANUP_FAILURES, Counters
+from storage.deadlines import within
 from storage.errors import ObjectNotFound, StorageError, StorageRefused
 from storage.keys import owner_of, probe_object
 from storage.objects import Capabilities, PendingUpload
@@ -17,6 +18,8 @@ from storage.settings import S3Settings
 logger = logging.getLogger(__name__)
 
 PROBE_BODY = b"probe"
+# Listing or removing more slowly than this ends at the deadline, however much there is.
+KEYS_PER_S_MIN = 100
 
 # Not tried out: on some servers the attempt itself destroys objects (rclone takes a tagging call for a write).
 UNPROBED: dict[str, dict[str, bool]] = {
@@ -39,13 +42,16 @@ class Maintenance:
         """Multipart uploads that were begun below `prefix` and neither completed nor aborted."""
         found: list[PendingUpload] = []
         position: dict[str, str] = {}
-        while True:
-            page = await self._uploads_page({"Prefix": prefix, **position})
-            # Not every server filters by the prefix.
-            found += [_pending(entry) for entry in page.get("Uploads", []) if entry["Key"].startswith(prefix)]
-            if not page.get("IsTruncated"):
-                return found
-            position = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+        async with within("list_uploads", self._settings.deadline_s) as deadline:
+            while True:
+                page = await self._uploads_page({"Prefix": prefix, **position})
+                entries = page.get("Uploads", [])
+                # Not every server filters by the prefix.
+                found += [_pending(entry) for entry in entries if entry["Key"].startswith(prefix)]
+                if not page.get("IsTruncated"):
+                    return found
+                deadline.allow(len(entries) / KEYS_PER_S_MIN)
+                position = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
     async def abort_upload(self, key: str, upload_id: str) -> None:
         """Free what its parts occupy. One that is gone is fine."""

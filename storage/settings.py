@@ -12,9 +12,9 @@ class S3Settings(BaseModel):
 
     `endpoint_url` None means AWS. `public_endpoint_url` is what clients can reach and what presigned URLs are
     signed for; None means `endpoint_url`. Missing keys mean the usual AWS credential chain, with backend "aws"
-    only. `deadline_s` bounds an operation with all its attempts, `attempt_timeout_s` one attempt; both grow by
-    size / `throughput_min_bytes_per_s` where a body is moved. `bytes_in_flight_max` bounds the parts of files that one
-    storage actor holds in memory.
+    only. `deadline_s` bounds an operation with all its calls and attempts, `attempt_timeout_s` one attempt; both grow
+    by size / `throughput_min_bytes_per_s` where a body is moved. `bytes_in_flight_max` bounds what a storage actor has
+    of each of these at one time: files on their way, objects being read, requests of its node.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
