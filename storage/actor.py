@@ -25,10 +25,11 @@ from storage.blocking import BlockingStorage
 from storage.breaker import BreakerMode, BreakerSnapshot
 from storage.breaker_actor import RemoteBreaker
 from storage.byte_budget import ByteBudget
+from storage.channel_connection import ChannelClosedError
 from storage.counters import Counts
 from storage.errors import StorageError, StorageMisconfigured, StorageTimeout, StorageUnavailable
 from storage.loop_thread import LoopThread
-from storage.node_channel import ChannelClient, ChannelClosedError, ChannelMissingError, ChannelServer
+from storage.node_channel import ChannelClient, ChannelMissingError, ChannelServer
 from storage.objects import (
     Capabilities,
     ObjectInfo,

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import pickle
 import secrets
+import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import ray
 
+from storage import actor
 from storage.actor import BlockingStorage, StorageClient, storage_actor_name
 from storage.breaker import BreakerMode, Outcome, Permit
 from storage.breaker_actor import BREAKER_NAME
 from storage.counters import OPERATIONS, REQUESTS
 from storage.embedded import EmbeddedS3
-from storage.errors import IntegrityError, ObjectNotFound, StorageFailed, StorageMisconfigured, StorageUnavailable
+from storage.errors import (
+    IntegrityError,
+    ObjectNotFound,
+    StorageFailed,
+    StorageMisconfigured,
+    StorageTimeout,
+    StorageUnavailable,
+)
 from storage.objects import ObjectStore, PutItem, StoreMaintenance
 from storage.settings import MIB, BreakerSettings, S3Settings
 from storage.shared_breaker import Report, SharedPermit
@@ -181,6 +191,27 @@ async def test_other_settings_than_the_actors_are_noticed(
     with pytest.raises(StorageMisconfigured):
         await other.exists(key)
     assert (await other.health()).detail == "storage_misconfigured"
+    (outcome,) = await other.put_many([PutItem(key, b"1")])
+    assert isinstance(outcome.error, StorageMisconfigured)
+
+
+async def test_a_call_to_an_actor_that_hangs_ends(
+    embedded_s3: EmbeddedS3, namespace: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = StorageClient(embedded_s3.settings().model_copy(update={"deadline_s": 1.0}), namespace=namespace)
+    await client.put(key, b"1")
+    monkeypatch.setattr(actor, "DEADLINE_GRACE_S", 0.2)
+    monkeypatch.setattr(actor, "PULSE_WITHIN_S", 0.2)
+    pid = await this_nodes_actor(namespace).__ray_call__.remote(lambda _: os.getpid())
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for call in (client.head(key), client.list(key.rpartition("/")[0] + "/")):
+            with pytest.raises(StorageTimeout):
+                await call
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+    assert await client.get(key) == b"1"
 
 
 def dead_settings(embedded_s3: EmbeddedS3) -> S3Settings:

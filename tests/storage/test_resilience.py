@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from storage.breaker import BreakerState, CircuitBreaker, Outcome
+from storage.deadlines import within
 from storage.errors import (
     IntegrityError,
     ObjectNotFound,
@@ -300,3 +301,27 @@ async def test_no_more_run_at_once_than_there_are_slots_but_health_does_not_queu
     release.set()
     await asyncio.gather(*tasks)
     assert running == 5
+
+
+async def test_a_wait_of_our_own_costs_an_attempt_no_time_but_the_deadline_goes_on() -> None:
+    bench = Bench(short(attempt_timeout_s=0.05, deadline_s=0.3))
+
+    async def waits(state: Attempt, *, for_s: float) -> str:
+        async with state.standing_still():
+            await asyncio.sleep(for_s)
+        return "done"
+
+    assert await bench.resilience.call("get", lambda state: waits(state, for_s=0.1)) == "done"
+    with pytest.raises(StorageTimeout):
+        await bench.resilience.call("get", lambda state: waits(state, for_s=10))
+
+
+async def test_an_attempt_that_the_deadline_of_a_whole_operation_cuts_counts_as_a_failure() -> None:
+    bench = Bench()
+
+    with pytest.raises(StorageTimeout) as timed_out:
+        async with within("list", 0.01):
+            await bench.resilience.call("list", hang())
+
+    assert (timed_out.value.operation, timed_out.value.deadline_s) == ("list", 0.01)
+    assert bench.failures == 1

@@ -265,3 +265,68 @@ async def test_what_happens_is_counted(silent_port: int) -> None:
     assert counts[counters.OPERATIONS] == {"head,storage_timeout": 1, "head,storage_unavailable": 1}
     assert counts[counters.REQUESTS] == {"head,head_object": 2}
     assert counts[counters.BREAKER_STATE] == {"": 2}
+
+
+class Pages:
+    """A server of pages that each take a while: of keys, of uploads, of removals."""
+
+    def __init__(self, pause_s: float) -> None:
+        self.pause_s = pause_s
+        self.asked = 0
+
+    async def send(self, _: str, __: str | None, method: str, ___: object) -> dict[str, object]:
+        self.asked += 1
+        await asyncio.sleep(self.pause_s)
+        if method == "delete_objects":
+            return {}
+        if method == "list_multipart_uploads":
+            return {"IsTruncated": True, "NextKeyMarker": "a", "NextUploadIdMarker": "1"}
+        return {"IsTruncated": True, "NextContinuationToken": "a"}
+
+
+@pytest.mark.parametrize(
+    ("name", "operation"),
+    {
+        "list": lambda store: store.list("a/"),
+        "list_uploads": lambda store: store.list_uploads("a/"),
+        "delete_many": lambda store: store.delete_many([f"a/{n}" for n in range(5000)]),
+    }.items(),
+)
+async def test_an_operation_of_many_calls_has_one_deadline(
+    name: str, operation: Callable[[S3Store], Coroutine[Any, Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.s3.KEYS_PER_S_MIN", 10**9)
+    pages = Pages(0.02)
+    async with store_at(9, RecordingGate(is_open=False), deadline_s=0.05) as store:
+        monkeypatch.setattr(store._calls, "send", pages.send)
+        with pytest.raises(StorageTimeout) as timed_out:
+            await operation(store)
+
+    assert timed_out.value.operation == name
+    assert 1 < pages.asked < 5
+
+
+async def test_small_files_wait_for_room_before_they_are_read(tmp_path: Path, silent_port: int) -> None:
+    (tmp_path / "file").write_bytes(bytes(MIB))
+    reads: list[int] = []
+    is_full = asyncio.Event()
+
+    async def note(_: str, __: str, data: bytes, *___: object) -> dict[str, str]:
+        reads.append(len(data))
+        if len(reads) == 3:
+            is_full.set()
+        await asyncio.Event().wait()
+        return {}
+
+    async with store_at(silent_port, RecordingGate(is_open=False), bytes_in_flight_max=3 * MIB) as store:
+        store._calls.put = note  # type: ignore[method-assign, assignment]
+        uploads = [asyncio.create_task(store.upload_file(tmp_path / "file", f"a/{n}")) for n in range(8)]
+        async with asyncio.timeout(10):
+            await is_full.wait()
+        held = store._in_flight.held_bytes
+        for upload in uploads:
+            upload.cancel()
+        await asyncio.gather(*uploads, return_exceptions=True)
+
+        assert (len(reads), held) == (3, 3 * MIB)
+        assert store._in_flight.held_bytes == 0
