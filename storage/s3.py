@@ -23,7 +23,7 @@ from typing import Any
 from storage.bounded import run_bounded
 from storage.breaker import BreakerMode, BreakerSnapshot, CircuitBreaker
 from storage.byte_budget import ByteBudget
-from storage.counters import Counts, Tally
+from storage.counters import HELD, Counts, Tally
 from storage.deadlines import within
 from storage.digests import digest_of, md5_of, sha256_of
 from storage.errors import (
@@ -304,7 +304,12 @@ class S3Store:
         return snapshot
 
     async def counts(self) -> Counts:
-        return self._tally.counts()
+        held = {
+            "attempts": self._resilience.attempts_in_flight,
+            "part_bytes": self._in_flight.held_bytes,
+            "read_bytes": self._reading.held_bytes,
+        }
+        return {**self._tally.counts(), HELD: {what: float(number) for what, number in held.items()}}
 
     def _moving_s(self, size_bytes: int) -> float:
         return size_bytes / self._settings.throughput_min_bytes_per_s
