@@ -45,10 +45,11 @@ from storage.objects import (
     PutOutcome,
     StorageHealth,
 )
-from storage.resilience import Attempt, Policy, Resilience, RetryBudget, TransientFaultError
+from storage.resilience import Attempt, Policy, Resilience, RetryBudget
 from storage.s3_bodies import Bodies
 from storage.s3_calls import Answer, S3Calls, corrupted, info_of
 from storage.s3_client import S3Clients
+from storage.s3_faults import raise_for_keys
 from storage.s3_files import FileTransfers
 from storage.s3_maintenance import KEYS_PER_S_MIN, Maintenance
 from storage.settings import MIB, BreakerSettings, S3Settings
@@ -334,8 +335,7 @@ class S3Store:
 
         async def attempt(_: Attempt) -> None:
             answer = await self._calls.send("delete_many", None, "delete_objects", parameters)
-            if answer.get("Errors"):
-                raise TransientFaultError("not_all_deleted", counts=False)
+            raise_for_keys(answer.get("Errors", ()), "delete_many")
 
         await self._resilience.call("delete_many", attempt)
 

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 from pydantic import SecretStr
 
 from storage import counters
 from storage.breaker import BreakerMode, BreakerOpenError, BreakerSnapshot, BreakerState, Outcome
-from storage.errors import InvalidKey, StorageMisconfigured, StorageTimeout, StorageUnavailable
+from storage.errors import (
+    InvalidKey,
+    StorageAccessDenied,
+    StorageError,
+    StorageFailed,
+    StorageMisconfigured,
+    StorageRefused,
+    StorageTimeout,
+    StorageUnavailable,
+)
 from storage.objects import ObjectStore, PutItem, StoreMaintenance
 from storage.s3 import S3Store
 from storage.settings import MIB, S3Settings
@@ -248,6 +259,73 @@ async def test_an_operator_opens_and_closes_the_breaker_without_asking_the_serve
     assert (opened.state, opened.mode) == (BreakerState.OPEN, BreakerMode.FORCED_OPEN)
     assert (health.ok, health.breaker, health.breaker_mode) == (False, "open", "forced_open")
     assert (closed.state, closed.mode) == (BreakerState.CLOSED, BreakerMode.AUTOMATIC)
+
+
+class Deleting:
+    """A server that answers each call to delete many with `codes` of the keys `a`, `b` and so on, one answer after
+    another, and the last one for ever."""
+
+    def __init__(self, *answers: Sequence[str]) -> None:
+        self._answers = list(answers)
+        self.asked = 0
+
+    async def answer(self, request: web.Request) -> web.Response:
+        await request.read()
+        codes = self._answers[min(self.asked, len(self._answers) - 1)]
+        self.asked += 1
+        errors = "".join(
+            f"<Error><Key>{key}</Key><Code>{code}</Code></Error>"
+            for key, code in zip("abc", codes, strict=False)
+            if code
+        )
+        return web.Response(text=f"<DeleteResult>{errors}</DeleteResult>", content_type="text/xml")
+
+
+@asynccontextmanager
+async def served(deleting: Deleting) -> AsyncIterator[int]:
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", deleting.answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield int(runner.addresses[0][1])
+    await runner.cleanup()
+
+
+@pytest.mark.parametrize(
+    ("codes", "raised", "outcomes"),
+    [
+        (["AccessDenied"], StorageAccessDenied, [Outcome.SUCCESS]),
+        (["MethodNotAllowed"], StorageRefused, [Outcome.SUCCESS]),
+        (["NoSuchBucket"], StorageMisconfigured, [Outcome.SUCCESS]),
+        (["SlowDown"], StorageFailed, [Outcome.FAILURE] * 3),
+        (["InternalError"], StorageFailed, [Outcome.FAILURE] * 3),
+        (["AccessDenied", "InternalError"], StorageFailed, [Outcome.FAILURE] * 3),
+        (["OperationAborted", "SlowDown"], StorageFailed, [Outcome.FAILURE] * 3),
+    ],
+)
+async def test_a_key_that_is_not_deleted_fails_as_its_code_would_alone(
+    codes: list[str], raised: type[StorageError], outcomes: list[Outcome]
+) -> None:
+    gate, deleting = RecordingGate(is_open=False), Deleting(codes)
+    async with served(deleting) as port, store_at(port, gate, attempts_max=3) as store:
+        with pytest.raises(StorageError) as error:
+            await store.delete_many(["a", "b", "c"])
+
+    assert type(error.value) is raised
+    assert gate.outcomes == outcomes
+    assert deleting.asked == len(outcomes)
+
+
+@pytest.mark.parametrize("answers", [[["NoSuchKey", ""]], [["", "SlowDown"], []]])
+async def test_many_are_deleted_where_none_is_left_or_another_attempt_deletes_the_rest(
+    answers: list[list[str]],
+) -> None:
+    deleting = Deleting(*answers)
+    async with served(deleting) as port, store_at(port, RecordingGate(is_open=False)) as store:
+        assert await store.delete_many(["a", "b"]) == 2
+
+    assert deleting.asked == len(answers)
 
 
 async def test_what_happens_is_counted(silent_port: int) -> None:
