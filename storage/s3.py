@@ -99,6 +99,9 @@ class S3Store:
         self._files = FileTransfers(
             self._calls, self._resilience, self._maintenance, self._in_flight, settings, self._tally
         )
+        # The same in each retry, so that no more than one object can be left behind.
+        self._probe_token = secrets.token_hex(8)
+        self._probing = asyncio.Lock()
 
     async def __aenter__(self) -> S3Store:
         return self
@@ -129,7 +132,7 @@ class S3Store:
         try:
             return await self._resilience.call("put", attempt, size_bytes=len(data))
         except IntegrityError:
-            await self._maintenance.discard("put", key)
+            await self._maintenance.discard("put", key, "corrupted_object")
             raise
 
     async def put_many(self, items: Sequence[PutItem]) -> list[PutOutcome]:
@@ -295,9 +298,11 @@ class S3Store:
         await self._maintenance.abort_upload(check_key(key), upload_id)
 
     async def capabilities(self) -> Capabilities:
-        if self._capabilities is None:
-            self._capabilities = await self._maintenance.capabilities(secrets.token_hex(8))
-        return self._capabilities
+        # Two at once would see what the other does to the same object.
+        async with self._probing:
+            if self._capabilities is None:
+                self._capabilities = await self._maintenance.capabilities(self._probe_token)
+            return self._capabilities
 
     async def set_breaker(self, mode: BreakerMode) -> BreakerSnapshot:
         snapshot = await self._resilience.gate.force(mode)

@@ -190,7 +190,7 @@ class FileTransfers:
         try:
             return await self._resilience.call("upload_file", attempt, size_bytes=digest.size_bytes)
         except IntegrityError:
-            await self._maintenance.discard("upload_file", key)
+            await self._maintenance.discard("upload_file", key, "corrupted_object")
             raise
 
     async def _completed(self, key: str, parameters: dict[str, Any], *, was_tried: bool) -> Answer:
