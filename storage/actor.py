@@ -26,7 +26,7 @@ from storage.breaker import BreakerMode, BreakerSnapshot
 from storage.breaker_actor import RemoteBreaker
 from storage.byte_budget import ByteBudget
 from storage.channel_connection import ChannelClosedError
-from storage.counters import Counts
+from storage.counters import HELD, Counts
 from storage.errors import StorageError, StorageMisconfigured, StorageTimeout, StorageUnavailable
 from storage.loop_thread import LoopThread
 from storage.node_channel import ChannelClient, ChannelMissingError, ChannelServer
@@ -128,12 +128,21 @@ class StorageShell:
 
     @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
     async def counts(self) -> Counts:
-        return await self._thread.run(self._store.counts())
+        return await self._thread.run(self._counts())
 
     async def perform(self, operation: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
         """One of `PERFORMED` by the store."""
         result = await self._thread.run(self._perform_call(operation, arguments, keywords))
         return _packed(bytes(result) if isinstance(result, memoryview) else result)
+
+    async def _counts(self) -> Counts:
+        counts, connections = await self._store.counts(), self._channel.connections
+        counts[HELD] |= {
+            "request_bytes": self._channel.request_bytes + self._copied.held_bytes,
+            "connections": connections,
+            "tasks": len(asyncio.all_tasks()) - connections,
+        }
+        return counts
 
     async def _perform_call(self, operation: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
         """What is large stays in Ray's memory until there is room for a copy."""

@@ -16,6 +16,8 @@ CLEANUP_FAILURES = "raylora_cleanup_failures_total"
 TRACKING_FAILURES = "raylora_training_tracking_failures_total"
 SWEPT_OBJECTS = "raylora_storage_swept_objects_total"
 SWEPT_BYTES = "raylora_storage_swept_bytes_total"
+# Looked at when counts are asked for: in a metric it would be what it was then.
+HELD = "held"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,12 @@ METRICS: dict[str, Metric] = {
 }
 
 Counts = dict[str, dict[str, float]]
-"""By metric, then by the labels' values joined with "," in the metric's order."""
+"""By metric, then by the labels' values joined with "," in the metric's order.
+
+A store adds `HELD`: its `attempts` under way, the `part_bytes` that it keeps room for and the `read_bytes` of whole
+objects; its actor adds the `request_bytes` that it holds for callers, its `connections` to them and all other `tasks`
+of its event loop.
+"""
 
 
 class Counters(Protocol):

@@ -58,6 +58,15 @@ class ChannelServer:
         self._listener: socket.socket | None = None
         self.path: Path | None = None
 
+    @property
+    def request_bytes(self) -> int:
+        """Of the large requests that are held now."""
+        return self._held.held_bytes
+
+    @property
+    def connections(self) -> int:
+        return max(0, len(self._tasks) - 1)
+
     async def start(self) -> Path | None:
         """Where it listens; None where the folder for it is not this user's alone, or no socket can be made there."""
         try:

@@ -185,6 +185,11 @@ class Resilience:
         self._window = Window(max_concurrency, clock=clock)
         self._sleep = sleep
 
+    @property
+    def attempts_in_flight(self) -> int:
+        """Those that need a place."""
+        return self._window.held
+
     async def call(
         self,
         operation: str,
@@ -242,7 +247,7 @@ class Resilience:
                 raise
             raise StorageTimeout(operation, total_s) from error
         except BreakerOpenError as error:
-            raise StorageUnavailable(operation, error.retry_after_s) from error
+            raise StorageUnavailable(operation, error.retry_after_s, run.attempts) from error
         except TransientFaultError as fault:
             raise self._last_word(run, fault, total_s) from fault
 

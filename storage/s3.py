@@ -23,7 +23,7 @@ from typing import Any
 from storage.bounded import run_bounded
 from storage.breaker import BreakerMode, BreakerSnapshot, CircuitBreaker
 from storage.byte_budget import ByteBudget
-from storage.counters import Counts, Tally
+from storage.counters import HELD, Counts, Tally
 from storage.deadlines import within
 from storage.digests import digest_of, md5_of, sha256_of
 from storage.errors import (
@@ -45,10 +45,11 @@ from storage.objects import (
     PutOutcome,
     StorageHealth,
 )
-from storage.resilience import Attempt, Policy, Resilience, RetryBudget, TransientFaultError
+from storage.resilience import Attempt, Policy, Resilience, RetryBudget
 from storage.s3_bodies import Bodies
 from storage.s3_calls import Answer, S3Calls, corrupted, info_of
 from storage.s3_client import S3Clients
+from storage.s3_faults import raise_for_keys
 from storage.s3_files import FileTransfers
 from storage.s3_maintenance import KEYS_PER_S_MIN, Maintenance
 from storage.settings import MIB, BreakerSettings, S3Settings
@@ -98,6 +99,9 @@ class S3Store:
         self._files = FileTransfers(
             self._calls, self._resilience, self._maintenance, self._in_flight, settings, self._tally
         )
+        # The same in each retry, so that no more than one object can be left behind.
+        self._probe_token = secrets.token_hex(8)
+        self._probing = asyncio.Lock()
 
     async def __aenter__(self) -> S3Store:
         return self
@@ -128,7 +132,7 @@ class S3Store:
         try:
             return await self._resilience.call("put", attempt, size_bytes=len(data))
         except IntegrityError:
-            await self._maintenance.discard("put", key)
+            await self._maintenance.discard("put", key, "corrupted_object")
             raise
 
     async def put_many(self, items: Sequence[PutItem]) -> list[PutOutcome]:
@@ -294,9 +298,11 @@ class S3Store:
         await self._maintenance.abort_upload(check_key(key), upload_id)
 
     async def capabilities(self) -> Capabilities:
-        if self._capabilities is None:
-            self._capabilities = await self._maintenance.capabilities(secrets.token_hex(8))
-        return self._capabilities
+        # Two at once would see what the other does to the same object.
+        async with self._probing:
+            if self._capabilities is None:
+                self._capabilities = await self._maintenance.capabilities(self._probe_token)
+            return self._capabilities
 
     async def set_breaker(self, mode: BreakerMode) -> BreakerSnapshot:
         snapshot = await self._resilience.gate.force(mode)
@@ -304,7 +310,12 @@ class S3Store:
         return snapshot
 
     async def counts(self) -> Counts:
-        return self._tally.counts()
+        held = {
+            "attempts": self._resilience.attempts_in_flight,
+            "part_bytes": self._in_flight.held_bytes,
+            "read_bytes": self._reading.held_bytes,
+        }
+        return {**self._tally.counts(), HELD: {what: float(number) for what, number in held.items()}}
 
     def _moving_s(self, size_bytes: int) -> float:
         return size_bytes / self._settings.throughput_min_bytes_per_s
@@ -329,8 +340,7 @@ class S3Store:
 
         async def attempt(_: Attempt) -> None:
             answer = await self._calls.send("delete_many", None, "delete_objects", parameters)
-            if answer.get("Errors"):
-                raise TransientFaultError("not_all_deleted", counts=False)
+            raise_for_keys(answer.get("Errors", ()), "delete_many")
 
         await self._resilience.call("delete_many", attempt)
 

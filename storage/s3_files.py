@@ -15,7 +15,7 @@ from storage.bounded import run_bounded
 from storage.byte_budget import ByteBudget
 from storage.counters import CLEANUP_FAILURES, Counters
 from storage.digests import Digest, sha256_file
-from storage.errors import IntegrityError, StorageError, StorageRefused
+from storage.errors import IntegrityError, StorageError, StorageRefused, StorageUnavailable
 from storage.file_parts import FilePart, PartWriter
 from storage.keys import owner_of
 from storage.objects import ObjectInfo
@@ -124,10 +124,13 @@ class FileTransfers:
             if await asyncio.to_thread(_look_of, path) != before:
                 raise IntegrityError(key, sha256 or "one file", "a file that changes")
             return await self._complete_upload(key, digest, upload_id, sent, content_type)
-        except BaseException:
+        except BaseException as error:
             abort = asyncio.create_task(self._abort_upload(key, upload_id))
             self._aborts.add(abort)
             abort.add_done_callback(self._aborts.discard)
+            if isinstance(error, StorageUnavailable):
+                # To begin it took an attempt.
+                raise error.after(1) from error
             raise
         finally:
             hashing.cancel()
@@ -187,7 +190,7 @@ class FileTransfers:
         try:
             return await self._resilience.call("upload_file", attempt, size_bytes=digest.size_bytes)
         except IntegrityError:
-            await self._maintenance.discard("upload_file", key)
+            await self._maintenance.discard("upload_file", key, "corrupted_object")
             raise
 
     async def _completed(self, key: str, parameters: dict[str, Any], *, was_tried: bool) -> Answer:

@@ -13,6 +13,7 @@ from storage.keys import owner_of, probe_object
 from storage.objects import Capabilities, PendingUpload
 from storage.resilience import Attempt, Resilience
 from storage.s3_calls import Answer, S3Calls
+from storage.s3_faults import PRECONDITION
 from storage.settings import S3Settings
 
 logger = logging.getLogger(__name__)
@@ -68,9 +69,9 @@ class Maintenance:
 
         await self._resilience.call("abort_upload", attempt)
 
-    async def discard(self, operation: str, key: str) -> None:
-        """Remove an object whose bytes are not those that were sent, before anybody reads it. A failure is logged and
-        counted: our caller raises what is worse."""
+    async def discard(self, operation: str, key: str, resource: str, *, deadline_s: float | None = None) -> None:
+        """Remove an object that nobody is to read, as one whose bytes are not those that were sent. A failure is logged
+        and counted: our caller raises what is worse, or has what it wanted."""
 
         async def attempt(_: Attempt) -> None:
             try:
@@ -79,42 +80,57 @@ class Maintenance:
                 return
 
         try:
-            await self._resilience.call(operation, attempt)
+            await self._resilience.call(operation, attempt, deadline_s=deadline_s)
         except StorageError as error:
-            self._counters.add(CLEANUP_FAILURES, resource="corrupted_object")
+            self._counters.add(CLEANUP_FAILURES, resource=resource)
             owner = owner_of(self._settings.prefix, key)
-            logger.warning("a corrupted object of %s was left behind (%s)", owner, error.code)
+            logger.warning("an object of %s was left behind: %s (%s)", owner, resource, error.code)
 
     async def capabilities(self, token: str) -> Capabilities:
         """Try the server out with an object of its own, named by `token`, which is removed again.
 
-        After a failure it stays until the sweeper finds it.
+        Where that fails it stays until the sweeper finds it, logged and counted.
         """
         key = probe_object(self._settings.prefix, token)
+        may_be_there = False
 
         async def attempt(_: Attempt) -> Capabilities:
-            found = await self._probed(key)
-            await self._calls.send("capabilities", key, "delete_object", {"Key": key})
-            return found
+            nonlocal may_be_there
+            may_be_there = True
+            return await self._probed(key)
 
-        return await self._resilience.call("capabilities", attempt)
+        try:
+            return await self._resilience.call("capabilities", attempt)
+        finally:
+            if may_be_there:
+                await self.discard("capabilities", key, "probe", deadline_s=self._settings.health_deadline_s)
 
     async def _probed(self, key: str) -> Capabilities:
         write = {"Key": key, "Body": PROBE_BODY}
         answer = await self._calls.send("capabilities", key, "put_object", write)
         part = await self._calls.get_range("capabilities", key, 1, 2)
         return Capabilities(
-            conditional_writes=not await self._accepts("put_object", key, {**write, "IfNoneMatch": "*"}),
+            conditional_writes=await self._refuses_to_replace(key, write),
             ranged_reads=part == PROBE_BODY[1:3],
-            multipart_listing=await self._accepts("list_multipart_uploads", None, {"MaxUploads": 1}),
+            multipart_listing=await self._lists_uploads(),
             answers_with_etag="ETag" in answer,
             **UNPROBED[self._settings.backend],
         )
 
-    async def _accepts(self, method: str, key: str | None, parameters: dict[str, Any]) -> bool:
+    async def _refuses_to_replace(self, key: str, write: dict[str, Any]) -> bool:
+        """Whether a write under the condition that nothing is there fails for that reason: a server that does not know
+        the condition may refuse it for another."""
         try:
-            await self._calls.send("capabilities", key, method, parameters)
+            await self._calls.send("capabilities", key, "put_object", {**write, "IfNoneMatch": "*"})
         except StorageRefused as error:
+            return error.reason == PRECONDITION
+        return False
+
+    async def _lists_uploads(self) -> bool:
+        try:
+            await self._calls.send("capabilities", None, "list_multipart_uploads", {"MaxUploads": 1})
+        except StorageRefused as error:
+            # How rclone says that there are none.
             return error.reason == "no_such_upload"
         return True
 

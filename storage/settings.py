@@ -79,9 +79,10 @@ class SweepSettings(BaseModel):
     """How long what nobody needs is kept, in seconds; None keeps it for ever. A sweep runs every `interval_s`.
 
     Results and samples count from the end of their process. The others count from the last sign of life: a presigned
-    upload that was never used (`staging`), a data set's files without a manifest (`unfinished`; also Ray Train's own
-    files of a process that has ended), latents, texts and captions that trainings share and can make again (`kept`),
-    a multipart upload (`multipart`), a file that the embedded server left when it was killed (`temporary`).
+    upload that was never used (`staging`), a data set's or an imported adapter's files without a manifest
+    (`unfinished`; also Ray Train's own files of a process that has ended), latents, texts and captions that trainings
+    share and can make again (`kept`), a multipart upload (`multipart`), a file that the embedded server left when it
+    was killed (`temporary`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from storage.counters import CLEANUP_FAILURES, RETRIES
+from storage.breaker import BreakerMode
+from storage.counters import CLEANUP_FAILURES, HELD, RETRIES
 from storage.embedded import EmbeddedS3
 from storage.errors import (
     IntegrityError,
@@ -183,6 +184,46 @@ async def test_an_upload_that_fails_is_aborted_and_leaves_no_object(
 
     assert proxy.forwarded["DELETE"] == 1
     assert not await store.exists(key)
+
+
+async def test_an_upload_that_the_breaker_cuts_tells_that_it_was_tried(
+    store: S3Store, key: str, large_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = store._files._begin_upload
+
+    async def begin_then_open(*arguments: object) -> str:
+        upload_id = await begin(*arguments)
+        await store.set_breaker(BreakerMode.FORCED_OPEN)
+        return upload_id
+
+    monkeypatch.setattr(store._files, "_begin_upload", begin_then_open)
+    with pytest.raises(StorageUnavailable) as cut:
+        await store.upload_file(large_file, key)
+    with pytest.raises(StorageUnavailable) as refused:
+        await store.upload_file(large_file, key)
+
+    assert (cut.value.attempts, refused.value.attempts) == (1, 0)
+
+
+async def test_the_parts_of_a_file_are_held_until_they_are_sent_or_their_upload_is_cancelled(
+    store: S3Store, proxy: FaultProxy, key: str, large_file: Path
+) -> None:
+    proxy.script("PUT", *[Fault.BLACK_HOLE] * 3)
+    upload = asyncio.create_task(store.upload_file(large_file, key))
+    async with asyncio.timeout(20):
+        while True:
+            if proxy.requests["PUT"] == 3:
+                break
+            await asyncio.sleep(0.01)
+    during = (await store.counts())[HELD]
+
+    upload.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await upload
+    await store._files.aclose()
+
+    assert during == {"attempts": 3.0, "part_bytes": 2 * PART_BYTES + 1000, "read_bytes": 0.0}
+    assert set((await store.counts())[HELD].values()) == {0.0}
 
 
 async def test_a_file_that_changes_while_it_is_sent_is_noticed(

@@ -18,7 +18,7 @@ from storage import actor
 from storage.actor import BlockingStorage, StorageClient, storage_actor_name
 from storage.breaker import BreakerMode, Outcome, Permit
 from storage.breaker_actor import BREAKER_NAME
-from storage.counters import OPERATIONS, REQUESTS
+from storage.counters import HELD, OPERATIONS, REQUESTS
 from storage.embedded import EmbeddedS3
 from storage.errors import (
     IntegrityError,
@@ -227,7 +227,12 @@ async def test_a_dead_backend_opens_the_breaker_and_health_says_so(
         await client.get(key)
     health = await client.health()
 
+    # It was tried, and the breaker opened before the retry.
+    assert rejected.value.attempts == 1
     assert 0 < rejected.value.retry_after_s <= 60
+    with pytest.raises(StorageUnavailable) as refused:
+        await client.get(key)
+    assert refused.value.attempts == 0
     assert (health.ok, health.breaker, health.detail) == (False, "open", "storage_unavailable")
     assert health.retry_after_s is not None
 
@@ -281,6 +286,30 @@ async def test_health_does_not_wait_behind_transfers(embedded_s3: EmbeddedS3, na
     assert health.ok
     assert not all(write.done() for write in writes)
     await asyncio.gather(*writes)
+
+
+async def test_what_is_held_for_calls_is_told_and_free_when_they_have_ended(
+    embedded_s3: EmbeddedS3, namespace: str, key: str
+) -> None:
+    settings = embedded_s3.settings().model_copy(update={"max_concurrency": 1})
+    client = StorageClient(settings, namespace=namespace)
+    await client.exists(key)
+    before = (await client.counts())[HELD]
+    writes = [asyncio.create_task(client.put(f"{key}{number}", bytes(3 * MIB))) for number in range(20)]
+
+    async def they_are_held() -> bool:
+        held = (await client.counts())[HELD]
+        return held["attempts"] == 1 and held["request_bytes"] >= 3 * MIB and held["tasks"] > before["tasks"]
+
+    async def all_is_free() -> bool:
+        held = (await client.counts())[HELD]
+        return (held["attempts"], held["request_bytes"], held["tasks"]) == (0, 0, before["tasks"])
+
+    await eventually(they_are_held)
+    for write in writes[::2]:
+        write.cancel()
+    await asyncio.gather(*writes, return_exceptions=True)
+    await eventually(all_is_free)
 
 
 async def test_an_operator_decides_for_the_whole_cluster_and_lets_it_decide_again(

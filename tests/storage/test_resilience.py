@@ -162,10 +162,11 @@ async def test_on_a_dead_backend_twenty_operations_make_five_calls() -> None:
     for _ in range(20):
         with pytest.raises((StorageFailed, StorageUnavailable)) as failed:
             await bench.resilience.call("get", dead)
-        results.append(failed.type)
+        results.append((failed.type, failed.value.attempts))
 
     assert len(bench.attempts) == 5
-    assert results == [StorageFailed] + [StorageUnavailable] * 19
+    # The second call was tried once, and the breaker opened before its retry.
+    assert results == [(StorageFailed, 4), (StorageUnavailable, 1)] + [(StorageUnavailable, 0)] * 18
 
 
 async def test_an_open_breaker_rejects_without_calling_and_is_not_retried() -> None:
@@ -176,7 +177,7 @@ async def test_an_open_breaker_rejects_without_calling_and_is_not_retried() -> N
     with pytest.raises(StorageUnavailable) as rejected:
         await bench.resilience.call("get", bench.script("bytes"))
 
-    assert rejected.value.retry_after_s == 40
+    assert (rejected.value.retry_after_s, rejected.value.attempts) == (40, 0)
     assert bench.attempts == []
     assert bench.waits_s == []
 
