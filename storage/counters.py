@@ -47,7 +47,7 @@ Counts = dict[str, dict[str, float]]
 """By metric, then by the labels' values joined with "," in the metric's order.
 
 A store adds `HELD`: its `attempts` under way, the `part_bytes` that it keeps room for and the `read_bytes` of whole
-objects; its actor adds the `request_bytes` that it holds for callers, its `connections` to them and all other `tasks` of
+objects; its actor adds the `request_bytes` that it holds for callers, its `connections` to them and the other `tasks` of
 its event loop.
 """
 
