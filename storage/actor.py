@@ -137,11 +137,9 @@ class StorageShell:
 
     async def _counts(self) -> Counts:
         counts, connections = await self._store.counts(), self._channel.connections
-        counts[HELD] |= {
-            "request_bytes": self._channel.request_bytes + self._copied.held_bytes,
-            "connections": connections,
-            "tasks": len(asyncio.all_tasks()) - connections,
-        }
+        requests = self._channel.request_bytes + self._copied.held_bytes
+        tasks = len(asyncio.all_tasks()) - connections
+        counts[HELD] |= {"request_bytes": requests, "connections": connections, "tasks": tasks}
         return counts
 
     async def _perform_call(self, operation: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:

@@ -352,10 +352,8 @@ class Pages:
 
     def __init__(self, pause_s: float) -> None:
         self.pause_s = pause_s
-        self.asked = 0
 
     async def send(self, _: str, __: str | None, method: str, ___: object) -> dict[str, object]:
-        self.asked += 1
         await asyncio.sleep(self.pause_s)
         if method == "delete_objects":
             return {}
