@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffusion.adapter import attach_lora, inject_adapter
 from diffusion.engine import Engine, GenerateRequest, LoraRef
+from diffusion.errors import SizeNotSupported
 from diffusion.families import FAMILIES, Family, NoiseLevels, load_family
 from diffusion.lora import save_lora
 from diffusion.testing import MAKERS, write_tiny_model
@@ -53,6 +54,13 @@ def load_stock(folder: Path) -> Any:
 
 def test_every_family_has_a_tiny_model() -> None:
     assert {family.name for family in FAMILIES.values()} == set(MAKERS)
+
+
+def test_sd3_refuses_sides_beyond_its_positions(folders: dict[str, Path]) -> None:
+    family = load(folders["sd3"])
+    assert family.latent_shape(256, 64) == (8, 16, 64)
+    with pytest.raises(SizeNotSupported, match=r"264x64 is not supported: .* multiples of 8 pixels, at most 256"):
+        family.latent_shape(264, 64)
 
 
 # -- the example scripts' training steps, with given latents, noise and timesteps
