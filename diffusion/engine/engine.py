@@ -20,7 +20,7 @@ import torch
 from diffusion.engine.adapter_cache import AdapterCache
 from diffusion.engine.admission import Admission, BatchLimits, Shortage
 from diffusion.engine.at_rest import at_rest
-from diffusion.engine.compiled import compile_denoiser
+from diffusion.engine.compiled import compile_denoiser, many_graphs
 from diffusion.engine.decode import Decoder
 from diffusion.engine.denoise import Denoiser
 from diffusion.engine.intake import Intake
@@ -75,6 +75,7 @@ class Engine:
         self._decoder = Decoder(family, self._admission, pictures_max=decode_max, tiled=tiled)
         if compiled is not None:
             compile_denoiser(family, compiled)
+        self._calling = nullcontext if compiled is None else many_graphs
         self._clock = clock
         self._iteration_began: float | None = None
         self._order = FairOrder()
@@ -158,7 +159,7 @@ class Engine:
             self._admit()
             group = self._order.next()
             if group is not None:
-                with self._turns:
+                with self._turns, self._calling():
                     self._iteration_began = self._clock()
                     try:
                         self._iterate(group)
