@@ -108,6 +108,8 @@ class Family(ABC):
     name: ClassVar[str]
     architecture: ClassVar[str]
     """``modelspec.architecture`` of the base model, without ``/lora``."""
+    weights: ClassVar[tuple[str, ...]]
+    """The parts of a model folder of which ``load`` reads weights, where they are there."""
     block_lists: ClassVar[tuple[str, ...]] = ()
     """The denoiser's lists of blocks, in the order in which they run one after another; none for UNets."""
     last_layer: ClassVar[str] = "norm_out"

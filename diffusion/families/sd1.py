@@ -36,6 +36,7 @@ TEXT_TARGETS = {
 class StableDiffusion1(UNetFamily):
     name = "sd1"
     architecture = "stable-diffusion-v1"
+    weights = ("text_encoder", "unet", "vae")
 
     def __init__(
         self, *, tokenizer: Any, text_encoder: Any, unet: Any, vae: Any, scheduler: Any,

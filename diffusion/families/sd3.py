@@ -39,6 +39,7 @@ class StableDiffusion3(KlFamily, FlowFamily):
 
     name = "sd3"
     architecture = "stable-diffusion-v3"
+    weights = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae")
     block_lists = ("transformer_blocks",)
 
     def __init__(

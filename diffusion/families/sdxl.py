@@ -34,6 +34,7 @@ class StableDiffusionXL(UNetFamily):
 
     name = "sdxl"
     architecture = "stable-diffusion-xl-v1-base"
+    weights = ("text_encoder", "text_encoder_2", "unet", "vae")
 
     def __init__(
         self, *, tokenizer: Any, tokenizer_2: Any, text_encoder: Any, text_encoder_2: Any, unet: Any, vae: Any,

@@ -28,6 +28,7 @@ class ZImage(KlFamily, FlowFamily):
 
     name = "z_image"
     architecture = "z-image"
+    weights = ("text_encoder", "transformer", "vae")
     block_lists = ("layers",)
     last_layer = "all_final_layer"
 
