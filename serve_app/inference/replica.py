@@ -48,6 +48,7 @@ def build_service(settings: Settings) -> InferenceService:
         memory=memory_of(settings.device),
         needed_bytes=size.whole(settings.required_mb if on_gpu else 0),
         last_resort=last_resort if settings.cpu_offload and on_gpu else None,
+        turns=turns,
     )
     shelf.load(settings.default_model)
     # A folder of its own: another replica on this machine evicts by its own count.
