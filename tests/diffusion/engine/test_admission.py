@@ -281,6 +281,15 @@ def test_a_peak_that_others_took_part_in_refuses_for_a_while_only() -> None:
     assert admission.refusal("k", lambda _: Cost(10)) is None
 
 
+def test_remembered_prompts_hold_their_own_rows_only(family: StableDiffusion1) -> None:
+    engine = Engine(family)
+    engine.render([dataclasses.replace(PLAIN, prompt=f"number {seed}", steps=1) for seed in range(3)])
+    prompts = engine._prompts._cache.values()
+    assert len(prompts) == 4
+    for tensor in (tensor for embeds in prompts for tensor in embeds.tensors().values()):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 def test_a_call_that_failed_teaches_nothing() -> None:
     admission = Admission(ScriptedMemory(100))
     with pytest.raises(torch.OutOfMemoryError), admission.learning("k", 10):
