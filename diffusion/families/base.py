@@ -214,7 +214,8 @@ class Family(ABC):
     def predict(
         self, latents_BCHW: Tensor, timesteps_B: Tensor, text: TextEmbeds, *, guidance_B: Tensor | None = None
     ) -> Tensor:
-        """The denoiser's raw output ``[B, C, H, W]``, in its own dtype (the inputs are cast to it).
+        """The denoiser's raw output ``[B, C, H, W]``, in its own dtype (the inputs are cast to it); float32 for a
+        family whose scheduler is given that.
 
         ``guidance_B`` is for guidance-distilled models; others ignore it.
         """

@@ -131,7 +131,8 @@ class ZImage(KlFamily, FlowFamily):
             outputs = self.transformer(
                 latents_C1HW, (1000 - timesteps_B.to(self.device)) / 1000, states, return_dict=False
             )[0]
-        return -torch.stack(list(outputs)).squeeze(2)
+        # float32, as the stock pipeline's scheduler is given it: its latents never are of the model's dtype.
+        return -torch.stack([output.float() for output in outputs]).squeeze(2)
 
 
 @contextmanager
