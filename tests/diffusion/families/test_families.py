@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffusion.adapter import attach_lora, inject_adapter
 from diffusion.engine import Engine, GenerateRequest, LoraRef
-from diffusion.errors import SizeNotSupported
+from diffusion.errors import SettingNotSupported, SizeNotSupported
 from diffusion.families import FAMILIES, Family, NoiseLevels, load_family
 from diffusion.lora import save_lora
 from diffusion.testing import MAKERS, write_tiny_model
@@ -78,6 +78,13 @@ def test_a_picture_in_bf16_equals_the_stock_pipelines(name: str, folders: dict[s
     # Qwen-Image's stock pipeline asks for guidance's two rows one after another, which rounds in another way.
     tolerance = 2e-3 if name == "qwen_image" else 1e-4
     assert float((engine.render([request])[0].pixels_CHW - theirs).abs().mean()) < tolerance
+
+
+def test_a_model_that_cannot_do_so_few_steps_says_so(folders: dict[str, Path]) -> None:
+    family = load(folders["qwen_image"])
+    with pytest.raises(SettingNotSupported, match="steps: 1 is too few"):
+        family.make_schedule(None, 1, family.latent_shape(64, 64))
+    assert len(family.make_schedule(None, 2, family.latent_shape(64, 64)).timesteps) == 2
 
 
 # -- the example scripts' training steps, with given latents, noise and timesteps
