@@ -46,7 +46,7 @@ class StableDiffusionXL(UNetFamily):
             frozen(part, self.device, dtype) for part in (text_encoder, text_encoder_2, unet, vae)
         )
         self.noise = DiscreteNoise(scheduler)
-        self.latents = KlLatents(self.vae)
+        self.latents = KlLatents(self.vae, as_sdxl=True)
         self.size_multiple = self.latents.size_multiple
         self.native_size_px = self._trained_size_px
 
