@@ -90,9 +90,6 @@ class StableDiffusionXL(UNetFamily):
 
     # -- denoising
 
-    def uses_negative_prompt(self, guidance_scale: float) -> bool:
-        return guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
-
     def predict(
         self, latents_BCHW: Tensor, timesteps_B: Tensor, text: TextEmbeds, *, guidance_B: Tensor | None = None
     ) -> Tensor:
@@ -100,6 +97,7 @@ class StableDiffusionXL(UNetFamily):
             raise ValueError("SDXL needs the pooled text")
         output: Tensor = self.unet(
             latents_BCHW.to(self.dtype), timesteps_B, encoder_hidden_states=text.hidden_BLD.to(self.dtype),
+            timestep_cond=self._guidance_embedding(guidance_B),
             added_cond_kwargs={"text_embeds": text.pooled_BD.to(self.dtype), "time_ids": self._sizes(latents_BCHW)},
             return_dict=False,
         )[0]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,16 @@ def test_an_sdxl_vae_encodes_in_float32_where_it_asks_for_that(sdxl: Path) -> No
     with torch.no_grad():
         exact = family.vae.to(torch.float32).encode(images).latent_dist.mean * 0.7
     assert float((mean - exact).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_a_unet_with_embedded_guidance_is_given_it(name: str, tmp_path: Path) -> None:
+    source = write_tiny_model(name, tmp_path)
+    stock = diffusers.DiffusionPipeline.from_pretrained(source, local_files_only=True)
+    torch.manual_seed(0)
+    stock.unet = diffusers.UNet2DConditionModel.from_config({**stock.unet.config, "time_cond_proj_dim": 32})
+    shutil.rmtree(source / "unet")
+    stock.unet.save_pretrained(source / "unet")
+    made = our_pixels(source, torch.float32)
+    assert float((made - stock_pixels(stock, width=64, height=64)).abs().max()) < TOLERANCE
+    assert float((made - our_pixels(source, torch.float32, guidance_scale=8.0)).abs().max()) > 10 * TOLERANCE
