@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,9 @@ def combo(family: StableDiffusion1, write_lora: Callable[..., Path]) -> Iterator
     engine.close()
 
 
-def test_a_slot_that_was_filled_half_way_is_filled_anew(
-    family: StableDiffusion1, write_lora: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, each_kind_of_slot: None
-) -> None:
-    small, large = (with_loras(LoraRef(write_lora(f"r{rank}", rank=rank, seed=rank))) for rank in (4, 8))
-    engine = Engine(family)
-    expected = [pixels(engine, request)[0] for request in (large, small)]
+@contextmanager
+def memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Once an adapter's values are in a slot."""
     copy = SlotTable._copy
 
     def full(*args: Any) -> None:
@@ -44,15 +42,34 @@ def test_a_slot_that_was_filled_half_way_is_filled_anew(
 
     with monkeypatch.context() as patch:
         patch.setattr(SlotTable, "_copy", full)
-        with pytest.raises(OutOfGpuMemory):
-            pixels(engine, large)
-    assert difference(pixels(engine, small)[0], expected[1]) < TOLERANCE
-    with monkeypatch.context() as patch:
-        patch.setattr(SlotTable, "_copy", full)
-        with pytest.raises(OutOfGpuMemory):
-            pixels(engine, large)
-    # Beside one of rank 8, rows of the slot are seen that only the failed filling wrote.
-    assert difference(pixels(engine, small, large)[0], expected[1]) < TOLERANCE
+        yield
+
+
+def test_a_slot_that_was_filled_half_way_is_filled_anew(
+    family: StableDiffusion1, write_lora: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, each_kind_of_slot: None
+) -> None:
+    small, large = (with_loras(LoraRef(write_lora(f"r{rank}", rank=rank, seed=rank))) for rank in (4, 8))
+    engine = Engine(family)
+    pixels(engine, large)
+    expected = pixels(engine, small)[0]
+    with memory_runs_out(monkeypatch), pytest.raises(OutOfGpuMemory):
+        pixels(engine, large)
+    assert difference(pixels(engine, small)[0], expected) < TOLERANCE
+
+
+def test_rows_that_only_a_failed_filling_wrote_are_zero_again(
+    combo: Callable[[int], Combo], family: StableDiffusion1, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots, small, large = LoraSlots(family), combo(4), combo(8)
+    slots.arrange("unet", [large], table="t")
+    slots.arrange("unet", [small], table="t")
+    with memory_runs_out(monkeypatch), pytest.raises(torch.OutOfMemoryError):
+        slots.arrange("unet", [large], table="t")
+    slots.arrange("unet", [small], table="t")
+    table = slots._components["unet"]._pairs._tables["t"]
+    for factors in table.factors(next(iter(table.layout.names)), 1):
+        assert factors[:, :4].any()
+        assert not factors[:, 4:].any()
 
 
 def test_a_large_rank_costs_only_its_own_calls(combo: Callable[[int], Combo], family: StableDiffusion1) -> None:
