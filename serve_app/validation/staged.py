@@ -25,6 +25,7 @@ from serve_app.validation.file_checks import (
     EXTENSIONS,
     FILE_BYTES_MAX,
     IMAGE_TYPES,
+    OVER_TOTAL,
     TEXT_TYPES,
     TOTAL_BYTES_MAX,
     CheckedFile,
@@ -197,7 +198,7 @@ def _check_promises(files: Sequence[StagedFile]) -> None:
         if problem is not None
     ]
     if sum(file.size for file in files) > TOTAL_BYTES_MAX:
-        problems.append(Problem("files", f"are over {TOTAL_BYTES_MAX // 2**20} MB in all", "too_large"))
+        problems.append(Problem("files", OVER_TOTAL, "too_large"))
     for index, file in enumerate(files):
         if is_over_size(file.filename, file.size):
             problems.append(Problem(f"files[{index}].size", OVER_SIZE, "too_large"))

@@ -33,6 +33,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "RequestTimedOut": (600.0,),
     "TooManyRequests": (2.5,),
     "TooManyAtOnce": (1.0,),
+    "TooManyUploads": (30.0,),
     "QueueFull": (1000, 10.0),
     "InsufficientMemory": (8 * 2**30, 2**20),
     "StorageUnavailable": ("get", 12.3),
