@@ -279,6 +279,7 @@ class JobInterrupted(ServeError):
     """The process that did a job without a record was lost before the job had ended."""
 
     code = "job_interrupted"
+    retry_after_s: ClassVar[float] = 1.0
 
 
 class ServiceUnavailable(ServeError):

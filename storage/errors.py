@@ -254,6 +254,7 @@ class JobsUnavailable(JobError):
     """Whether the operation happened is unknown."""
 
     code = "jobs_unavailable"
+    retry_after_s: ClassVar[float] = 1.0
 
     def __init__(self, operation: str) -> None:
         super().__init__(f"the jobs actor does not answer {operation}", operation)
@@ -266,6 +267,7 @@ class RecordsError(JobError):
 
 class RecordsUnavailable(RecordsError):
     code = "records_unavailable"
+    retry_after_s: ClassVar[float] = 1.0
 
     def __init__(self, operation: str) -> None:
         super().__init__(f"the records database is unavailable for {operation}", operation)

@@ -20,7 +20,7 @@ from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
-from serve_app.cli.client import ApiClient
+from serve_app.cli.client import ApiClient, NotNow, Unreachable
 from serve_app.cli.console import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -32,6 +32,7 @@ from serve_app.cli.console import (
     err,
     out,
     reported,
+    status_of,
 )
 from serve_app.cli.doctor import diagnose
 from serve_app.cli.operating import breaker, keys, sweep
@@ -142,9 +143,9 @@ def train(
     if check:
         _show_check(config, as_json)
         return
-    with reported(as_json), connect(Settings()) as client:
+    with reported(as_json), connect(Settings(), is_patient=True) as client:
         body = prepare_training(client, config, on_upload=lambda text: None if as_json else err.print(text))
-        accepted = client.call("train", config=body)
+        accepted = client.start("train", config=body)
         process_id = accepted["process_id"]
         if not as_json:
             for warning in accepted.get("warnings", []):
@@ -168,7 +169,7 @@ def continue_(
     as_json: AsJson = False,
 ) -> None:
     """Train on from the newest checkpoint of an ended training: for more steps, or the rest of a cancelled one."""
-    with reported(as_json), connect(Settings()) as client:
+    with reported(as_json), connect(Settings(), is_patient=True) as client:
         training = client.continue_training(process_id, steps)
         if not as_json:
             err.print(f"training {training['id']}")
@@ -208,20 +209,20 @@ def _line(warning: Any) -> str:
 
 
 def _follow(client: ApiClient, process_id: str, as_json: bool) -> dict[str, Any]:
-    """Show progress until the process ended. Ctrl-C leaves it running and says how to go on."""
+    """Show progress until the process ended. Ctrl-C leaves it running and says how to go on, as does a lost server."""
+    again = f"`raylora jobs` shows it; `raylora cancel {process_id}` stops it."
+    mine = {"process_id": process_id}
     try:
         with training_progress(err, enabled=not as_json) as update:
             process = client.follow(process_id, update)
     except KeyboardInterrupt:
-        err.print(f"\n{process_id} goes on. `raylora jobs` shows it; `raylora cancel {process_id}` stops it.")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    emit(as_json, process)
+        raise Failure("interrupted", f"{process_id} goes on. {again}", EXIT_INTERRUPTED, mine) from None
+    except (NotNow, Unreachable) as exc:
+        raise Failure(exc.code, f"{exc}\n{process_id} may go on. {again}", status_of(exc), mine) from exc
     if process["status"] != "completed":
-        raise Failure(
-            "job_failed",
-            f"{process_id} is {process['status']}: {process.get('error') or 'no reason given'}",
-            EXIT_FAILED,
-        )
+        reason = f"{process_id} is {process['status']}: {process.get('error') or 'no reason given'}"
+        raise Failure("job_failed", reason, EXIT_FAILED, process)
+    emit(as_json, process)
     return process
 
 
@@ -242,14 +243,14 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Make a picture, with LoRAs by the ids of their trainings."""
-    with reported(as_json), connect(Settings()) as client:
+    with reported(as_json), connect(Settings(), is_patient=True) as client:
         fields: dict[str, Any] = {
             "width": width, "height": height, "num_inference_steps": steps, "guidance_scale": guidance,
             "seed": seed, "model": model, "negative_prompt": negative_prompt or None,
         }  # fmt: skip
         loras = [_lora(text) for text in lora or []]
         _check_folder(output)
-        reply = client.call(
+        reply = client.start(
             "generate", prompt=prompt, loras=loras, wait=True, output_format=_format_of(output),
             **{name: value for name, value in fields.items() if value is not None},
         )  # fmt: skip

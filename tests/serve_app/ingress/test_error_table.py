@@ -119,6 +119,20 @@ def test_an_error_that_ray_wrapped_is_described_by_its_cause() -> None:
     assert (public.status, public.code, public.retry_after_s) == (503, "storage_unavailable", 13)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        storage.errors.JobsUnavailable("get"),
+        storage.errors.RecordsUnavailable("get"),
+        serve_app.errors.JobInterrupted(),
+        serve_app.errors.ServiceUnavailable("dispatch"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_part_that_is_away_for_a_moment_may_be_asked_again_after_one(error: Exception) -> None:
+    assert (describe(error).status, describe(error).retry_after_s) == (503, 1)
+
+
 @pytest.mark.parametrize("cls", EVERY_CLASS, ids=lambda cls: cls.__name__)
 def test_a_problem_has_the_status_as_its_title_and_this_occurrence_as_its_detail(cls: type[Exception]) -> None:
     error = instance(cls)
