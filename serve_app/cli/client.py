@@ -59,6 +59,10 @@ class WrongKey(ApiError):
         )
 
 
+class Unusable(ApiError):
+    """What the user gave, a configuration or a folder, cannot be used as it is."""
+
+
 class NoKey(ApiError):
     def __init__(self, home: Path) -> None:
         super().__init__(
@@ -240,7 +244,7 @@ class ApiClient:
             unread = "unavailable", f"{self._base_url} answered {response.status_code}."
             code, message = _reason(reply) if isinstance(reply, dict) else unread
             raise NotNow(code, message, _retry_after_s(response))
-        if reply is None:
+        if reply is None or (response.is_error and not isinstance(reply, dict)):
             raise ApiError("bad_reply", f"{self._base_url} is not a raylora server.")
         if response.is_error:
             raise ApiError(*_reason(reply))

@@ -15,7 +15,7 @@ from pydantic_settings import SettingsError
 from rich.console import Console
 from rich.text import Text
 
-from serve_app.cli.client import ApiClient, ApiError, NoKey, Unreachable, WrongKey
+from serve_app.cli.client import ApiClient, ApiError, NoKey, Unreachable, Unusable, WrongKey
 from serve_app.cli.patience import Patience
 from serve_app.settings import Settings, SettingsIncomplete
 from serve_app.stack.errors import InstanceError, NotRunning
@@ -65,6 +65,8 @@ def status_of(error: Exception) -> int:
     """The exit status of a command that an error ends."""
     if isinstance(error, NoKey | Unreachable | NotRunning):
         return EXIT_UNREACHABLE
+    if isinstance(error, Unusable):
+        return EXIT_USAGE
     return EXIT_KEY if isinstance(error, WrongKey) else EXIT_FAILED
 
 
@@ -79,13 +81,19 @@ def _give_up(
     if as_json:
         print(json.dumps({**details, "error": message, "code": code}))  # noqa: T201  # the command's output
     else:
-        err.print(Text(message, style="red"))
+        err.print(Text(message, style="red"), soft_wrap=True)
     raise typer.Exit(status)
 
 
 def emit(as_json: bool, value: dict[str, Any]) -> None:
     if as_json:
-        print(json.dumps(value))  # noqa: T201  # the command's output
+        # At once: `up` goes on for as long as its instance.
+        print(json.dumps(value), flush=True)  # noqa: T201  # the command's output
+
+
+def say(text: str) -> None:
+    """A line of the command's result as it is: paths with brackets in them, and no line folded within a name."""
+    out.print(Text(text), soft_wrap=True)
 
 
 def connect(settings: Settings, *, is_patient: bool = False) -> ApiClient:
@@ -95,11 +103,15 @@ def connect(settings: Settings, *, is_patient: bool = False) -> ApiClient:
     """
     instance = Instance(settings.home)
     key = settings.api_key.get_secret_value() if settings.api_key else None
-    if key is None and instance.api_key_file.exists():
-        key = instance.api_key_file.read_text().strip()
+    try:
+        if key is None and instance.api_key_file.exists():
+            key = instance.api_key_file.read_text().strip()
+        state = instance.read_state()
+    except OSError as exc:
+        message = f"{instance.home} cannot be read by this user. Set RAYLORA_HOME to a folder of your own."
+        raise Failure("home_unusable", message, EXIT_USAGE) from exc
     if not key:
         raise NoKey(instance.home)
-    state = instance.read_state()
     url = state.http_url if state else f"http://{settings.host}:{settings.port}"
     patience = Patience(lambda text: err.print(Text(text, style="yellow"))) if is_patient else None
     return ApiClient(url, key, patience=patience)

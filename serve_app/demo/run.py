@@ -140,8 +140,10 @@ def training_pictures() -> dict[str, Image.Image]:
 
 
 def run_demo(output: Path, console: Console) -> dict[str, Any]:
-    """Do the main job and return what was found. Raises ApiError (also below the bar) or InstanceError."""
-    output.mkdir(parents=True, exist_ok=True)
+    """Do the main job and return what was found, with its files in the folder ``output``.
+
+    Raises ApiError (also below the bar) or InstanceError.
+    """
     started_at = time.monotonic()
     with running_instance(console) as (url, key), ApiClient(url, key, patience=Patience(console.print)) as client:
         ready_s = time.monotonic() - started_at
