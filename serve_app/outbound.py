@@ -92,8 +92,11 @@ class Outbound:
         async with self._exchange("POST", url, content=content, headers=headers):
             pass
 
-    async def fetch(self, url: str, path: Path, *, bytes_max: int) -> None:
-        """The answer's body as a file, complete where this returns. Raises AddressRefused, OutboundFailed."""
+    async def fetch(self, url: str, path: Path, *, bytes_max: int, count: Callable[[int], None] | None = None) -> None:
+        """The answer's body as a file, complete where this returns. Raises AddressRefused, OutboundFailed.
+
+        `count` gets the size of each piece before it is written, and may end the fetch by raising.
+        """
         async with self._exchange("GET", url, content=b"", headers={"Accept-Encoding": "identity"}) as response:
             seen_bytes = 0
             with path.open("wb") as file:
@@ -101,6 +104,8 @@ class Outbound:
                     seen_bytes += len(chunk)
                     if seen_bytes > bytes_max:
                         raise OutboundFailed(TOO_LARGE)
+                    if count is not None:
+                        count(len(chunk))
                     file.write(chunk)
 
     async def close(self) -> None:

@@ -264,6 +264,7 @@ class JobsUnavailable(JobError):
     """Whether the operation happened is unknown."""
 
     code = "jobs_unavailable"
+    retry_after_s: ClassVar[float] = 1.0
 
     def __init__(self, operation: str) -> None:
         super().__init__(f"the jobs actor does not answer {operation}", operation)
@@ -276,6 +277,7 @@ class RecordsError(JobError):
 
 class RecordsUnavailable(RecordsError):
     code = "records_unavailable"
+    retry_after_s: ClassVar[float] = 1.0
 
     def __init__(self, operation: str) -> None:
         super().__init__(f"the records database is unavailable for {operation}", operation)

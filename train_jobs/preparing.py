@@ -65,7 +65,7 @@ def read_pictures(spec: TrainSpec, artifacts: Artifacts, pins: Mapping[str, str]
         uploads[dataset.label] = manifest.upload_id
         masks: Path | None = None
         if dataset.mask_dataset is not None:
-            named = DatasetSpec(dataset=dataset.mask_dataset)
+            named = DatasetSpec(dataset=dataset.mask_dataset, upload_id=dataset.mask_upload_id)
             masks, manifest = artifacts.dataset(named, 1000 + index, pins.get(dataset.mask_dataset))
             uploads[dataset.mask_dataset] = manifest.upload_id
         found.append((dataset, read_folder(folder, dataset, masks)))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from serve_app.cli.client import ApiClient, ApiError, NoKey, Unreachable, WrongKey
+from serve_app.cli.client import ApiClient, NoKey, Unreachable, Unusable, WrongKey
 from storage.keys import storable_stem
 from train_jobs.config_check import check_train_yaml
 from train_jobs.errors import ConfigInvalid
@@ -56,7 +56,10 @@ def prepare_training(client: ApiClient, config: Path, *, on_upload: Callable[[st
     if wrong:
         raise _unusable(config, [(key["path"], key["note"]) for key in wrong])
     for name, folder in training.folders.items():
-        upload_folder(client, folder, name, on_upload=on_upload)
+        try:
+            upload_folder(client, folder, name, on_upload=on_upload)
+        except OSError as exc:
+            raise Unusable("dataset_unreadable", f"{exc.filename or folder} cannot be read: {exc.strerror}.") from exc
     return training.document
 
 
@@ -82,7 +85,7 @@ def _local_training(config: Path) -> LocalTraining:
     try:
         document = read_mapping(config.read_bytes())
     except OSError as exc:
-        raise ApiError("config_unreadable", f"{config} cannot be read.") from exc
+        raise Unusable("config_unreadable", f"{config} cannot be read.") from exc
     folders: dict[str, Path] = {}
     for dataset in _datasets(document):
         if dataset.get("dataset_path") and not dataset.get("folder_path"):
@@ -90,10 +93,16 @@ def _local_training(config: Path) -> LocalTraining:
         for key in ("folder_path", "mask_path"):
             folder = _local_folder(str(dataset[key]), config) if dataset.get(key) else None
             if folder is not None:
-                name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(folder.parts[-2:])).strip("-.")[:100] or "dataset"
+                dataset[key] = name = _dataset_name(folder, folders)
                 folders[name] = folder
-                dataset[key] = name
     return LocalTraining(document, folders)
+
+
+def _dataset_name(folder: Path, taken: Mapping[str, Path]) -> str:
+    """After the folder and the one it is in; another folder that would have that name too gets a number."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(folder.parts[-2:])).strip("-.")[:90] or "dataset"
+    numbered = (plain if number == 1 else f"{plain}-{number}" for number in count(1))
+    return next(name for name in numbered if taken.get(name, folder) == folder)
 
 
 def _asked(client: ApiClient, training: LocalTraining) -> dict[str, Any]:
@@ -109,9 +118,9 @@ def _asked(client: ApiClient, training: LocalTraining) -> dict[str, Any]:
     return {**report, "keys": keys}
 
 
-def _unusable(config: Path, problems: list[tuple[str, str]]) -> ApiError:
+def _unusable(config: Path, problems: list[tuple[str, str]]) -> Unusable:
     lines = "\n".join(f"  {path or config.name}: {message}" for path, message in problems)
-    return ApiError("config_invalid", f"{config} cannot be used:\n{lines}")
+    return Unusable("config_invalid", f"{config} cannot be used:\n{lines}")
 
 
 def _datasets(document: Any) -> Iterator[dict[str, Any]]:
@@ -141,7 +150,7 @@ def upload_folder(client: ApiClient, folder: Path, name: str, *, on_upload: Call
         if f.is_file() and f.suffix.lower() in UPLOADED_SUFFIXES and not f.name.startswith(".")
     )
     if not files:
-        raise ApiError("dataset_empty", f"{folder} holds no pictures. Put .png, .jpg or .webp files there.")
+        raise Unusable("dataset_empty", f"{folder} holds no pictures. Put .png, .jpg or .webp files there.")
     names = _stored_names(files)
     for index, batch in enumerate(_batches(files)):
         client.call(
@@ -181,7 +190,7 @@ def _batches(files: list[Path]) -> Iterator[list[Path]]:
         group_size = sum(file.stat().st_size for file in group)
         if group_size > UPLOAD_BATCH_BYTES:
             limit_mb = UPLOAD_BATCH_BYTES // 10**6
-            raise ApiError("file_too_large", f"{group[0].name} is larger than {limit_mb} MB. Scale the picture down.")
+            raise Unusable("file_too_large", f"{group[0].name} is larger than {limit_mb} MB. Scale the picture down.")
         if batch and (size + group_size > UPLOAD_BATCH_BYTES or len(batch) + len(group) > UPLOAD_BATCH_FILES):
             yield batch
             batch, size = [], 0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,14 @@ from diffusion.adapter import attach_lora
 from diffusion.errors import SettingNotSupported
 from diffusion.families import Family, load_family
 from diffusion.testing import write_tiny_model
+from storage.datasets import write_dataset
+from storage.jobs import utc_now
+from storage.loop_thread import LoopThread
+from storage.testing import InMemoryStore
+from tests.train_jobs.training_runs import JOB, KEYS
+from train_jobs.artifacts import Artifacts
 from train_jobs.errors import ModelNotAvailable
-from train_jobs.preparing import load_model, without_effect
+from train_jobs.preparing import load_model, read_pictures, without_effect
 from train_jobs.spec import TrainSpec
 from train_jobs.spec_json import spec_from_json
 
@@ -38,6 +45,22 @@ def _gradients(family: Family, parameters: dict[str, torch.nn.Parameter]) -> dic
         parameter.grad = None
     family.predict(latents, torch.tensor([400.0]), text).square().mean().backward()
     return {name: p.grad for name, p in parameters.items() if p.grad is not None}
+
+
+def test_masks_are_those_of_the_pinned_upload(
+    store: InMemoryStore, runner: LoopThread, write_pictures: Callable[..., Path], tmp_path: Path
+) -> None:
+    def uploaded(dataset: str, side_px: int) -> str:
+        folder = write_pictures((side_px, side_px), name=f"{dataset}-{side_px}", captions=False)
+        files = [(path.name, path, None) for path in folder.iterdir()]
+        return runner.run_blocking(write_dataset(store, KEYS, dataset, files, now=utc_now())).upload_id
+
+    dataset = {"dataset": "cats", "upload_id": uploaded("cats", 32), "mask_dataset": "masks"}
+    dataset["mask_upload_id"] = uploaded("masks", 32)
+    later = uploaded("masks", 16)
+    assert later > dataset["mask_upload_id"]
+    pictures = read_pictures(_spec(datasets=[dataset]), Artifacts(store, runner, KEYS, JOB, tmp_path / "scratch"), {})
+    assert pictures.uploads == {"cats": dataset["upload_id"], "masks": dataset["mask_upload_id"]}
 
 
 def test_a_model_of_another_family_than_the_config_says_is_refused(flux: Path) -> None:

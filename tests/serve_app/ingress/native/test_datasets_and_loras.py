@@ -113,13 +113,24 @@ async def test_a_data_set_is_its_tenants_own(server: LocalServer) -> None:
         assert (await http.get("/v1/datasets/cats")).status_code == 200
 
 
-async def test_a_data_set_that_a_training_reads_stays(server: LocalServer, world: JobsWorld) -> None:
+async def test_a_data_set_that_a_training_reads_stays_whatever_it_is_read_for(server: LocalServer) -> None:
+    spec = {
+        "name": "mine",
+        "model": "tiny",
+        "datasets": [{"dataset": "cats", "mask_dataset": "cat-masks"}],
+        "validation": {"dataset": {"dataset": "held", "mask_dataset": "held-masks"}},
+    }
+    names = ("cats", "cat-masks", "held", "held-masks", "dogs")
     async with server.client() as http:
-        await http.post("/v1/datasets", json={"name": "cats", "files": [PICTURE]})
-        world.create(JobKind.TRAINING, tenant=TENANT, request={"datasets": [{"dataset": "cats"}]})
-        reply = await http.delete("/v1/datasets/cats")
-        assert (reply.status_code, reply.json()["code"]) == (409, "dataset_in_use")
-        assert (await http.get("/v1/datasets/cats")).status_code == 200
+        for name in names:
+            await http.post("/v1/datasets", json={"name": name, "files": [PICTURE]})
+        training = (await http.post("/v1/trainings", json={"spec": spec})).json()["training"]
+        replies = {name: await http.delete(f"/v1/datasets/{name}") for name in names}
+        assert [reply.status_code for reply in replies.values()] == [409, 409, 409, 409, 204]
+        assert replies["held-masks"].json()["code"] == "dataset_in_use"
+        assert (await http.get("/v1/datasets/cat-masks")).status_code == 200
+        await server.jobs.request_cancel(training["id"], tenant=TENANT)
+        assert (await http.delete("/v1/datasets/cat-masks")).status_code == 204
 
 
 @pytest.mark.parametrize(
