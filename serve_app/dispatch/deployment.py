@@ -21,6 +21,7 @@ from serve_app.outbound import Outbound
 from serve_app.settings import Settings
 from storage.actor import StorageClient
 from storage.jobs_client import JobsClient
+from storage.ray_counters import of_this_process
 
 
 class Dispatcher:
@@ -45,6 +46,7 @@ class Dispatcher:
             Presenter(store, _now, s3.bucket, s3.prefix, settings.limits),
             self._outbound,
             secrets=settings.webhook_secrets(),
+            counters=of_this_process(),
         )
         # Serve runs constructors on the replica's event loop.
         loop = asyncio.get_running_loop()

@@ -17,10 +17,12 @@ from standardwebhooks.webhooks import Webhook as Signer
 from serve_app.collaborators import JobsApi
 from serve_app.dispatch.attempt import Sleep
 from serve_app.errors import AddressRefused, OutboundFailed
+from serve_app.ingress.errors import where_raised
 from serve_app.ingress.runpod_status import status_object
 from serve_app.job_types.results import Presenting
 from serve_app.outbound import Outbound
 from serve_app.webhook_secrets import WebhookSecrets
+from storage.counters import WEBHOOK_FAILURES, Counters
 from storage.errors import JobError, StorageError
 from storage.webhook_record import Webhook
 
@@ -35,6 +37,7 @@ class WebhookSender:
         outbound: Outbound,
         *,
         secrets: WebhookSecrets,
+        counters: Counters,
         poll_s: float = 1.0,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
@@ -42,6 +45,7 @@ class WebhookSender:
         self._presenting = presenting
         self._outbound = outbound
         self._secrets = secrets
+        self._counters = counters
         self._poll_s = poll_s
         self._sleep = sleep
 
@@ -63,20 +67,32 @@ class WebhookSender:
         return len(taken)
 
     async def _attend(self, webhook: Webhook) -> None:
-        try:
-            await self._deliver(webhook)
-        except (AddressRefused, OutboundFailed, StorageError, JobError) as error:
-            logger.warning("Webhook %s, attempt %d: %s", webhook.message_id, webhook.attempts, _reason(error))
-            delivered = False
-        else:
-            delivered = True
+        """One attempt, from its start to its noted outcome. Raises nothing but CancelledError."""
+        delivered = await self._is_delivered(webhook)
         try:
             again = await self._jobs.settle_webhook(webhook, delivered=delivered)
-        except JobError as error:
-            logger.warning("The outcome of webhook %s was not noted: %s", webhook.message_id, error.code)
+        except Exception as error:  # noqa: BLE001 its lease runs out; the others must go on
+            logger.error("The outcome of webhook %s was not noted: %s", webhook.message_id, _reason(error))
             return
         if not delivered and not again:
             logger.error("Webhook %s was given up", webhook.message_id)
+
+    async def _is_delivered(self, webhook: Webhook) -> bool:
+        try:
+            await self._deliver(webhook)
+        except (AddressRefused, OutboundFailed, StorageError, JobError) as error:
+            self._note_failure(webhook, error)
+        except Exception as error:  # noqa: BLE001 what one client sent must not end the webhooks of all
+            self._note_failure(webhook, error)
+            logger.error("Unexpected at webhook %s: %s", webhook.message_id, where_raised(error))
+        else:
+            return True
+        return False
+
+    def _note_failure(self, webhook: Webhook, error: Exception) -> None:
+        reason = _reason(error)
+        logger.warning("Webhook %s, attempt %d: %s", webhook.message_id, webhook.attempts, reason)
+        self._counters.add(WEBHOOK_FAILURES, reason=reason)
 
     async def _deliver(self, webhook: Webhook) -> None:
         """Raises AddressRefused, OutboundFailed, StorageError, JobError."""

@@ -92,6 +92,34 @@ async def test_a_name_without_an_address_is_a_failure_without_the_name() -> None
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("error", [UnicodeError("secret"), UnicodeEncodeError("idna", "secret", 0, 1, "x"), OSError()])
+async def test_a_name_that_cannot_be_looked_up_is_a_failure_without_the_name(error: Exception) -> None:
+    async def resolve(host: str, port: int) -> list[str]:
+        raise error
+
+    outbound = Outbound(any_address=False, timeout_s=5, resolve=resolve)
+    with pytest.raises(OutboundFailed, match="name") as caught:
+        await outbound.post("https://secret.example.com/", b"", {})
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://straße.example/", "xn--strae-oqa.example"),
+        ("https://xn--a/", "xn--a"),
+        ("https://" + "a" * 63 + ".example.com./", "a" * 63 + ".example.com."),
+        ("https://my_host.example.com/", "my_host.example.com"),
+    ],
+)
+async def test_the_name_that_is_looked_up_is_the_one_that_is_sent(url: str, name: str) -> None:
+    net = Net(PUBLIC)
+    assert url_problem(url, any_address=False) is None
+    await net.outbound().post(url, b"", {})
+    assert net.looked_up == [(name, 443)]
+    assert (net.requests[0].headers["host"], net.requests[0].extensions["sni_hostname"]) == (name, name)
+
+
 async def test_a_connection_that_fails_is_told_without_its_address() -> None:
     def refuse(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("https://secret.example.com refused")
@@ -125,6 +153,12 @@ async def test_a_setting_allows_what_is_beside_the_server() -> None:
         "https://169.254.169.254/latest",
         "https://example.com/" + "x" * 2048,
         "https://exa mple.com/",
+        "https://a..b/",
+        "https://.example.com/",
+        "https://example.com../",
+        "https://" + "a" * 64 + ".example.com/",
+        "https://" + "a." * 127 + "com/",
+        "https://a:b@/",
         "",
     ],
 )

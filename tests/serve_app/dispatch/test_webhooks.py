@@ -15,6 +15,7 @@ from serve_app.errors import OutboundFailed
 from serve_app.settings import Settings, SettingsIncomplete, WebhookSettings
 from serve_app.testing import KEY, OTHER_KEY, LocalServer, local_server
 from serve_app.webhook_secrets import WebhookSecrets
+from storage.counters import WEBHOOK_FAILURES, Tally
 from storage.errors import JobsUnavailable, StorageFailed
 from storage.job_state import JobKind
 from storage.jobs import utc_now
@@ -44,8 +45,9 @@ class Receiver:
         return [json.loads(content) for _, content, _ in self.received]
 
 
-def sender(server: LocalServer, receiver: Receiver, secrets: WebhookSecrets = SECRETS) -> WebhookSender:
-    return WebhookSender(server.jobs, server.services, receiver, secrets=secrets)  # type: ignore[arg-type]
+def sender(server: LocalServer, receiver: Any, secrets: WebhookSecrets = SECRETS, **options: Any) -> WebhookSender:
+    options = {"counters": Tally(), **options}
+    return WebhookSender(server.jobs, server.services, receiver, secrets=secrets, **options)
 
 
 async def submit(server: LocalServer, **body: Any) -> str:
@@ -118,6 +120,30 @@ async def test_a_receiver_that_fails_is_tried_again_under_the_same_id(server: Lo
     assert await sender(server, receiver).send_due() == 0
 
 
+async def test_what_nobody_expected_of_one_webhook_is_a_failed_attempt_of_that_one_only(
+    server: LocalServer, world: JobsWorld, caplog: pytest.LogCaptureFixture
+) -> None:
+    counters = Tally()
+    receiver = Receiver(*[UnicodeError("a label of secret.example.com is empty")] * 4)
+    await completed(server)
+    for wait_s in (10, 20, 40):
+        assert await sender(server, receiver, counters=counters).send_due() == 1
+        world.clock.advance(wait_s)
+    assert await sender(server, receiver).send_due() == 0
+    assert counters.counts() == {WEBHOOK_FAILURES: {"UnicodeError": 3}}
+    assert "was given up" in caplog.text
+    assert "secret.example.com" not in caplog.text
+
+
+async def test_the_sender_outlives_an_outcome_that_cannot_be_noted(server: LocalServer) -> None:
+    async def broken(*_: Any, **__: Any) -> bool:
+        raise RuntimeError
+
+    server.jobs.settle_webhook = broken  # type: ignore[method-assign]
+    await completed(server)
+    assert await sender(server, Receiver()).send_due() == 1
+
+
 async def test_a_receiver_that_never_answers_changes_nothing_for_the_job(
     server: LocalServer, world: JobsWorld, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -173,9 +199,7 @@ async def test_the_sender_goes_on_when_the_records_were_away(server: LocalServer
         await asyncio.sleep(0)
 
     server.jobs.take_webhooks = flaky  # type: ignore[method-assign]
-    running = asyncio.create_task(
-        WebhookSender(server.jobs, server.services, receiver, secrets=SECRETS, sleep=sleep).run()  # type: ignore[arg-type]
-    )
+    running = asyncio.create_task(sender(server, receiver, sleep=sleep).run())
     await slept.wait()
     running.cancel()
     assert len(receiver.received) == 1
