@@ -27,8 +27,19 @@ _NAME = re.compile(r"(?!.{255})[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
-# Both carry an IPv4 address inside, which a gateway would connect to in this one's place.
-_INSIDE = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("2002::/16"))
+# Not public, although `is_global` is true of some. All but the last carry an IPv4 address inside, which a gateway or
+# this machine itself would connect to in this one's place.
+_INSIDE = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "64:ff9b::/96",  # translated, RFC 6052
+        "64:ff9b:1::/48",  # translated by a network of one's own, RFC 8215
+        "2002::/16",  # 6to4, RFC 3056
+        "::/96",  # IPv4-compatible, RFC 4291, 2.5.5.1
+        "::ffff:0:0:0/96",  # IPv4-translated, RFC 2765
+        "fec0::/10",  # site-local, RFC 3879
+    )
+)
 
 
 def url_problem(url: str, *, any_address: bool) -> str | None:

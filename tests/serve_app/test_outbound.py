@@ -51,7 +51,15 @@ class Net:
         "fc00::1",
         "::ffff:10.0.0.1",
         "64:ff9b::a00:1",
+        "64:ff9b:1::7f00:1",
+        "64:ff9b:1:ffff::1",
         "2002:a00:1::",
+        "2001:0:7f00:1::",
+        "::7f00:1",
+        "::10.0.0.1",
+        "::ffff:0:10.0.0.1",
+        "fec0::1",
+        "feff::1",
     ],
 )
 async def test_a_name_that_leads_inside_is_refused(address: str) -> None:
@@ -61,6 +69,17 @@ async def test_a_name_that_leads_inside_is_refused(address: str) -> None:
         with pytest.raises(AddressRefused):
             await net.outbound().post("https://example.com/", b"", {})
         assert net.requests == []
+
+
+@pytest.mark.parametrize("address", ["2606:4700::1111", "64:ff9c::1", "2001:4860:4860::8888"])
+def test_a_public_address_of_version_6_is_one(address: str) -> None:
+    assert is_public(address)
+
+
+@given(st.ip_addresses(v=4))
+@pytest.mark.parametrize("start", ["::", "::ffff:0:", "64:ff9b::", "64:ff9b:1::"])
+def test_an_address_that_a_gateway_turns_into_another_is_not_public(start: str, address: object) -> None:
+    assert not is_public(f"{start}{address}")
 
 
 @given(st.ip_addresses(v=4))
@@ -159,6 +178,8 @@ async def test_a_setting_allows_what_is_beside_the_server() -> None:
         "https://" + "a" * 64 + ".example.com/",
         "https://" + "a." * 127 + "com/",
         "https://a:b@/",
+        "https://[::7f00:1]/",
+        "https://[64:ff9b:1::1]/",
         "",
     ],
 )
