@@ -5,14 +5,14 @@ from __future__ import annotations
 import abc
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from storage.job_changes import JobList
 from storage.job_record import DEFAULT_LEASE_S, Drained, Heartbeat, JobRecord, JobsHealth, NewJob, Page
 from storage.job_state import JobKind, JobState
-from storage.job_streams import DRAIN_MAX, EventList, WebhookList
+from storage.job_streams import DRAIN_MAX, NONE_UNDER_WAY, WEBHOOKS_TAKEN_MAX, EventList, WebhookList
 from storage.jobs import Jobs, new_job_id
 from storage.webhook_record import Webhook
 
@@ -137,8 +137,14 @@ class AsyncJobsApi(abc.ABC):
     async def add_webhook(self, *, tenant: str, url: str, input: dict[str, Any], body: dict[str, Any]) -> None:  # noqa: A002
         await self.call(Jobs.add_webhook, tenant=tenant, url=url, input=input, body=body)
 
-    async def take_webhooks(self, limit: int = 16) -> WebhookList:
-        return await self.call(Jobs.take_webhooks, limit)
+    async def take_webhooks(
+        self,
+        limit: int = WEBHOOKS_TAKEN_MAX,
+        *,
+        limit_of_tenant: int = WEBHOOKS_TAKEN_MAX,
+        under_way: Mapping[str, int] = NONE_UNDER_WAY,
+    ) -> WebhookList:
+        return await self.call(Jobs.take_webhooks, limit, limit_of_tenant=limit_of_tenant, under_way=under_way)
 
     async def settle_webhook(self, webhook: Webhook, *, delivered: bool) -> bool:
         return await self.call(Jobs.settle_webhook, webhook, delivered=delivered)

@@ -147,15 +147,27 @@ webhooks = sa.Table(
     sa.Column("body", json_column),
     sa.Column("round", sa.Integer, nullable=False),
     sa.Column("attempts", sa.Integer, nullable=False),
-    sa.Column("due_at", UtcDateTime, index=True),
+    sa.Column("due_at", UtcDateTime),
     sa.Column("done_at", UtcDateTime, index=True),
+)
+# Without those that are told or wait for their job's end: most are.
+sa.Index(
+    "webhooks_due",
+    webhooks.c.tenant,
+    webhooks.c.due_at,
+    sqlite_where=webhooks.c.due_at.is_not(None),
+    postgresql_where=webhooks.c.due_at.is_not(None),
 )
 
 
 def make_tables(engine: sa.Engine) -> None:
-    """All tables, and the columns that `jobs` has got since an existing database was made. These can be null."""
+    """All tables, and what has been added to them since an existing database was made: indexes, and columns of `jobs`,
+    which can be null."""
     metadata.create_all(engine)
     with engine.begin() as connection:
+        for table in metadata.tables.values():
+            for index in table.indexes:
+                index.create(connection, checkfirst=True)
         present = {column["name"] for column in sa.inspect(connection).get_columns(jobs.name)}
         for column in jobs.columns:
             if column.name not in present:

@@ -1,7 +1,7 @@
 """Tells clients of the ends of their jobs, signed by the Standard Webhooks scheme (standardwebhooks.com).
 
 Which webhooks are due, and how often each was tried, stands in the job records; so a restart forgets none, and nothing
-that goes wrong here touches a job.
+that goes wrong here touches a job. Tenants take turns, and one whose receivers do not answer holds only its own places.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import Counter
 from datetime import datetime
 from typing import Any
 
@@ -16,6 +17,7 @@ from standardwebhooks.webhooks import Webhook as Signer
 
 from serve_app.collaborators import JobsApi
 from serve_app.dispatch.attempt import Sleep
+from serve_app.dispatch.slots import Slots
 from serve_app.errors import AddressRefused, OutboundFailed
 from serve_app.ingress.errors import where_raised
 from serve_app.ingress.runpod_status import status_object
@@ -27,6 +29,10 @@ from storage.errors import JobError, StorageError
 from storage.webhook_record import Webhook
 
 logger = logging.getLogger(__name__)
+
+# Each may hold an input of 10 MB.
+AT_ONCE_MAX = 32
+AT_ONCE_OF_TENANT_MAX = 8
 
 
 class WebhookSender:
@@ -46,29 +52,42 @@ class WebhookSender:
         self._outbound = outbound
         self._secrets = secrets
         self._counters = counters
-        self._poll_s = poll_s
-        self._sleep = sleep
+        self._slots = Slots(AT_ONCE_MAX, poll_s=poll_s, sleep=sleep)
+        self._under_way: Counter[str] = Counter()
 
     async def run(self) -> None:
-        """Until cancelled."""
-        while True:
-            try:
-                sent = await self.send_due()
-            except JobError as error:
-                logger.warning("Webhooks could not be looked up: %s", error.code)
-                sent = 0
-            if not sent:
-                await self._sleep(self._poll_s)
+        """Until cancelled. What is under way then is due again when its lease has run out."""
+        try:
+            while True:
+                try:
+                    await self.start_due()
+                except JobError as error:
+                    logger.warning("Webhooks could not be looked up: %s", error.code)
+                await self._slots.next_look()
+        finally:
+            await self._slots.end(within_s=0.0)
 
-    async def send_due(self) -> int:
-        """How many were tried. Raises JobError."""
-        taken = await self._jobs.take_webhooks()
-        await asyncio.gather(*(self._attend(webhook) for webhook in taken))
-        return len(taken)
+    async def start_due(self) -> list[asyncio.Task[None]]:
+        """An attempt at each webhook that is due and has a place. Raises JobError."""
+        free = self._slots.free
+        if free <= 0:
+            return []
+        taken = await self._jobs.take_webhooks(
+            free, limit_of_tenant=AT_ONCE_OF_TENANT_MAX, under_way=dict(self._under_way)
+        )
+        self._under_way.update(webhook.tenant for webhook in taken)
+        return [self._slots.start(self._attend(webhook)) for webhook in taken]
 
     async def _attend(self, webhook: Webhook) -> None:
         """One attempt, from its start to its noted outcome. Raises nothing but CancelledError."""
-        delivered = await self._is_delivered(webhook)
+        try:
+            await self._settle(webhook, delivered=await self._is_delivered(webhook))
+        finally:
+            self._under_way[webhook.tenant] -= 1
+            if self._under_way[webhook.tenant] <= 0:
+                del self._under_way[webhook.tenant]
+
+    async def _settle(self, webhook: Webhook, *, delivered: bool) -> None:
         try:
             again = await self._jobs.settle_webhook(webhook, delivered=delivered)
         except Exception as error:  # noqa: BLE001 its lease runs out; the others must go on
