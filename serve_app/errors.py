@@ -29,7 +29,7 @@
     +-- RequestTimedOut         the work did not end in its time
     +-- TooManyRequests         the key's rate limit is used up
     +-- TooManyAtOnce           the key has as many requests under way as it may
-    +-- QueueFull               as many generations wait as may
+    +-- QueueFull               as many generations wait, in all or of the tenant, as may
     +-- AddressRefused          a client named an address that this server does not send to
     +-- OutboundFailed          what was sent to a client's address did not arrive
     +-- ServiceUnavailable      an internal part did not answer
@@ -245,6 +245,8 @@ class TooManyAtOnce(ServeError):
 
 
 class QueueFull(ServeError):
+    """`waiting` are the tenant's own."""
+
     code = "queue_full"
 
     def __init__(self, waiting: int, retry_after_s: float) -> None:

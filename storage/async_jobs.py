@@ -70,6 +70,9 @@ class AsyncJobsApi(abc.ABC):
     async def counts(self, tenant: str | None = None, *, kind: JobKind | None = None) -> dict[JobState, int]:
         return await self.call(Jobs.counts, tenant, kind=kind)
 
+    async def queued(self, kind: JobKind) -> dict[str, int]:
+        return await self.call(Jobs.queued, kind)
+
     async def retried(self, tenant: str | None = None, *, kind: JobKind | None = None) -> int:
         return await self.call(Jobs.retried, tenant, kind=kind)
 

@@ -134,6 +134,11 @@ class Jobs(JobOwnership, JobSupervision, JobStreams, KeptReplies, IssuedKeys):
         with self._records.read("counts") as tx:
             return dict.fromkeys(JobState, 0) | tx.counts(tenant=tenant, kind=kind)
 
+    def queued(self, kind: JobKind) -> dict[str, int]:
+        """How many jobs of each tenant wait, those that have any. Cheap: it looks at no other jobs."""
+        with self._records.read("queued") as tx:
+            return tx.queued(kind)
+
     def retried(self, tenant: str | None = None, *, kind: JobKind | None = None) -> int:
         """How many jobs had more than one attempt."""
         with self._records.read("retried") as tx:

@@ -26,6 +26,7 @@ from storage.records_tables import (
     FIXED,
     NOT_OF_RECORDS,
     OUTBOX_SEQ,
+    QUEUED,
     api_key_uses,
     api_keys,
     flags,
@@ -165,6 +166,11 @@ class RecordsTx(StreamsTx):
     def counts(self, *, tenant: str | None, kind: JobKind | None) -> dict[JobState, int]:
         query = sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)
         return {JobState(state): count for state, count in self._connection.execute(_scoped(query, tenant, kind))}
+
+    def queued(self, kind: JobKind) -> dict[str, int]:
+        query = sa.select(jobs.c.tenant, sa.func.count()).where(jobs.c.kind == kind.value, jobs.c.state == QUEUED)
+        rows = self._connection.execute(query.group_by(jobs.c.tenant))
+        return {row[0]: row[1] for row in rows}
 
     def retried(self, *, tenant: str | None, kind: JobKind | None) -> int:
         query = sa.select(sa.func.count()).select_from(jobs).where(jobs.c.attempt > 1)

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
+from storage.job_state import JobState
 from storage.key_rows import key_uses_table, keys_table
 from storage.reply_rows import replies_table
 
@@ -67,6 +68,16 @@ jobs = sa.Table(
     sa.Index("jobs_by_queue", "kind", "state", "priority", "queued_at"),
     sa.Index("jobs_by_tenant", "tenant", "created_at", "seq"),
     sqlite_autoincrement=True,
+)
+# As text in the statement: SQLite uses an index of some rows only where it sees that no other ones are asked for.
+QUEUED = sa.bindparam(None, JobState.QUEUED.value, type_=sa.String(), literal_execute=True)
+sa.Index(
+    "jobs_queued",
+    jobs.c.kind,
+    jobs.c.tenant,
+    jobs.c.state,
+    sqlite_where=jobs.c.state == JobState.QUEUED.value,
+    postgresql_where=jobs.c.state == JobState.QUEUED.value,
 )
 OUTBOX_SEQ = "outbox_seq"
 NOT_OF_RECORDS = ("seq", "run_deadline_at", "expires_at", OUTBOX_SEQ)
