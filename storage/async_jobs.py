@@ -76,6 +76,9 @@ class AsyncJobsApi(abc.ABC):
     async def retried(self, tenant: str | None = None, *, kind: JobKind | None = None) -> int:
         return await self.call(Jobs.retried, tenant, kind=kind)
 
+    async def is_keyed(self, job_id: str) -> bool:
+        return await self.call(Jobs.is_keyed, job_id)
+
     async def request_cancel(self, job_id: str, *, tenant: str | None) -> JobRecord:
         return await self.call(Jobs.request_cancel, job_id, tenant=tenant)
 

@@ -243,6 +243,10 @@ class RecordsTx(StreamsTx):
         row = self._connection.execute(query).one_or_none()
         return None if row is None else IdempotencyEntry(row.body_sha256, row.job_id, row.created_at)
 
+    def has_key(self, job_id: str, after: datetime) -> bool:
+        query = sa.select(idempotency.c.key).where(idempotency.c.job_id == job_id, idempotency.c.created_at > after)
+        return self._connection.execute(query.limit(1)).first() is not None
+
     def put_key(self, tenant: str, key: str, entry: IdempotencyEntry) -> None:
         self._connection.execute(
             sa.insert(idempotency).values(

@@ -92,6 +92,7 @@ idempotency = sa.Table(
     sa.Column("body_sha256", sa.String(64), nullable=False),
     sa.Column("job_id", sa.ForeignKey("jobs.id"), nullable=False),
     sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Index("idempotency_by_job", "job_id"),
 )
 
 turns = sa.Table(
