@@ -30,7 +30,7 @@
     +-- TooManyRequests         the key's rate limit is used up
     +-- TooManyAtOnce           the key has as many requests under way as it may
     +-- TooManyUploads          the tenant's uploads, and what else moves bytes, found no place in time
-    +-- QueueFull               as many generations wait as may
+    +-- QueueFull               as many generations wait, in all or of the tenant, as may
     +-- AddressRefused          a client named an address that this server does not send to
     +-- OutboundFailed          what was sent to a client's address did not arrive
     +-- ServiceUnavailable      an internal part did not answer
@@ -254,6 +254,8 @@ class TooManyUploads(ServeError):
 
 
 class QueueFull(ServeError):
+    """`waiting` are the tenant's own."""
+
     code = "queue_full"
 
     def __init__(self, waiting: int, retry_after_s: float) -> None:

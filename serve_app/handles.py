@@ -19,7 +19,7 @@ from serve_app.collaborators import (
     WorkerCounts,
     Workers,
 )
-from serve_app.dispatch.rates import Grant, Rate
+from serve_app.dispatch.rates import Claim, Grant, Rate
 from serve_app.dispatch.reply import EndedReply, Opening, Reopened, Reply, Settled
 from serve_app.errors import ServiceUnavailable
 from serve_app.inference.plan import GenerationWork
@@ -174,8 +174,8 @@ class HandleDispatch:
     async def drain_reply(self, tenant: str, runpod_id: str) -> bool:
         return bool(await answer(DISPATCH, self._handle.drain_reply.remote(tenant, runpod_id), CALL_TIMEOUT_S))
 
-    async def take_permits(self, key: str, operation: str, rate: Rate, wanted: int) -> Grant:
-        response = self._handle.take_permits.remote(key, operation, rate, wanted)
+    async def take_permits(self, key: str, operation: str, rate: Rate, claim: Claim) -> Grant:
+        response = self._handle.take_permits.remote(key, operation, rate, claim)
         grant: Grant = await answer(DISPATCH, response, PERMITS_TIMEOUT_S)
         return grant
 

@@ -25,7 +25,7 @@ from serve_app.collaborators import (
     InferenceHealth,
     WorkerCounts,
 )
-from serve_app.dispatch.rates import Grant, Rate, RateLedger
+from serve_app.dispatch.rates import Claim, Grant, Rate, RateLedger
 from serve_app.dispatch.replies import ReplyTable
 from serve_app.dispatch.reply import EndedReply, Opening, Reopened, Reply, Settled
 from serve_app.inference.plan import GenerationRequest, GenerationWork
@@ -113,8 +113,8 @@ class LocalDispatch:
     async def drain_reply(self, tenant: str, runpod_id: str) -> bool:
         return self.replies.drain(tenant, runpod_id)
 
-    async def take_permits(self, key: str, operation: str, rate: Rate, wanted: int) -> Grant:
-        return self.rates.take(key, operation, rate, wanted)
+    async def take_permits(self, key: str, operation: str, rate: Rate, claim: Claim) -> Grant:
+        return self.rates.take(key, operation, rate, claim)
 
 
 @dataclass

@@ -65,6 +65,7 @@ async def test_what_cannot_be_fetched_is_named_with_everything_else() -> None:
         {"filename": "4.png", "url": "https://example.com/redirect"},
         {"filename": "5.png"},
         {"filename": "6.txt", "url": "https://example.com/1.png"},
+        {"filename": "7.png", "url": "https://a..b/1.png"},
     ]
     with pytest.raises(InvalidRequest) as caught:
         await stored(store, files)
@@ -74,6 +75,7 @@ async def test_what_cannot_be_fetched_is_named_with_everything_else() -> None:
         ("files[3].url", "unavailable"),
         ("files[4].content", "missing"),
         ("files[5].content", "invalid_value"),
+        ("files[6].url", "invalid_value"),
     ]
     assert list(store.keys()) == []
 
