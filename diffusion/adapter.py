@@ -115,6 +115,15 @@ class TrainableLora:
                 if TRAINING_ADAPTER in dropout:
                     dropout[TRAINING_ADAPTER].train(on)
 
+    def scales(self) -> dict[str, float]:
+        """alpha / rank by ``<component>.<module path>``."""
+        return {
+            f"{component}.{path}": float(layer.scaling[TRAINING_ADAPTER])
+            for component, module in self._modules()
+            for path, layer in module.named_modules()
+            if isinstance(layer, BaseTunerLayer) and TRAINING_ADAPTER in layer.scaling
+        }
+
     def state_dict(self) -> dict[str, Tensor]:
         """Detached views, by diffusers key names (``unet.<module>.lora_A.weight``)."""
         return {

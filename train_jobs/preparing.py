@@ -170,7 +170,7 @@ def _lycoris(network: NetworkSpec) -> Lycoris | None:
 
 
 def begin_from(lora: TrainableLora, family: Family, path: Path) -> None:
-    """Take the weights of an adapter file. It may have fewer layers, but not another rank.
+    """Take the weights of an adapter file. It may have fewer layers and another alpha, but not another rank.
 
     Raises LoraInvalid, LoraMismatch, ConfigInvalid.
     """
@@ -184,9 +184,12 @@ def begin_from(lora: TrainableLora, family: Family, path: Path) -> None:
     file = read_lora(path)
     if file.products:
         raise _not_this_network()
+    scales = lora.scales()
     for component, layers in fit_layers(file, family.lora_components).items():
         for name, layer in layers.items():
-            parts = {"lora_A.weight": layer.A, "lora_B.weight": layer.B}
+            # B takes what the two alphas differ by, so that the training begins with the file's effect.
+            scale = layer.alpha / layer.rank / scales.get(f"{component}.{name}", 1.0)
+            parts = {"lora_A.weight": layer.A, "lora_B.weight": layer.B * scale}
             if layer.magnitude is not None:
                 parts["lora_magnitude_vector"] = layer.magnitude
             for end, tensor in parts.items():
