@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from diffusion.errors import LoraMismatch, SettingNotSupported
 from diffusion.families.base import Family, LoraTargets
-from diffusion.lora_alphas import ADAPTER_METADATA_KEY
+from diffusion.lora_settings import ADAPTER_METADATA_KEY
 from diffusion.lycoris_layers import Lycoris, alphas, check_ranks, settle_scales, use_products
 
 AnyConfig: TypeAlias = LoraConfig | LoKrConfig | LoHaConfig

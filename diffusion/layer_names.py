@@ -18,6 +18,7 @@ class LayerNames:
     """Of one component: every name that a file may have for its layers."""
 
     def __init__(self, shapes: Shapes) -> None:
+        self._shapes = shapes
         self._names = {path.replace(".", "_"): Layers((path,)) for path in shapes}
         for path in shapes:
             # transformers 5 dropped a level of CLIP's paths, which files may or may not have.
@@ -37,6 +38,14 @@ class LayerNames:
     def find(self, path: str) -> Layers | None:
         """``path`` has dots, or underscores in their place."""
         return self._names.get(path.replace(".", "_"))
+
+    def shape(self, path: str) -> tuple[int, ...] | None:
+        """Of the weight that a file has a module ``path`` for, ``[out, in, ...]``: of all its layers together."""
+        layers = self.find(path)
+        if layers is None:
+            return None
+        outs = sum(self._shapes[at][0] for at in layers.paths)
+        return outs, *self._shapes[layers.paths[0]][1:]
 
     def __iter__(self) -> Iterator[str]:
         """With underscores."""

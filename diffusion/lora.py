@@ -33,6 +33,7 @@ from diffusion.lora_keys import (
     PAIR,
     check_parts,
     has_underscores,
+    inputs_scaled,
     modules_of,
     plain_name,
     scales_inputs,
@@ -224,12 +225,9 @@ def _check_products(products: Mapping[str, Kronecker]) -> None:
 
 def _magnitude(name: str, part: str, scale: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     """``[out]``. Raises LoraInvalid."""
-    a, b = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]
-    if part == DORA_SCALE and scales_inputs(scale.shape, b.shape[0], a.shape[1]):
-        raise LoraInvalid(
-            f"the DoRA magnitude of {shown(name)} is one number per input of its layer, which is not supported; "
-            "LyCORIS trains one per output with wd_on_output=True"
-        )
+    if part == DORA_SCALE and scales_inputs(scale.shape):
+        raise inputs_scaled(name)
+    b = state[f"{name}.lora_B.weight"]
     if scale.numel() != b.shape[0]:
         raise LoraInvalid(f"the DoRA magnitude of {shown(name)} is not one number per output of its layer")
     if not scale.is_floating_point() or not bool(torch.isfinite(scale).all()):

@@ -1,8 +1,7 @@
-"""Alphas that a LoRA file's metadata tells: peft's settings, as diffusers keeps them."""
+"""Ranks of a LoRA file's layers, and the alphas that peft's settings in its metadata tell."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +9,9 @@ from typing import Any
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from diffusion.errors import LoraInvalid
 from diffusion.lora_keys import DENOISER, Target, target_of
+from diffusion.lora_settings import damaged, settings_of
 
-ADAPTER_METADATA_KEY = "lora_adapter_metadata"
-"""Metadata entry in which diffusers keeps peft's settings; without it a reader takes alpha = rank."""
 _DENOISERS = ("transformer.", "unet.", "")
 """What diffusers puts before a denoiser's settings; nothing where the file is of one module alone."""
 
@@ -27,13 +24,11 @@ def ranks(state: Mapping[str, Tensor]) -> dict[str, int]:
 
 def alphas_from_metadata(ranks: Mapping[str, int], metadata: Mapping[str, str]) -> dict[str, float]:
     """By module, for those that the settings say something of. Raises LoraInvalid for damaged metadata."""
-    if ADAPTER_METADATA_KEY not in metadata:
-        return {}
+    settings = settings_of(metadata)
     try:
-        settings = json.loads(metadata[ADAPTER_METADATA_KEY])
         found = {module: _alpha(target_of(module), rank, settings) for module, rank in ranks.items()}
     except (ValueError, TypeError, AttributeError) as exc:
-        raise LoraInvalid(f"its {ADAPTER_METADATA_KEY} entry is damaged") from exc
+        raise damaged() from exc
     return {module: alpha for module, alpha in found.items() if alpha is not None}
 
 

@@ -130,13 +130,19 @@ def target_of(module: str) -> Target:
     return Target(component, path)
 
 
-def scales_inputs(scale: Sequence[int], outs: int, ins: int) -> bool:
+def scales_inputs(scale: Sequence[int]) -> bool:
     """Whether a ``dora_scale`` of this shape has a number for each input of its layer, ``[1, in]``, not each output.
 
     Early LyCORIS normed columns so, and later ones do with ``wd_on_output=False``.
     """
-    count = prod(scale)
-    return len(scale) > 1 and scale[0] == 1 and count > 1 and not count == outs != ins
+    return len(scale) > 1 and scale[0] == 1 and prod(scale) > 1
+
+
+def inputs_scaled(module: str) -> LoraInvalid:
+    return LoraInvalid(
+        f"the DoRA magnitude of {shown(module)} is one number per input of its layer, which is not supported; "
+        "LyCORIS trains one per output with wd_on_output=True"
+    )
 
 
 def has_underscores(module: str) -> bool:

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import diffusers
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffusion.engine import Engine, GenerateRequest, LoraRef
 from diffusion.families import Family, load_family
 from diffusion.lora import read_lora
 from diffusion.lora_fit import fit_layers, fit_products
+from diffusion.lora_header import check_fit, judge
+from diffusion.model_layers import model_layers
 from diffusion.testing import write_tiny_model
 
 ALPHA = 3.0
@@ -79,7 +81,7 @@ class World:
         return self.write(state | ({f"{name}.alpha": torch.tensor(alpha) for name in pairs} if alpha else {}))
 
     def effects(self, path: Path) -> dict[str, Tensor]:
-        """What the file adds to the weights of the denoiser's layers, by path."""
+        """What the file adds to the weights of the denoiser's layers, by path. It would be imported too."""
         lora, components = read_lora(path), self.family.lora_components
         denoiser = next(iter(components))
         found = {
@@ -87,6 +89,9 @@ class World:
             for name, layer in fit_layers(lora, components).get(denoiser, {}).items()
         }
         products = fit_products(lora, components).get(denoiser, {})
+        header = judge({key: tuple(tensor.shape) for key, tensor in load_file(path).items()}, lora.metadata)
+        assert self.family.name in header.families
+        check_fit(header, model_layers(self._model))
         return found | {name: torch.kron(product.w1, product.w2) for name, product in products.items()}
 
     def ours(self, path: Path) -> Tensor:

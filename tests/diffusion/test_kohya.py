@@ -19,6 +19,7 @@ from diffusion.families import Family, load_family
 from diffusion.kohya import to_kohya
 from diffusion.lora import LoraLayer, read_lora, save_lora
 from diffusion.lora_fit import fit_layers
+from diffusion.lora_header import judge
 from diffusion.testing import write_tiny_model
 
 
@@ -112,6 +113,7 @@ def test_a_kohya_file_is_read_back(name: str, options: dict[str, Any], tmp_path:
     write_adapter(family, ours, **options)
     state = to_kohya(read_lora(ours).layers(), family)
     save_file({key: tensor.contiguous() for key, tensor in state.items()}, theirs)
+    assert name in judge({key: tuple(tensor.shape) for key, tensor in state.items()}, {}).families
     written, read = _effects(ours, family), _effects(theirs, family)
     assert written.keys() == read.keys()
     assert all(torch.allclose(written[path], read[path], atol=1e-5) for path in written)

@@ -17,9 +17,9 @@ from diffusion.engine import Engine, GenerateRequest, LoraRef
 from diffusion.errors import LoraInvalid
 from diffusion.families import StableDiffusion1
 from diffusion.lora import read_lora, save_lora
-from diffusion.lora_alphas import ADAPTER_METADATA_KEY
 from diffusion.lora_fit import fit_layers
 from diffusion.lora_keys import LOHA
+from diffusion.lora_settings import ADAPTER_METADATA_KEY
 
 WriteLora = Callable[..., Path]
 PAIR = {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(8, 2, 1, 1)}
