@@ -89,6 +89,24 @@ def test_peft_settings_decide_alpha_per_layer_and_rank_stabilised_scale(tmp_path
     assert read_lora(path).alphas["unet.conv_in"] == pytest.approx(8 * math.sqrt(2))
 
 
+@pytest.mark.parametrize(
+    ("prefix", "settings"),
+    [
+        ("diffusion_model.", {"transformer.lora_alpha": 8}),
+        ("base_model.model.", {"unet.lora_alpha": 8}),
+        ("", {"r": 2, "lora_alpha": 8}),
+        ("lora_unet_", {"unet.lora_alpha": 3, "unet.alpha_pattern": {"conv_in": 8}}),
+    ],
+)
+def test_peft_settings_are_found_for_names_that_tell_no_component(
+    prefix: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "one.safetensors"
+    state = {key.replace("unet.", prefix): tensor for key, tensor in PAIR.items()}
+    save_lora(path, state, metadata={ADAPTER_METADATA_KEY: json.dumps(settings)})
+    assert list(read_lora(path).alphas.values()) == [8.0]
+
+
 @pytest.mark.parametrize("targets", ["attention", "all"])
 def test_a_kohya_file_is_read_with_every_layer_and_its_own_alpha(
     targets: str, write_lora: WriteLora, family: StableDiffusion1, tmp_path: Path
