@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft.tuners.lokr.layer import factorization
+from safetensors.torch import save_file
 from torch import Tensor
 
+from diffusion.adapter import ConvLora, attach_lora
 from diffusion.errors import LoraInvalid
-from diffusion.lora import read_lora
-from diffusion.lora_fit import fit_layers, fit_products
+from diffusion.kohya import to_kohya_factors
+from diffusion.lora import read_factors, read_lora
+from diffusion.lora_fit import fit_factors, fit_layers, fit_products
+from diffusion.lycoris_layers import Lycoris
 from tests.diffusion.lora_worlds import (
     ALPHA,
     ATTENTION,
@@ -155,3 +159,17 @@ def test_sdxls_layers_and_convolutions_are_read_under_the_original_unets_names(
         layers = fit_layers(read_lora(path), world.family.lora_components)["unet"]
         for name, layer in names.items():
             assert torch.equal(layers[layer].magnitude, state[f"{prefix}{name}.dora_scale"].flatten())
+
+
+def test_sdxls_lokr_is_exported_under_the_original_unets_names_and_begun_from_again(tmp_path: Path) -> None:
+    family = World("sdxl", tmp_path).family
+    lora = attach_lora(family, rank=2, alpha=2, targets="all", lycoris=Lycoris("lokr"), conv=ConvLora(2, 2.0))
+    own = lora.state_dict()
+    named = to_kohya_factors(own, family)
+    assert any(key.startswith("lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q.lokr") for key in named)
+    assert not any("down_blocks" in key or "up_blocks" in key or "mid_block" in key for key in named)
+    save_file({key: tensor.contiguous() for key, tensor in named.items()}, tmp_path / "kohya.safetensors")
+    found = fit_factors(read_factors(tmp_path / "kohya.safetensors"), family.lora_components)
+    assert found.keys() == own.keys()
+    assert all(torch.equal(found[key], own[key]) for key in own)
+    lora.detach()
