@@ -33,7 +33,7 @@ from serve_app.ingress.api import create_app
 from serve_app.ingress.auth import KeyRing
 from serve_app.job_types.context import Services
 from serve_app.outbound import Outbound
-from serve_app.settings import RequestLimits
+from serve_app.settings import TINY_MODEL, RequestLimits
 from serve_app.validation.service import ValidationService
 from serve_app.validation.validator import Validator
 from serve_app.webhook_secrets import WebhookSecrets
@@ -65,6 +65,7 @@ class LocalValidation(ValidationService):
             clock=clock,
             outbound=outbound or Outbound(any_address=False, timeout_s=5),
             url_expires_s=3600,
+            models={"tiny": str(TINY_MODEL), "org/model": "/nowhere"},
         )
 
 

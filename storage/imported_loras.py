@@ -49,7 +49,7 @@ class LoraImport(BaseModel):
 
 
 class ImportedLora(BaseModel):
-    """A verified adapter. `rank` is the largest of its layers', `metadata` what the file itself says."""
+    """A verified adapter. `rank` is the largest of its layers', `warnings` what was taken for granted of the file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -65,6 +65,7 @@ class ImportedLora(BaseModel):
     base_model: str | None = None
     trigger_word: str | None = None
     created_at: AwareDatetime
+    warnings: tuple[str, ...] = ()
 
 
 def new_lora_id() -> str:

@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from diffusion.adapter import attach_lora
 from diffusion.errors import SettingNotSupported
 from diffusion.families import Family, load_family
+from diffusion.kohya import to_kohya
+from diffusion.lora import read_lora, save_lora
+from diffusion.lora_fit import fit_layers
 from diffusion.testing import write_tiny_model
 from storage.datasets import write_dataset
 from storage.jobs import utc_now
@@ -18,7 +22,7 @@ from storage.testing import InMemoryStore
 from tests.train_jobs.training_runs import JOB, KEYS
 from train_jobs.artifacts import Artifacts
 from train_jobs.errors import ModelNotAvailable
-from train_jobs.preparing import load_model, read_pictures, without_effect
+from train_jobs.preparing import begin_from, load_model, read_pictures, without_effect
 from train_jobs.spec import TrainSpec
 from train_jobs.spec_json import spec_from_json
 
@@ -133,3 +137,23 @@ def test_a_bf16_model_trains_its_adapter_in_full_precision(flux: Path) -> None:
     assert all(
         gradient.dtype == torch.float32 and bool(torch.isfinite(gradient).all()) for gradient in gradients.values()
     )
+
+
+@pytest.mark.parametrize("kohya", [False, True])
+def test_a_training_begins_with_the_effect_of_a_file_whatever_its_alpha_and_names(kohya: bool, tmp_path: Path) -> None:
+    family = load_family(write_tiny_model("flux1", tmp_path), device="cpu", dtype=torch.float32)
+    path = tmp_path / "a.safetensors"
+    first = attach_lora(family, rank=2, alpha=6.0)
+    first.load_state_dict({key: torch.randn_like(tensor) for key, tensor in first.state_dict().items()})
+    save_lora(path, first.state_dict(), metadata=first.metadata(title="a"))
+    first.detach()
+    expected = fit_layers(read_lora(path), family.lora_components)["transformer"]
+    if kohya:
+        save_file({k: t.contiguous() for k, t in to_kohya(read_lora(path).layers(), family).items()}, path)
+    lora = attach_lora(family, rank=2, alpha=1.0)
+    begin_from(lora, family, path)
+    state = lora.state_dict()
+    for name, layer in expected.items():
+        A, B = (state[f"transformer.{name}.lora_{side}.weight"] for side in "AB")
+        torch.testing.assert_close(0.5 * B @ A, 3 * layer.B @ layer.A, atol=1e-4, rtol=1e-4)
+    lora.detach()

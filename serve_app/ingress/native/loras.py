@@ -230,6 +230,7 @@ def _imported(lora: ImportedLora) -> Lora:
         rank=lora.rank,
         created_at=lora.created_at,
         files=_file_views([lora.model_dump()]),
+        warnings=list(lora.warnings),
     )
 
 
