@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from diffusion.errors import LoraMismatch, SettingNotSupported
 from diffusion.families.base import Family, LoraTargets
-from diffusion.lora_names import ADAPTER_METADATA_KEY
+from diffusion.lora_settings import ADAPTER_METADATA_KEY
 from diffusion.lycoris_layers import Lycoris, alphas, check_ranks, settle_scales, use_products
 
 AnyConfig: TypeAlias = LoraConfig | LoKrConfig | LoHaConfig
@@ -108,18 +108,22 @@ class TrainableLora:
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters()]
 
-    def train(self, mode: bool = True) -> None:
-        """Training mode for the adapted modules: turns on LoRA dropout and gradient checkpointing."""
-        for _, module in self._modules():
-            module.train(mode)
-
     def set_dropout(self, on: bool) -> None:
-        """Dropout alone, whatever mode the modules are in."""
+        """Of the adapter's own layers; the modules stay in eval mode."""
         for _, module in self._modules():
             for layer in adapter_layers(module):
                 dropout = getattr(layer, "lora_dropout", {})
                 if TRAINING_ADAPTER in dropout:
                     dropout[TRAINING_ADAPTER].train(on)
+
+    def scales(self) -> dict[str, float]:
+        """alpha / rank by ``<component>.<module path>``."""
+        return {
+            f"{component}.{path}": float(layer.scaling[TRAINING_ADAPTER])
+            for component, module in self._modules()
+            for path, layer in module.named_modules()
+            if isinstance(layer, BaseTunerLayer) and TRAINING_ADAPTER in layer.scaling
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
         """Detached views, by diffusers key names (``unet.<module>.lora_A.weight``)."""
@@ -239,8 +243,8 @@ def attach_lora(
     both are for LoRA and DoRA. ``conv`` adapts a UNet's convolutions too; ``dora`` also trains magnitudes; ``lycoris``
     makes the layers LoKr or LoHa, to which peft gives no dropout. Of the target layers those are taken whose name, with
     its component in front, contains a part in ``only_if_contains`` (when given) and none in ``ignore_if_contains``.
-    ``seed`` alone decides A; the global random state is left as it was. The modules stay in eval mode until
-    ``TrainableLora.train()``. Raises SettingNotSupported.
+    ``seed`` alone decides A; the global random state is left as it was. The modules are in eval mode, and dropout
+    is off until ``TrainableLora.set_dropout``. Raises SettingNotSupported.
     """
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise SettingNotSupported("network", "rank and alpha must be positive and dropout between 0 and 1")
@@ -274,7 +278,8 @@ def attach_lora(
         _settle_lycoris(lora, [known[name] for name in chosen])
     for parameter in lora.parameters():
         parameter.data = parameter.data.float()  # half-precision weights lose small updates
-    lora.train(False)
+    for name in chosen:
+        known[name].eval()  # peft's new layers are not
     return lora
 
 

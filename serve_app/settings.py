@@ -7,6 +7,7 @@ Precedence: constructor arguments, then the environment (``RAYLORA_<FIELD>``), t
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +29,7 @@ from storage.jobs_config import JobsConfig
 from storage.settings import BreakerSettings, RecordsSettings, S3Settings, SweepSettings
 
 CONFIG_FILE_VARIABLE = "RAYLORA_CONFIG"
+HOST = re.compile(r"[A-Za-z0-9._-]+")
 TENANT_PATTERN = r"^[a-zA-Z0-9_-]{1,64}$"
 TENANT_KEY_LENGTH_MIN = 16
 TINY_MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny" / "model"
@@ -212,7 +214,8 @@ class Settings(BaseSettings):
     lora_cache_bytes_max: int = Field(default=20 * 1024 * MIB, gt=0)
     # What a generation may still take when its replica or the server is told to stop; afterwards it is queued again.
     drain_s: float = Field(default=30.0, ge=0)
-    # Generations that wait; beyond them a request is refused with 429 and told when to come again.
+    # Generations that wait; beyond them a request is refused with 429 and told when to come again. A tenant may have as
+    # many waiting as there are places left: half of them if no other has any.
     generation_queue_max: int = Field(default=1000, ge=1)
 
     s3_backend: Literal["rclone", "moto", "aws"] = "rclone"
@@ -245,6 +248,13 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings, env_settings, *_file_source(settings_cls))
+
+    @field_validator("host")
+    @classmethod
+    def _is_a_host(cls, host: str) -> str:
+        if not HOST.fullmatch(host):
+            raise ValueError("must be a host's name or an IPv4 address, without a port")
+        return host
 
     @field_validator("quantize", "quantize_text_encoders")
     @classmethod

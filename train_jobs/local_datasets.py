@@ -13,6 +13,7 @@ from storage.objects import ObjectStore
 from train_jobs.errors import ConfigInvalid, DatasetEmpty, Problem
 from train_jobs.folder_files import upload_groups
 from train_jobs.spec import TrainSpec
+from train_jobs.spec_datasets import with_datasets
 
 
 async def upload_local_datasets(store: ObjectStore, keys: Keys, spec: TrainSpec, *, now: datetime) -> TrainSpec:
@@ -34,11 +35,7 @@ async def upload_local_datasets(store: ObjectStore, keys: Keys, spec: TrainSpec,
         )
         pinned = {"dataset": name, "upload_id": manifest.upload_id, "local_path": None}
         datasets[index] = datasets[index].model_copy(update=pinned)
-    trained = tuple(datasets[: len(spec.datasets)])
-    if spec.validation is None or spec.validation.dataset is None:
-        return spec.model_copy(update={"datasets": trained})
-    validation = spec.validation.model_copy(update={"dataset": datasets[-1]})
-    return spec.model_copy(update={"datasets": trained, "validation": validation})
+    return with_datasets(spec, datasets)
 
 
 def _local_folders(spec: TrainSpec) -> dict[int, tuple[str, list[tuple[str, Path]]]]:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from diffusion.adapter import ConvLora, TrainableLora, attach_lora
 from diffusion.errors import SettingNotSupported
 from diffusion.families import Family, Flux1, load_family
-from diffusion.kohya import to_kohya_factors
-from diffusion.lora import fit_layers, read_factors, read_lora
+from diffusion.lora import read_factors, read_lora
+from diffusion.lora_fit import fit_factors, fit_layers
 from diffusion.lycoris_layers import Lycoris
 from diffusion.quantized import Quantization, check_quantization
 from diffusion.sharding import shard_denoiser
@@ -65,7 +63,7 @@ def read_pictures(spec: TrainSpec, artifacts: Artifacts, pins: Mapping[str, str]
         uploads[dataset.label] = manifest.upload_id
         masks: Path | None = None
         if dataset.mask_dataset is not None:
-            named = DatasetSpec(dataset=dataset.mask_dataset)
+            named = DatasetSpec(dataset=dataset.mask_dataset, upload_id=dataset.mask_upload_id)
             masks, manifest = artifacts.dataset(named, 1000 + index, pins.get(dataset.mask_dataset))
             uploads[dataset.mask_dataset] = manifest.upload_id
         found.append((dataset, read_folder(folder, dataset, masks)))
@@ -182,20 +180,26 @@ def _lycoris(network: NetworkSpec) -> Lycoris | None:
 
 
 def begin_from(lora: TrainableLora, family: Family, path: Path) -> None:
-    """Take the weights of an adapter file. It may have fewer layers, but not another rank.
+    """Take the weights of an adapter file. It may have fewer layers and another alpha, but not another rank.
 
     Raises LoraInvalid, LoraMismatch, ConfigInvalid.
     """
     own = {name: tensor.clone() for name, tensor in lora.state_dict().items()}
     if lora.lycoris is not None:
-        lora.load_state_dict(own | _own_factors(own, read_factors(path), family))
+        found = fit_factors(read_factors(path), family.lora_components)
+        if any(key not in own or own[key].shape != tensor.shape for key, tensor in found.items()):
+            raise _not_this_network()
+        lora.load_state_dict(own | {key: tensor.to(own[key].dtype) for key, tensor in found.items()})
         return
     file = read_lora(path)
     if file.products:
         raise _not_this_network()
+    scales = lora.scales()
     for component, layers in fit_layers(file, family.lora_components).items():
         for name, layer in layers.items():
-            parts = {"lora_A.weight": layer.A, "lora_B.weight": layer.B}
+            # B takes what the two alphas differ by, so that the training begins with the file's effect.
+            scale = layer.alpha / layer.rank / scales.get(f"{component}.{name}", 1.0)
+            parts = {"lora_A.weight": layer.A, "lora_B.weight": layer.B * scale}
             if layer.magnitude is not None:
                 parts["lora_magnitude_vector"] = layer.magnitude
             for end, tensor in parts.items():
@@ -204,16 +208,6 @@ def begin_from(lora: TrainableLora, family: Family, path: Path) -> None:
                     raise _not_this_network()
                 own[key] = tensor.to(own[key].dtype)
     lora.load_state_dict(own)
-
-
-def _own_factors(own: Mapping[str, Tensor], found: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
-    """A LoKr's or LoHa's factors under the network's own names, whether the file has these or kohya's."""
-    names = {name: name for name in own}
-    with suppress(SettingNotSupported):
-        names |= {next(iter(to_kohya_factors({name: t}, family))): name for name, t in own.items()}
-    if any(key not in names or own[names[key]].shape != tensor.shape for key, tensor in found.items()):
-        raise _not_this_network()
-    return {names[key]: tensor.to(own[names[key]].dtype) for key, tensor in found.items()}
 
 
 def _not_this_network() -> ConfigInvalid:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 # Not "." and "..", which mean other folders. JSON Schema has no way to say it shorter that pydantic can read.
 DATASET_PATTERN = r"^(\.{0,2}[A-Za-z0-9_-][A-Za-z0-9._-]{0,149}|\.{3}[A-Za-z0-9._-]{0,147})$"
+UPLOAD_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9-]{0,99}$"
 SUBJECT_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,149}$"
 MODEL_ALIAS_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 MODEL_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
@@ -44,11 +45,11 @@ class DatasetSpec(Spec):
     `token_dropout_rate` are about the parts of a caption between commas. Regularisation pictures take turns with the
     others, and get no trigger word in front of their captions. A mask says where the loss counts, black (or
     transparent) parts by `mask_min_value`: `mask_dataset` names an uploaded dataset with a picture of the same name,
-    `alpha_mask` takes the pictures' own transparency.
+    whose upload `mask_upload_id` pins; `alpha_mask` takes the pictures' own transparency.
     """
 
     dataset: str | None = Field(default=None, max_length=150, pattern=DATASET_PATTERN)
-    upload_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,99}$")
+    upload_id: str | None = Field(default=None, pattern=UPLOAD_ID_PATTERN)
     local_path: str | None = Field(default=None, max_length=4096)
     resolutions_px: tuple[SidePx, ...] = Field(default=(512,), min_length=1, max_length=8)
     trigger_word: str | None = Field(default=None, max_length=100)
@@ -65,6 +66,7 @@ class DatasetSpec(Spec):
     is_regularisation: bool = False
     loss_multiplier: float = Field(default=1.0, ge=0.0, le=1000.0)
     mask_dataset: str | None = Field(default=None, max_length=150, pattern=DATASET_PATTERN)
+    mask_upload_id: str | None = Field(default=None, pattern=UPLOAD_ID_PATTERN)
     alpha_mask: bool = False
     invert_mask: bool = False
     mask_min_value: float = Field(default=0.0, ge=0.0, le=1.0)

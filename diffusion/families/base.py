@@ -113,6 +113,8 @@ class Family(ABC):
     name: ClassVar[str]
     architecture: ClassVar[str]
     """``modelspec.architecture`` of the base model, without ``/lora``."""
+    weights: ClassVar[tuple[str, ...]]
+    """The parts of a model folder of which ``load`` reads weights, where they are there."""
     block_lists: ClassVar[tuple[str, ...]] = ()
     """The denoiser's lists of blocks, in the order in which they run one after another; none for UNets."""
     last_layer: ClassVar[str] = "norm_out"
@@ -219,7 +221,8 @@ class Family(ABC):
     def predict(
         self, latents_BCHW: Tensor, timesteps_B: Tensor, text: TextEmbeds, *, guidance_B: Tensor | None = None
     ) -> Tensor:
-        """The denoiser's raw output ``[B, C, H, W]``, in its own dtype (the inputs are cast to it).
+        """The denoiser's raw output ``[B, C, H, W]``, in its own dtype (the inputs are cast to it); float32 for a
+        family whose scheduler is given that.
 
         ``guidance_B`` is for guidance-distilled models; others ignore it.
         """

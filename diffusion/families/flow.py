@@ -58,7 +58,11 @@ class FlowMatching:
         if name == "heun":
             # It has no sigmas of the caller's: it shifts by the constant of its own configuration.
             options = {}
-        scheduler.set_timesteps(steps, device="cpu", **options)
+        with np.errstate(invalid="ignore"):
+            scheduler.set_timesteps(steps, device="cpu", **options)
+        # A schedule that is stretched to end at a level of the model's has no use for a single step.
+        if not bool(scheduler.timesteps.isfinite().all()):
+            raise SettingNotSupported("steps", f"{steps} is too few for this model: ask for more")
         return scheduler
 
     def mu(self, tokens: int) -> float:

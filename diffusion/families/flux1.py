@@ -40,6 +40,7 @@ class Flux1(KlFamily, FlowFamily):
 
     name = "flux1"
     architecture = "flux-1-dev"
+    weights = ("text_encoder", "text_encoder_2", "transformer", "vae")
     block_lists = ("transformer_blocks", "single_transformer_blocks")
 
     def __init__(

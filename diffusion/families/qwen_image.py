@@ -34,6 +34,7 @@ class QwenImage(FlowFamily):
 
     name = "qwen_image"
     architecture = "qwen-image"
+    weights = ("text_encoder", "transformer", "vae")
     block_lists = ("transformer_blocks",)
 
     def __init__(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from diffusion.families.base import ALL_LEVELS, LoraTargets, NoiseLevels
@@ -56,6 +57,18 @@ class UNetFamily(KlFamily):
 
     def make_schedule(self, name: str | None, steps: int, latent_shape: tuple[int, ...]) -> Any:
         return self.noise.make_schedule(name, steps)
+
+    def uses_negative_prompt(self, guidance_scale: float) -> bool:
+        return guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
+
+    def _guidance_embedding(self, guidance_B: Tensor | None) -> Tensor | None:
+        """``[B, D]`` for a UNet that was distilled with guidance (a latent consistency model), as in diffusers'
+        ``get_guidance_scale_embedding``; None for others."""
+        width = self.unet.config.time_cond_proj_dim
+        if width is None or guidance_B is None:
+            return None
+        embedding_BD: Tensor = get_timestep_embedding(1000 * (guidance_B - 1), width, downscale_freq_shift=1)
+        return embedding_BD.to(self.device, self.dtype)
 
     def sample_timesteps(
         self, batch_size: int, generator: torch.Generator | None = None, levels: NoiseLevels = ALL_LEVELS,

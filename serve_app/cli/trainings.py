@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from serve_app.cli.client import ApiClient, ApiError, NoKey, Unreachable, WrongKey
+from serve_app.cli.client import ApiClient, NoKey, Unreachable, Unusable, WrongKey
 from train_jobs.config_check import check_train_yaml
 from train_jobs.errors import ConfigInvalid
 from train_jobs.folder_files import upload_groups
@@ -56,7 +57,10 @@ def prepare_training(client: ApiClient, config: Path, *, on_upload: Callable[[st
     if wrong:
         raise _unusable(config, [(key["path"], key["note"]) for key in wrong])
     for name, folder in training.folders.items():
-        upload_folder(client, folder, name, on_upload=on_upload)
+        try:
+            upload_folder(client, folder, name, on_upload=on_upload)
+        except OSError as exc:
+            raise Unusable("dataset_unreadable", f"{exc.filename or folder} cannot be read: {exc.strerror}.") from exc
     return training.document
 
 
@@ -82,7 +86,7 @@ def _local_training(config: Path) -> LocalTraining:
     try:
         document = read_mapping(config.read_bytes())
     except OSError as exc:
-        raise ApiError("config_unreadable", f"{config} cannot be read.") from exc
+        raise Unusable("config_unreadable", f"{config} cannot be read.") from exc
     folders: dict[str, Path] = {}
     for dataset in _datasets(document):
         if dataset.get("dataset_path") and not dataset.get("folder_path"):
@@ -90,10 +94,16 @@ def _local_training(config: Path) -> LocalTraining:
         for key in ("folder_path", "mask_path"):
             folder = _local_folder(str(dataset[key]), config) if dataset.get(key) else None
             if folder is not None:
-                name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(folder.parts[-2:])).strip("-.")[:100] or "dataset"
+                dataset[key] = name = _dataset_name(folder, folders)
                 folders[name] = folder
-                dataset[key] = name
     return LocalTraining(document, folders)
+
+
+def _dataset_name(folder: Path, taken: Mapping[str, Path]) -> str:
+    """After the folder and the one it is in; another folder that would have that name too gets a number."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(folder.parts[-2:])).strip("-.")[:90] or "dataset"
+    numbered = (plain if number == 1 else f"{plain}-{number}" for number in count(1))
+    return next(name for name in numbered if taken.get(name, folder) == folder)
 
 
 def _asked(client: ApiClient, training: LocalTraining) -> dict[str, Any]:
@@ -109,9 +119,9 @@ def _asked(client: ApiClient, training: LocalTraining) -> dict[str, Any]:
     return {**report, "keys": keys}
 
 
-def _unusable(config: Path, problems: list[tuple[str, str]]) -> ApiError:
+def _unusable(config: Path, problems: list[tuple[str, str]]) -> Unusable:
     lines = "\n".join(f"  {path or config.name}: {message}" for path, message in problems)
-    return ApiError("config_invalid", f"{config} cannot be used:\n{lines}")
+    return Unusable("config_invalid", f"{config} cannot be used:\n{lines}")
 
 
 def _datasets(document: Any) -> Iterator[dict[str, Any]]:
@@ -138,7 +148,7 @@ def upload_folder(client: ApiClient, folder: Path, name: str, *, on_upload: Call
     none."""
     groups = upload_groups(folder, CAPTION_SUFFIX)
     if not groups:
-        raise ApiError("dataset_empty", f"{folder} holds no pictures. Put .png, .jpg or .webp files there.")
+        raise Unusable("dataset_empty", f"{folder} holds no pictures. Put .png, .jpg or .webp files there.")
     for index, batch in enumerate(_batches(groups)):
         client.call(
             "upload_training_data",
@@ -163,7 +173,7 @@ def _batches(groups: list[dict[str, Path]]) -> Iterator[dict[str, Path]]:
             limit_mb = UPLOAD_BATCH_BYTES // 10**6
             name = next(iter(group.values())).name
             message = f"{name}, with its caption and mask, is larger than {limit_mb} MB. Scale the picture down."
-            raise ApiError("file_too_large", message)
+            raise Unusable("file_too_large", message)
         if batch and (size + group_size > UPLOAD_BATCH_BYTES or len(batch) + len(group) > UPLOAD_BATCH_FILES):
             yield batch
             batch, size = {}, 0
