@@ -114,7 +114,7 @@ class Cell:
             return bool(victims(self._instance, self.victim))
         if self.phase == "idle":
             return True
-        if self.phase == "upload" and self.victim in {"ingress replica", "validation replica"}:
+        if self.phase == "upload" and self.victim in {"ingress replica", "transfers replica"}:
             # One that was acknowledged and has not ended.
             return any(job.what == "upload" and job.reply is None and not job.ends for job in list(self.jobs))
         if self.phase == "upload":

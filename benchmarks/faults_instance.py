@@ -22,6 +22,7 @@ FINAL = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
 TITLES = {
     "ingress replica": "ray::ServeReplica:raylora:Ingress",
     "validation replica": "ray::ServeReplica:raylora:Validation",
+    "transfers replica": "ray::ServeReplica:raylora:Transfers",
     "inference replica": "ray::ServeReplica:raylora:Inference",
     "jobs actor": "ray::JobsActor",
     "storage actor": "ray::StorageShell",

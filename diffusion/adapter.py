@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from peft import (
@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from diffusion.errors import LoraMismatch, SettingNotSupported
 from diffusion.families.base import Family, LoraTargets
-from diffusion.lora_names import ADAPTER_METADATA_KEY
+from diffusion.lora_settings import ADAPTER_METADATA_KEY
 from diffusion.lycoris_layers import Lycoris, alphas, check_ranks, settle_scales, use_products
 
 AnyConfig: TypeAlias = LoraConfig | LoKrConfig | LoHaConfig
+InitialWeights = Literal["gaussian", "uniform"]
 TRAINING_ADAPTER = "trainee"  # peft keeps adapters in ModuleDicts, where "training" is taken
 
 
@@ -107,18 +108,22 @@ class TrainableLora:
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters()]
 
-    def train(self, mode: bool = True) -> None:
-        """Training mode for the adapted modules: turns on LoRA dropout and gradient checkpointing."""
-        for _, module in self._modules():
-            module.train(mode)
-
     def set_dropout(self, on: bool) -> None:
-        """Dropout alone, whatever mode the modules are in."""
+        """Of the adapter's own layers; the modules stay in eval mode."""
         for _, module in self._modules():
             for layer in adapter_layers(module):
                 dropout = getattr(layer, "lora_dropout", {})
                 if TRAINING_ADAPTER in dropout:
                     dropout[TRAINING_ADAPTER].train(on)
+
+    def scales(self) -> dict[str, float]:
+        """alpha / rank by ``<component>.<module path>``."""
+        return {
+            f"{component}.{path}": float(layer.scaling[TRAINING_ADAPTER])
+            for component, module in self._modules()
+            for path, layer in module.named_modules()
+            if isinstance(layer, BaseTunerLayer) and TRAINING_ADAPTER in layer.scaling
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
         """Detached views, by diffusers key names (``unet.<module>.lora_A.weight``)."""
@@ -229,15 +234,17 @@ def attach_lora(
     lycoris: Lycoris | None = None,
     only_if_contains: Sequence[str] = (),
     ignore_if_contains: Sequence[str] = (),
+    initial: InitialWeights = "gaussian",
 ) -> TrainableLora:
     """Wrap the target layers of ``components`` (default: only the denoiser's) with new, float32, trainable LoRA layers.
 
-    A is normal with standard deviation 1/rank and B zero, as in the diffusers examples, so nothing changes until the
-    first optimizer step. ``conv`` adapts a UNet's convolutions too; ``dora`` also trains magnitudes; ``lycoris`` makes
-    the layers LoKr or LoHa, to which peft gives no dropout. Of the target layers those are taken whose name, with its
-    component in front, contains a part in ``only_if_contains`` (when given) and none in ``ignore_if_contains``.
-    ``seed`` alone decides A; the global random state is left as it was. The modules stay in eval mode until
-    ``TrainableLora.train()``. Raises SettingNotSupported.
+    B is zero, so nothing changes until the first optimizer step. A is normal with standard deviation 1/rank, as in the
+    diffusers examples, or with ``initial`` of ``uniform`` within 1/sqrt(inputs), as in kohya's scripts and ai-toolkit;
+    both are for LoRA and DoRA. ``conv`` adapts a UNet's convolutions too; ``dora`` also trains magnitudes; ``lycoris``
+    makes the layers LoKr or LoHa, to which peft gives no dropout. Of the target layers those are taken whose name, with
+    its component in front, contains a part in ``only_if_contains`` (when given) and none in ``ignore_if_contains``.
+    ``seed`` alone decides A; the global random state is left as it was. The modules are in eval mode, and dropout
+    is off until ``TrainableLora.set_dropout``. Raises SettingNotSupported.
     """
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise SettingNotSupported("network", "rank and alpha must be positive and dropout between 0 and 1")
@@ -256,12 +263,13 @@ def attach_lora(
         torch.manual_seed(seed)
         for name in chosen:
             layers = _target_layers(family, name, targets, conv, only_if_contains, ignore_if_contains)
-            patterns = _conv_patterns(family, name, conv)
+            patterns = _conv_patterns(family.conv_target_modules(name, targets), layers, conv)
             if lycoris is not None:
                 configs[name] = lycoris.config(rank=rank, alpha=alpha, targets=layers, patterns=patterns)
             else:
                 configs[name] = LoraConfig(
-                    r=rank, lora_alpha=alpha, lora_dropout=dropout, init_lora_weights="gaussian",
+                    r=rank, lora_alpha=alpha, lora_dropout=dropout,
+                    init_lora_weights=True if initial == "uniform" else "gaussian",
                     target_modules=layers, use_dora=dora, **patterns,
                 )  # fmt: skip
             inject_adapter(known[name], TRAINING_ADAPTER, configs[name])
@@ -270,7 +278,8 @@ def attach_lora(
         _settle_lycoris(lora, [known[name] for name in chosen])
     for parameter in lora.parameters():
         parameter.data = parameter.data.float()  # half-precision weights lose small updates
-    lora.train(False)
+    for name in chosen:
+        known[name].eval()  # peft's new layers are not
     return lora
 
 
@@ -292,7 +301,7 @@ def _target_layers(
     """The family's suffixes, or with filters the full names of the layers that pass. Raises SettingNotSupported."""
     suffixes = family.lora_target_modules(component, kind)
     if conv is not None:
-        suffixes += family.conv_target_modules(component)
+        suffixes += family.conv_target_modules(component, kind)
     if not only and not ignore:
         return suffixes
     names = [
@@ -311,9 +320,12 @@ def _target_layers(
     return passed
 
 
-def _conv_patterns(family: Family, component: str, conv: ConvLora | None) -> dict[str, dict[str, float]]:
+def _conv_patterns(
+    convolutions: Sequence[str], layers: Sequence[str], conv: ConvLora | None
+) -> dict[str, dict[str, float]]:
     """peft's ranks and alphas by layer name, where they differ from the adapter's own."""
     if conv is None:
         return {}
-    suffixes = family.conv_target_modules(component)
+    # peft warns of those that the filters left no layer of.
+    suffixes = [s for s in convolutions if any(layer == s or layer.endswith(f".{s}") for layer in layers)]
     return {"rank_pattern": dict.fromkeys(suffixes, conv.rank), "alpha_pattern": dict.fromkeys(suffixes, conv.alpha)}

@@ -76,16 +76,18 @@ class LoraMismatch(DiffusionError):
 
 
 class SizeNotSupported(DiffusionError):
-    """Sizes are pixels; both sides must be positive multiples of ``multiple``."""
+    """Sizes are pixels; both sides must be positive multiples of ``multiple``, and at most ``side_max`` where set."""
 
     code = "size_not_supported"
 
-    def __init__(self, width: int, height: int, multiple: int) -> None:
-        super().__init__(width, height, multiple)
-        self.width, self.height, self.multiple = width, height, multiple
+    def __init__(self, width: int, height: int, multiple: int, side_max: int | None = None) -> None:
+        super().__init__(width, height, multiple, side_max)
+        self.width, self.height, self.multiple, self.side_max = width, height, multiple, side_max
 
     def __str__(self) -> str:
-        return f"{self.width}x{self.height} is not supported: both sides must be multiples of {self.multiple} pixels"
+        most = "" if self.side_max is None else f", at most {self.side_max}"
+        wanted = f"both sides must be multiples of {self.multiple} pixels{most}"
+        return f"{self.width}x{self.height} is not supported: {wanted}"
 
 
 class SettingNotSupported(DiffusionError):

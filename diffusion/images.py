@@ -1,13 +1,17 @@
-"""Picture files with the settings that made them inside: a PNG text chunk, or the EXIF user comment."""
+"""Picture files: reading them, and writing them with the settings that made them inside (a PNG text chunk, or the EXIF
+user comment).
+"""
 
 from __future__ import annotations
 
 import io
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import IO, Any, Literal, get_args
 
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from diffusion.errors import SettingNotSupported
 
@@ -18,6 +22,8 @@ PNG_KEY = "raylora"
 EXIF_TEXT_BYTES_MAX = 60_000
 """JPEG keeps EXIF in one segment of at most 65,533 bytes."""
 _UNICODE = b"UNICODE\0"
+RANGELESS_MODES = frozenset({"I", "F"})
+"""Pillow's for whole numbers of 32 bits and for fractions: a file does not say which of them is white."""
 
 
 def encode_image(
@@ -41,6 +47,30 @@ def encode_image(
         exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _exif_text(dict(settings))
     image.convert("RGB").save(buffer, image_format.upper(), quality=quality, exif=exif)
     return buffer.getvalue()
+
+
+def read_image(source: Path | IO[bytes], formats: tuple[str, ...] | None = None) -> Image.Image:
+    """As cameras mean it to be seen, in 8 bits a channel; of an animation the first picture. ``formats`` are Pillow's
+    names of those that are read, all by default.
+
+    Raises what Pillow raises for damaged files, and ValueError where the range of the numbers is unknown.
+    """
+    with Image.open(source, formats=formats) as image:
+        return _in_8_bits(ImageOps.exif_transpose(image))
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Pillow clips 16 bits to 8 where it converts: everything but the darkest grey would be white."""
+    if image.mode in RANGELESS_MODES:
+        raise ValueError(f"pictures of the mode {image.mode} have no known range")
+    if not image.mode.startswith("I;16"):
+        return image
+    wide = np.asarray(image)
+    grey = Image.fromarray(((wide.astype(np.uint32) * 255 + 32_767) // 65_535).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if not isinstance(clear, int):
+        return grey
+    return Image.merge("LA", (grey, Image.fromarray(np.where(wide == clear, 0, 255).astype(np.uint8))))
 
 
 def read_settings(data: bytes) -> dict[str, Any] | None:

@@ -1,8 +1,9 @@
 """Adapters under kohya-ss/sd-scripts' key names, from diffusers' names.
 
 A module's dots become underscores behind a prefix; weights are ``lora_down`` and ``lora_up`` and each module has an
-``alpha``. Layers that are one in the original model are stacked, which keeps their effect. Stock diffusers reads these
-names for every family but SD 3, whose are those of sd-scripts.
+``alpha``. SDXL's UNet, FLUX.1, FLUX.2 and SD 3 have the names that the original models have for their layers, as
+sd-scripts trains those; layers that are one there are stacked, which keeps their effect. Stock diffusers reads the
+files of every family but SD 3, for which it has no reader of such names.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from diffusion.errors import SettingNotSupported
 from diffusion.families.base import Family
-from diffusion.kohya_blocks import JOINED, Blocks, original_order
 from diffusion.lora import LoraLayer
+from diffusion.original_names import JOINED, Blocks, swaps_halves
+from diffusion.sgm_names import sgm_names
 
 _TRANSFORMER = {"transformer": "lora_unet"}
 PREFIXES = {
@@ -42,12 +44,13 @@ def to_kohya(layers: Mapping[str, LoraLayer], family: Family) -> dict[str, Tenso
         raise SettingNotSupported("format", "a DoRA has no kohya key names")
     named: dict[str, LoraLayer] = {}
     stacked: dict[str, _Stack] = {}
+    originals = _originals(family)
     for full_path, layer in layers.items():
         component, _, path = full_path.partition(".")
         if family.name in JOINED and component == "transformer":
             _sort(f"{PREFIXES[family.name][component]}_", path, layer, family, named, stacked)
         else:
-            named[_module_name(component, path, family)] = layer
+            named[_module_name(component, path, family, originals)] = layer
     named |= {name: stack.joined() for name, stack in stacked.items()}
     state: dict[str, Tensor] = {}
     for name, layer in named.items():
@@ -62,18 +65,31 @@ def to_kohya_factors(state: Mapping[str, Tensor], family: Family) -> dict[str, T
     products is none.
     """
     named: dict[str, Tensor] = {}
+    originals = _originals(family)
     for key, tensor in state.items():
         component, _, rest = key.partition(".")
         path, _, part = rest.rpartition(".")
         if family.name in JOINED and component == "transformer":
             raise SettingNotSupported("format", f"a LoKr or LoHa of {family.name} has no kohya key names")
-        named[f"{_module_name(component, path, family)}.{part}"] = tensor
+        named[f"{_module_name(component, path, family, originals)}.{part}"] = tensor
     return named
 
 
-def _module_name(component: str, path: str, family: Family) -> str:
+def _originals(family: Family) -> Mapping[str, str]:
+    """The original's names, by path in the denoiser, of SDXL: sd-scripts trains its other UNets under diffusers'."""
+    if family.name != "sdxl":
+        return {}
+    names = (name.removesuffix(".base_layer") for name, _ in family.denoiser.named_modules())
+    return sgm_names(dict.fromkeys(names))
+
+
+def _module_name(component: str, path: str, family: Family, originals: Mapping[str, str]) -> str:
     if component.startswith("text_encoder"):
         path = f"text_model.{path.removeprefix('text_model.')}"
+    elif originals:
+        if path not in originals:
+            raise SettingNotSupported("format", f"{path} has no kohya name")
+        path = originals[path]
     return f"{PREFIXES[family.name][component]}_{path.replace('.', '_')}"
 
 
@@ -99,8 +115,9 @@ def _sort(
     if stack is not None:
         stacked.setdefault(block + stack, _Stack.of(blocks, stack, index, family)).parts[part] = layer
     elif part in blocks.whole:
-        B = original_order(blocks.whole[part], layer.A, layer.B)
-        named[block + blocks.whole[part]] = replace(layer, B=B)
+        if swaps_halves(blocks.whole[part], (layer.B.shape[0], layer.A.shape[1])):
+            layer = replace(layer, B=torch.cat(layer.B.chunk(2)[::-1]))
+        named[block + blocks.whole[part]] = layer
     else:
         raise SettingNotSupported("format", f"{path} has no kohya name")
 

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from diffusion.errors import LoraInvalid
+from diffusion.lora_keys import LOHA, LOKR
 
 RANK_MAX = 1536
 """A whole LoKr of the widest layers of SD 1.x, SDXL and SD 3 medium, whose pairs weigh up to twice the layer. Wider
 layers' would leave no room for a model beside them."""
 CHEAP_RANK_MAX = 128
 """Up to here a pair costs about what the products with the two matrices of a LoKr do."""
-LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The graph, bound in one place: ingress -> validation, dispatch -> inference."""
+"""The graph, bound in one place: ingress -> validation, transfers, dispatch -> inference."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from serve_app.inference.deployment import Inference
 from serve_app.ingress.deployment import DoorSettings, Ingress
 from serve_app.settings import Settings, SettingsIncomplete
 from serve_app.shutdown import REPLICA_S, application_s, inference_s
+from serve_app.transfers import places_of_replica
 from serve_app.validation.deployment import Validation
 
 APPLICATION = "raylora"
@@ -56,14 +57,16 @@ def build(settings: Settings, doors: Path | None = None) -> Application:
         shutdown_s=application_s(settings.drain_s),
         environment=ONE_LOOP,
     ).bind(settings, inference)
-    validation = _deployment(Validation, "Validation", settings.validation_replicas, VALIDATION_REQUESTS_MAX).bind(
-        settings
-    )
+    replicas = settings.validation_replicas
+    validation = _deployment(Validation, "Validation", replicas, VALIDATION_REQUESTS_MAX).bind(settings)
+    transfers = _deployment(Validation, "Transfers", replicas, places_of_replica(settings)).bind(settings)
     ingress = _deployment(
         serve.ingress()(Ingress), "Ingress", settings.ingress_replicas, INGRESS_REQUESTS_MAX, environment=ONE_LOOP
     )
     door = None if doors is None else DoorSettings(doors, places=INGRESS_REQUESTS_MAX, drain_s=REPLICA_S / 2)
-    application: Application = ingress.bind(settings, validation, dispatch, inference, APPLICATION, INFERENCE, door)
+    application: Application = ingress.bind(
+        settings, validation, transfers, dispatch, inference, APPLICATION, INFERENCE, door
+    )
     return application
 
 

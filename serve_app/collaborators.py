@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
 
-from serve_app.dispatch.rates import Grant, Rate
+from serve_app.dispatch.rates import Claim, Grant, Rate
 from serve_app.dispatch.reply import EndedReply, Opening, Reopened, Reply, Settled
 from serve_app.inference.plan import GenerationWork, StartingPoint
 from storage.async_jobs import AsyncJobsApi
@@ -105,7 +105,7 @@ class Dispatch(Protocol):
     async def hand_over_reply(self, tenant: str, runpod_id: str, *, to: str) -> bool: ...
     async def wait_reply(self, tenant: str, runpod_id: str, timeout_s: float) -> Reply | None: ...
     async def drain_reply(self, tenant: str, runpod_id: str) -> bool: ...
-    async def take_permits(self, key: str, operation: str, rate: Rate, wanted: int) -> Grant: ...
+    async def take_permits(self, key: str, operation: str, rate: Rate, claim: Claim) -> Grant: ...
 
 
 @dataclass(frozen=True)

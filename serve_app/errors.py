@@ -29,7 +29,8 @@
     +-- RequestTimedOut         the work did not end in its time
     +-- TooManyRequests         the key's rate limit is used up
     +-- TooManyAtOnce           the key has as many requests under way as it may
-    +-- QueueFull               as many generations wait as may
+    +-- TooManyUploads          the tenant's uploads, and what else moves bytes, found no place in time
+    +-- QueueFull               as many generations wait, in all or of the tenant, as may
     +-- AddressRefused          a client named an address that this server does not send to
     +-- OutboundFailed          what was sent to a client's address did not arrive
     +-- ServiceUnavailable      an internal part did not answer
@@ -244,7 +245,17 @@ class TooManyAtOnce(ServeError):
         self.retry_after_s = retry_after_s
 
 
+class TooManyUploads(ServeError):
+    code = "too_many_uploads"
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(retry_after_s)
+        self.retry_after_s = retry_after_s
+
+
 class QueueFull(ServeError):
+    """`waiting` are the tenant's own."""
+
     code = "queue_full"
 
     def __init__(self, waiting: int, retry_after_s: float) -> None:
@@ -270,10 +281,11 @@ class JobInterrupted(ServeError):
     """The process that did a job without a record was lost before the job had ended."""
 
     code = "job_interrupted"
+    retry_after_s: ClassVar[float] = 1.0
 
 
 class ServiceUnavailable(ServeError):
-    """`part` is the name of the internal part: jobs, validation, dispatch, inference."""
+    """`part` is the name of the internal part: jobs, validation, transfers, dispatch, inference."""
 
     code = "service_unavailable"
     retry_after_s: ClassVar[float] = 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 from ray import serve
@@ -19,11 +19,12 @@ from serve_app.collaborators import (
     WorkerCounts,
     Workers,
 )
-from serve_app.dispatch.rates import Grant, Rate
+from serve_app.dispatch.rates import Claim, Grant, Rate
 from serve_app.dispatch.reply import EndedReply, Opening, Reopened, Reply, Settled
 from serve_app.errors import ServiceUnavailable
 from serve_app.inference.plan import GenerationWork
 from serve_app.ingress.errors import unwrapped
+from serve_app.transfers import TenantPlaces
 from serve_app.validation.generations import named_pictures
 from storage.imported_loras import ImportedLora
 
@@ -31,9 +32,11 @@ CALL_TIMEOUT_S = 15.0
 # Stands before every request, and each replica can count by itself.
 PERMITS_TIMEOUT_S = 0.5
 VALIDATION_TIMEOUT_S = 60.0
-UPLOAD_TIMEOUT_S = 600.0
+# With the wait for a place.
+TRANSFER_TIMEOUT_S = 600.0
+TRANSFER_PLACE_TIMEOUT_S = TRANSFER_TIMEOUT_S / 2
 WAIT_MARGIN_S = 10.0
-DISPATCH, INFERENCE, VALIDATION = "dispatch", "inference", "validation"
+DISPATCH, INFERENCE, TRANSFERS, VALIDATION = "dispatch", "inference", "transfers", "validation"
 
 
 async def answer(part: str, response: Any, timeout_s: float) -> Any:
@@ -57,10 +60,12 @@ async def answer(part: str, response: Any, timeout_s: float) -> Any:
 
 
 class HandleValidation:
-    """`Validation` over the handle of its deployment."""
+    """`Validation` over the handles of two deployments of it: `transfers` is the one for what moves bytes."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, transfers: Any, places: TenantPlaces) -> None:
         self._handle = handle
+        self._transfers = transfers
+        self._places = places
 
     async def training(self, config: str | dict[str, Any]) -> TrainingPlan:
         plan: TrainingPlan = await answer(VALIDATION, self._handle.training.remote(config), VALIDATION_TIMEOUT_S)
@@ -73,9 +78,12 @@ class HandleValidation:
         return report
 
     async def generation(self, tenant: str, process_id: str, payload: dict[str, Any]) -> GenerationPlan:
-        response = self._handle.generation.remote(tenant, process_id, payload)
-        timeout_s = UPLOAD_TIMEOUT_S if named_pictures(payload) else VALIDATION_TIMEOUT_S
-        plan: GenerationPlan = await answer(VALIDATION, response, timeout_s)
+        plan: GenerationPlan
+        if named_pictures(payload):
+            plan = await self._transfer(self._transfers.generation.remote, tenant, process_id, payload)
+        else:
+            response = self._handle.generation.remote(tenant, process_id, payload)
+            plan = await answer(VALIDATION, response, VALIDATION_TIMEOUT_S)
         return plan
 
     async def training_spec(self, spec: dict[str, Any]) -> TrainingPlan:
@@ -83,14 +91,11 @@ class HandleValidation:
         return plan
 
     async def finish_lora_import(self, tenant: str, lora_id: str) -> ImportedLora:
-        response = self._handle.finish_lora_import.remote(tenant, lora_id)
-        lora: ImportedLora = await answer(VALIDATION, response, UPLOAD_TIMEOUT_S)
+        lora: ImportedLora = await self._transfer(self._transfers.finish_lora_import.remote, tenant, lora_id)
         return lora
 
     async def store_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
-        reply: dict[str, Any] = await answer(
-            VALIDATION, self._handle.store_upload.remote(tenant, payload), UPLOAD_TIMEOUT_S
-        )
+        reply: dict[str, Any] = await self._transfer(self._transfers.store_upload.remote, tenant, payload)
         return reply
 
     async def create_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
@@ -99,14 +104,19 @@ class HandleValidation:
         return reply
 
     async def finalize_upload(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
-        response = self._handle.finalize_upload.remote(tenant, payload)
-        reply: dict[str, Any] = await answer(VALIDATION, response, UPLOAD_TIMEOUT_S)
+        reply: dict[str, Any] = await self._transfer(self._transfers.finalize_upload.remote, tenant, payload)
         return reply
 
     async def bundle(self, tenant: str, files: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-        response = self._handle.bundle.remote(tenant, list(files))
-        stored: dict[str, Any] | None = await answer(VALIDATION, response, UPLOAD_TIMEOUT_S)
+        stored: dict[str, Any] | None = await self._transfer(self._transfers.bundle.remote, tenant, list(files))
         return stored
+
+    async def _transfer(self, send: Callable[..., Any], tenant: str, *arguments: Any) -> Any:
+        """Raises TooManyUploads, and what `answer` raises."""
+        clock_s = asyncio.get_running_loop().time
+        until_s = clock_s() + TRANSFER_TIMEOUT_S
+        async with self._places.taken(tenant):
+            return await answer(TRANSFERS, send(tenant, *arguments), until_s - clock_s())
 
 
 class HandleDispatch:
@@ -164,8 +174,8 @@ class HandleDispatch:
     async def drain_reply(self, tenant: str, runpod_id: str) -> bool:
         return bool(await answer(DISPATCH, self._handle.drain_reply.remote(tenant, runpod_id), CALL_TIMEOUT_S))
 
-    async def take_permits(self, key: str, operation: str, rate: Rate, wanted: int) -> Grant:
-        response = self._handle.take_permits.remote(key, operation, rate, wanted)
+    async def take_permits(self, key: str, operation: str, rate: Rate, claim: Claim) -> Grant:
+        response = self._handle.take_permits.remote(key, operation, rate, claim)
         grant: Grant = await answer(DISPATCH, response, PERMITS_TIMEOUT_S)
         return grant
 

@@ -22,12 +22,24 @@ from serve_app.errors import AddressRefused, OutboundFailed
 URL_LENGTH_MAX = 2048
 TOO_LARGE = "too large"
 
-_HOST = re.compile(rb"[A-Za-z0-9.:_-]{1,255}")
+# What a name server can be asked for (RFC 1035, 2.3.4); underscores are common in names of machines.
+_NAME = re.compile(r"(?!.{255})[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
-# Both carry an IPv4 address inside, which a gateway would connect to in this one's place.
-_TRANSLATED = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("2002::/16"))
+# Not public, although `is_global` is true of some. All but the last carry an IPv4 address inside, which a gateway or
+# this machine itself would connect to in this one's place.
+_INSIDE = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "64:ff9b::/96",  # translated, RFC 6052
+        "64:ff9b:1::/48",  # translated by a network of one's own, RFC 8215
+        "2002::/16",  # 6to4, RFC 3056
+        "::/96",  # IPv4-compatible, RFC 4291, 2.5.5.1
+        "::ffff:0:0:0/96",  # IPv4-translated, RFC 2765
+        "fec0::/10",  # site-local, RFC 3879
+    )
+)
 
 
 def url_problem(url: str, *, any_address: bool) -> str | None:
@@ -40,9 +52,12 @@ def url_problem(url: str, *, any_address: bool) -> str | None:
         return f"is over {URL_LENGTH_MAX} characters"
     if parsed.scheme not in ({"http", "https"} if any_address else {"https"}):
         return "must be an https URL"
-    if not _HOST.fullmatch(parsed.raw_host) or parsed.userinfo:
-        return "must name a host, and no user"
-    if not any_address and _is_address(parsed.host) and not is_public(parsed.host):
+    # Not `host`, which is decoded: that fails for some names, and of others it is not the name that was sent.
+    host = parsed.raw_host.decode("ascii")
+    is_address = _is_address(host)
+    if parsed.userinfo or not (is_address or _NAME.fullmatch(host)):
+        return "must name a host (letters, digits, - and _, at most 63 of them between dots), and no user"
+    if not any_address and is_address and not is_public(host):
         return "must lead to a public address"
     return None
 
@@ -53,13 +68,13 @@ def is_public(address: str) -> bool:
     if isinstance(parsed, ipaddress.IPv6Address):
         if parsed.ipv4_mapped is not None:
             return is_public(str(parsed.ipv4_mapped))
-        if any(parsed in network for network in _TRANSLATED):
+        if any(parsed in network for network in _INSIDE):
             return False
     return parsed.is_global and not parsed.is_multicast
 
 
 async def resolve_host(host: str, port: int) -> list[str]:
-    """The addresses of a name, the preferred one first. Raises OSError."""
+    """The addresses of a name, the preferred one first. Raises OSError, UnicodeError (a name that cannot be one)."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(address[0]) for _, _, _, _, address in found]
 
@@ -92,8 +107,11 @@ class Outbound:
         async with self._exchange("POST", url, content=content, headers=headers):
             pass
 
-    async def fetch(self, url: str, path: Path, *, bytes_max: int) -> None:
-        """The answer's body as a file, complete where this returns. Raises AddressRefused, OutboundFailed."""
+    async def fetch(self, url: str, path: Path, *, bytes_max: int, count: Callable[[int], None] | None = None) -> None:
+        """The answer's body as a file, complete where this returns. Raises AddressRefused, OutboundFailed.
+
+        `count` gets the size of each piece before it is written, and may end the fetch by raising.
+        """
         async with self._exchange("GET", url, content=b"", headers={"Accept-Encoding": "identity"}) as response:
             seen_bytes = 0
             with path.open("wb") as file:
@@ -101,6 +119,8 @@ class Outbound:
                     seen_bytes += len(chunk)
                     if seen_bytes > bytes_max:
                         raise OutboundFailed(TOO_LARGE)
+                    if count is not None:
+                        count(len(chunk))
                     file.write(chunk)
 
     async def close(self) -> None:
@@ -130,7 +150,7 @@ class Outbound:
 
     async def _request(self, method: str, url: httpx.URL, content: bytes, headers: Mapping[str, str]) -> httpx.Request:
         address = await self._address(url)
-        extensions: dict[str, Any] = {"sni_hostname": url.host}
+        extensions: dict[str, Any] = {"sni_hostname": url.raw_host.decode("ascii")}
         return self._client.build_request(
             method,
             url.copy_with(host=address),
@@ -142,8 +162,8 @@ class Outbound:
     async def _address(self, url: httpx.URL) -> str:
         port = url.port or (443 if url.scheme == "https" else 80)
         try:
-            found = await self._resolve(url.host, port)
-        except OSError:
+            found = await self._resolve(url.raw_host.decode("ascii"), port)
+        except (OSError, UnicodeError):
             raise OutboundFailed("name") from None
         if not found:
             raise OutboundFailed("name")

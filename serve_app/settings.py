@@ -213,7 +213,8 @@ class Settings(BaseSettings):
     # What a generation may still take, at the least, when its replica or the server is told to stop; afterwards it is
     # queued again. See serve_app/shutdown.py for how long the server then takes.
     drain_s: float = Field(default=30.0, ge=0)
-    # Generations that wait; beyond them a request is refused with 429 and told when to come again.
+    # Generations that wait; beyond them a request is refused with 429 and told when to come again. A tenant may have as
+    # many waiting as there are places left: half of them if no other has any.
     generation_queue_max: int = Field(default=1000, ge=1)
 
     s3_backend: Literal["rclone", "moto", "aws"] = "rclone"

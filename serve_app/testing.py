@@ -25,7 +25,7 @@ from serve_app.collaborators import (
     InferenceHealth,
     WorkerCounts,
 )
-from serve_app.dispatch.rates import Grant, Rate, RateLedger
+from serve_app.dispatch.rates import Claim, Grant, Rate, RateLedger
 from serve_app.dispatch.replies import ReplyTable
 from serve_app.dispatch.reply import EndedReply, Opening, Reopened, Reply, Settled
 from serve_app.inference.plan import GenerationRequest, GenerationWork
@@ -33,7 +33,7 @@ from serve_app.ingress.api import create_app
 from serve_app.ingress.auth import KeyRing
 from serve_app.job_types.context import Services
 from serve_app.outbound import Outbound
-from serve_app.settings import RequestLimits
+from serve_app.settings import TINY_MODEL, RequestLimits
 from serve_app.validation.service import ValidationService
 from serve_app.validation.validator import Validator
 from serve_app.webhook_secrets import WebhookSecrets
@@ -65,6 +65,7 @@ class LocalValidation(ValidationService):
             clock=clock,
             outbound=outbound or Outbound(any_address=False, timeout_s=5),
             url_expires_s=3600,
+            models={"tiny": str(TINY_MODEL), "org/model": "/nowhere"},
         )
 
 
@@ -113,8 +114,8 @@ class LocalDispatch:
     async def drain_reply(self, tenant: str, runpod_id: str) -> bool:
         return self.replies.drain(tenant, runpod_id)
 
-    async def take_permits(self, key: str, operation: str, rate: Rate, wanted: int) -> Grant:
-        return self.rates.take(key, operation, rate, wanted)
+    async def take_permits(self, key: str, operation: str, rate: Rate, claim: Claim) -> Grant:
+        return self.rates.take(key, operation, rate, claim)
 
 
 @dataclass

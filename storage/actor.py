@@ -11,7 +11,7 @@ import gc
 import hashlib
 import logging
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from storage.blocking import BlockingStorage
 from storage.breaker import BreakerMode, BreakerSnapshot
 from storage.breaker_actor import RemoteBreaker
-from storage.counters import Counts
-from storage.errors import StorageError, StorageMisconfigured, StorageUnavailable
+from storage.byte_budget import ByteBudget
+from storage.channel_connection import ChannelClosedError
+from storage.counters import HELD, Counts
+from storage.errors import StorageError, StorageMisconfigured, StorageTimeout, StorageUnavailable
 from storage.loop_thread import LoopThread
-from storage.node_channel import ChannelClient, ChannelClosedError, ChannelMissingError, ChannelServer
+from storage.node_channel import ChannelClient, ChannelMissingError, ChannelServer
 from storage.objects import (
     Capabilities,
     ObjectInfo,
@@ -54,6 +56,9 @@ TASK_RETRIES_MAX = 3
 RESOLVE_ATTEMPTS_MAX = 5
 REPEAT_WITHIN_S = 1.0
 HEALTH_GRACE_S = 5.0
+# For the way to the actor and back, and a busy machine.
+DEADLINE_GRACE_S = 10.0
+PULSE_WITHIN_S = 10.0
 HEALTH_CALLS_MAX = 4
 
 # Of `storage.objects`, what is asked for a node's own work; the rest is about the actor itself.
@@ -62,6 +67,10 @@ PERFORMED = frozenset(
     for protocol in (ObjectStore, StoreMaintenance)
     for name in vars(protocol)
     if not name.startswith("_") and name not in {"health", "set_breaker", "counts"}
+)
+# How long they may take is only known to the actor.
+OF_UNKNOWN_SIZE = frozenset(
+    {"get", "put_many", "copy", "list", "list_uploads", "delete_many", "upload_file", "download_file"}
 )
 REPEATED = (ActorDiedError, ActorUnavailableError, ChannelClosedError, ChannelMissingError)
 
@@ -94,6 +103,7 @@ class StorageShell:
         self._store, self._reporting = self._thread.run_blocking(_open(settings, breaker, remote))
         self._channel = ChannelServer(self._perform, bytes_max=settings.bytes_in_flight_max)
         path = self._thread.run_blocking(self._channel.start())
+        self._copied = ByteBudget(settings.bytes_in_flight_max)
         self._identity = ActorIdentity(fingerprint(settings, breaker), path)
         # What is loaded by now stays. Every call would wait while a full collection looks at it, for 80 ms or so.
         gc.collect()
@@ -102,6 +112,11 @@ class StorageShell:
     @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
     async def identify(self) -> ActorIdentity:
         return self._identity
+
+    @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
+    async def pulse(self) -> None:
+        """Answers where the thread of the store does its work."""
+        await self._thread.run(asyncio.sleep(0))
 
     @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
     async def health(self) -> StorageHealth:
@@ -113,13 +128,25 @@ class StorageShell:
 
     @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
     async def counts(self) -> Counts:
-        return await self._thread.run(self._store.counts())
+        return await self._thread.run(self._counts())
 
     async def perform(self, operation: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
         """One of `PERFORMED` by the store."""
-        unpacked = [_unpacked(argument) for argument in arguments]
-        result = await self._thread.run(self._perform(operation, unpacked, keywords))
+        result = await self._thread.run(self._perform_call(operation, arguments, keywords))
         return _packed(bytes(result) if isinstance(result, memoryview) else result)
+
+    async def _counts(self) -> Counts:
+        counts, connections = await self._store.counts(), self._channel.connections
+        requests = self._channel.request_bytes + self._copied.held_bytes
+        tasks = len(asyncio.all_tasks()) - connections
+        counts[HELD] |= {"request_bytes": requests, "connections": connections, "tasks": tasks}
+        return counts
+
+    async def _perform_call(self, operation: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
+        """What is large stays in Ray's memory until there is room for a copy."""
+        size_bytes = sum(argument.nbytes for argument in arguments if isinstance(argument, np.ndarray))
+        async with self._copied.hold(size_bytes):
+            return await self._perform(operation, [_unpacked(argument) for argument in arguments], keywords)
 
     async def _perform(self, operation: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
         if operation not in PERFORMED:
@@ -155,7 +182,10 @@ class StorageClient:
         return info
 
     async def put_many(self, items: Sequence[PutItem]) -> list[PutOutcome]:
-        outcomes: list[PutOutcome] = await self._call("put_many", items)
+        try:
+            outcomes: list[PutOutcome] = await self._call("put_many", items)
+        except StorageError as error:
+            return [PutOutcome(item.key, error=error) for item in items]
         return outcomes
 
     async def get(self, key: str, *, expected_sha256: str | None = None) -> bytes:
@@ -248,7 +278,30 @@ class StorageClient:
             packed = [_packed(argument) for argument in arguments]
             return _unpacked(await _answer(actor.handle.perform.remote(operation, packed, keywords)))
 
-        return await self._until_answered(operation, once)
+        sent_bytes = sum(len(argument) for argument in arguments if isinstance(argument, bytes))
+        return await self._in_time(operation, sent_bytes, self._until_answered(operation, once))
+
+    async def _in_time(self, operation: str, sent_bytes: int, work: Coroutine[Any, Any, Any]) -> Any:
+        """The actor keeps the deadlines of its operations; this is for an actor that hangs. Raises StorageTimeout."""
+        settings = self._settings
+        bound_s = settings.deadline_s + DEADLINE_GRACE_S + sent_bytes / settings.throughput_min_bytes_per_s
+        answer = asyncio.ensure_future(work)
+        try:
+            while not (await asyncio.wait({answer}, timeout=bound_s))[0]:
+                if operation not in OF_UNKNOWN_SIZE or not await self._is_alive():
+                    raise StorageTimeout(operation, bound_s)
+            return answer.result()
+        finally:
+            answer.cancel()
+            await asyncio.wait({answer})
+
+    async def _is_alive(self) -> bool:
+        try:
+            async with asyncio.timeout(PULSE_WITHIN_S):
+                await self._call_actor("pulse")
+        except (StorageError, TimeoutError):
+            return False
+        return True
 
     async def _call_actor(self, method: str, *arguments: Any) -> Any:
         async def once() -> Any:
@@ -259,12 +312,14 @@ class StorageClient:
 
     async def _until_answered(self, operation: str, once: Callable[[], Awaitable[Any]]) -> Any:
         """Repeats what its actor's death cut short, or did not reach it. Raises StorageUnavailable."""
+        clock = asyncio.get_running_loop().time
+        until_s = clock() + self._settings.deadline_s
         for left in reversed(range(RESOLVE_ATTEMPTS_MAX)):
             try:
                 return await once()
             except (RayActorError, ChannelClosedError, ChannelMissingError) as error:
                 self._found = None
-                if left == 0 or not isinstance(error, REPEATED):
+                if left == 0 or clock() >= until_s or not isinstance(error, REPEATED):
                     raise StorageUnavailable(operation, 1.0) from error
                 logger.info("a storage call is repeated", extra={"operation": operation, "kind": type(error).__name__})
             await asyncio.sleep(random.uniform(0, REPEAT_WITHIN_S))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import abc
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from storage.job_changes import JobList
 from storage.job_record import DEFAULT_LEASE_S, Drained, Heartbeat, JobRecord, JobsHealth, NewJob, Page
 from storage.job_state import JobKind, JobState
-from storage.job_streams import DRAIN_MAX, EventList, WebhookList
+from storage.job_streams import DRAIN_MAX, NONE_UNDER_WAY, WEBHOOKS_TAKEN_MAX, EventList, WebhookList
 from storage.jobs import Jobs, new_job_id
 from storage.webhook_record import Webhook
 
@@ -70,8 +70,14 @@ class AsyncJobsApi(abc.ABC):
     async def counts(self, tenant: str | None = None, *, kind: JobKind | None = None) -> dict[JobState, int]:
         return await self.call(Jobs.counts, tenant, kind=kind)
 
+    async def queued(self, kind: JobKind) -> dict[str, int]:
+        return await self.call(Jobs.queued, kind)
+
     async def retried(self, tenant: str | None = None, *, kind: JobKind | None = None) -> int:
         return await self.call(Jobs.retried, tenant, kind=kind)
+
+    async def is_keyed(self, job_id: str) -> bool:
+        return await self.call(Jobs.is_keyed, job_id)
 
     async def request_cancel(self, job_id: str, *, tenant: str | None) -> JobRecord:
         return await self.call(Jobs.request_cancel, job_id, tenant=tenant)
@@ -137,8 +143,14 @@ class AsyncJobsApi(abc.ABC):
     async def add_webhook(self, *, tenant: str, url: str, input: dict[str, Any], body: dict[str, Any]) -> None:  # noqa: A002
         await self.call(Jobs.add_webhook, tenant=tenant, url=url, input=input, body=body)
 
-    async def take_webhooks(self, limit: int = 16) -> WebhookList:
-        return await self.call(Jobs.take_webhooks, limit)
+    async def take_webhooks(
+        self,
+        limit: int = WEBHOOKS_TAKEN_MAX,
+        *,
+        limit_of_tenant: int = WEBHOOKS_TAKEN_MAX,
+        under_way: Mapping[str, int] = NONE_UNDER_WAY,
+    ) -> WebhookList:
+        return await self.call(Jobs.take_webhooks, limit, limit_of_tenant=limit_of_tenant, under_way=under_way)
 
     async def settle_webhook(self, webhook: Webhook, *, delivered: bool) -> bool:
         return await self.call(Jobs.settle_webhook, webhook, delivered=delivered)

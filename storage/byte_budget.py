@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -14,7 +14,7 @@ class ByteBudget:
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
         self._held_bytes = 0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._waiting: OrderedDict[asyncio.Future[None], int] = OrderedDict()
 
     @property
     def held_bytes(self) -> int:
@@ -43,15 +43,15 @@ class ByteBudget:
             self._held_bytes += size_bytes
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((size_bytes, turn))
+        self._waiting[turn] = size_bytes
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._give_back(size_bytes)
-            else:
-                self._waiting.remove((size_bytes, turn))
+            if turn.cancelled():
+                self._waiting.pop(turn, None)
                 self._admit()
+            else:
+                self._give_back(size_bytes)
             raise
 
     def _give_back(self, size_bytes: int) -> None:
@@ -59,10 +59,15 @@ class ByteBudget:
         self._admit()
 
     def _admit(self) -> None:
-        while self._waiting and self._fits(self._waiting[0][0]):
-            size_bytes, turn = self._waiting.popleft()
-            self._held_bytes += size_bytes
-            turn.set_result(None)
+        while self._waiting:
+            turn, size_bytes = next(iter(self._waiting.items()))
+            # Whoever was cancelled in this very turn of the loop is still in the queue, and will never give back.
+            if not turn.cancelled():
+                if not self._fits(size_bytes):
+                    return
+                self._held_bytes += size_bytes
+                turn.set_result(None)
+            del self._waiting[turn]
 
     def _fits(self, size_bytes: int) -> bool:
         return self._held_bytes == 0 or self._held_bytes + size_bytes <= self._capacity_bytes

@@ -46,6 +46,10 @@ class Window:
     def size(self) -> int:
         return self._places.capacity_bytes
 
+    @property
+    def held(self) -> int:
+        return self._places.held_bytes
+
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
         """Wait for a place, and keep it to the end of the block."""

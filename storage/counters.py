@@ -14,8 +14,11 @@ REQUESTS = "raylora_storage_requests_total"
 BREAKER_STATE = "raylora_storage_breaker_state"
 CLEANUP_FAILURES = "raylora_cleanup_failures_total"
 TRACKING_FAILURES = "raylora_training_tracking_failures_total"
+WEBHOOK_FAILURES = "raylora_webhook_failures_total"
 SWEPT_OBJECTS = "raylora_storage_swept_objects_total"
 SWEPT_BYTES = "raylora_storage_swept_bytes_total"
+# Looked at when counts are asked for: in a metric it would be what it was then.
+HELD = "held"
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,18 @@ METRICS: dict[str, Metric] = {
     BREAKER_STATE: Metric("gauge", "0 closed, 1 half-open, 2 open."),
     CLEANUP_FAILURES: Metric("counter", "Things that should be gone and could not be removed.", ("resource",)),
     TRACKING_FAILURES: Metric("counter", "Trainings whose numbers W&B did not get, by why.", ("reason",)),
+    WEBHOOK_FAILURES: Metric("counter", "Attempts at a webhook that failed, by why.", ("reason",)),
     SWEPT_OBJECTS: Metric("counter", "Things removed by the sweeper.", ("kind",)),
     SWEPT_BYTES: Metric("counter", "Bytes removed by the sweeper.", ("kind",)),
 }
 
 Counts = dict[str, dict[str, float]]
-"""By metric, then by the labels' values joined with "," in the metric's order."""
+"""By metric, then by the labels' values joined with "," in the metric's order.
+
+A store adds `HELD`: its `attempts` under way, the `part_bytes` that it keeps room for and the `read_bytes` of whole
+objects; its actor adds the `request_bytes` that it holds for callers, its `connections` to them and all other `tasks`
+of its event loop.
+"""
 
 
 class Counters(Protocol):

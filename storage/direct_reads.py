@@ -30,6 +30,7 @@ READS = frozenset(
         Jobs.get_by_runpod_id,
         Jobs.list,
         Jobs.counts,
+        Jobs.queued,
         Jobs.retried,
         Jobs.events,
         Jobs.issued_keys,

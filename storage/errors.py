@@ -5,7 +5,7 @@
     |-- StorageAccessDenied       the backend refuses our credentials
     |-- InvalidKey                the key may not be used
     |-- IntegrityError            the bytes are not the ones that were promised
-    |-- StorageUnavailable        the breaker is open: nothing was tried
+    |-- StorageUnavailable        the breaker is open, or opened between two attempts
     |-- StorageTimeout            the deadline passed
     |-- StorageFailed             all attempts failed
     |   `-- StorageRefused        the backend refused the request, and will again
@@ -79,17 +79,27 @@ class IntegrityError(StorageError):
 
 
 class StorageUnavailable(StorageError):
-    """Nothing was tried."""
+    """No attempt is let out. `attempts` were made before, at least: 0 where nothing was tried, more where the breaker
+    opened between the attempts of this call."""
 
     code = "storage_unavailable"
     retry_after_s: float
 
-    def __init__(self, operation: str, retry_after_s: float) -> None:
+    def __init__(self, operation: str, retry_after_s: float, attempts: int = 0) -> None:
+        tried = f" after {attempts} attempts" if attempts else ""
         super().__init__(
-            f"storage is unavailable for {operation}, retry in {retry_after_s:.0f} s", operation, retry_after_s
+            f"storage is unavailable for {operation}{tried}, retry in {retry_after_s:.0f} s",
+            operation,
+            retry_after_s,
+            attempts,
         )
         self.operation = operation
         self.retry_after_s = retry_after_s
+        self.attempts = attempts
+
+    def after(self, attempts: int) -> StorageUnavailable:
+        """The same of a call that had made so many attempts before this part of it."""
+        return StorageUnavailable(self.operation, self.retry_after_s, attempts + self.attempts)
 
 
 class StorageTimeout(StorageError):
@@ -254,6 +264,7 @@ class JobsUnavailable(JobError):
     """Whether the operation happened is unknown."""
 
     code = "jobs_unavailable"
+    retry_after_s: ClassVar[float] = 1.0
 
     def __init__(self, operation: str) -> None:
         super().__init__(f"the jobs actor does not answer {operation}", operation)
@@ -266,6 +277,7 @@ class RecordsError(JobError):
 
 class RecordsUnavailable(RecordsError):
     code = "records_unavailable"
+    retry_after_s: ClassVar[float] = 1.0
 
     def __init__(self, operation: str) -> None:
         super().__init__(f"the records database is unavailable for {operation}", operation)

@@ -41,9 +41,15 @@ class Fault(Enum):
     """503 with S3's code."""
     FORBIDDEN = auto()
     """403 with S3's code."""
+    NOT_IMPLEMENTED = auto()
+    """501 with S3's code."""
 
 
-REFUSALS = {Fault.SLOW_DOWN: (503, "SlowDown"), Fault.FORBIDDEN: (403, "AccessDenied")}
+REFUSALS = {
+    Fault.SLOW_DOWN: (503, "SlowDown"),
+    Fault.FORBIDDEN: (403, "AccessDenied"),
+    Fault.NOT_IMPLEMENTED: (501, "NotImplemented"),
+}
 
 
 # By verb, by whether the path names an object, and by what tells calls of the same verb apart.

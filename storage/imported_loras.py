@@ -1,7 +1,8 @@
 """Adapters that were brought in from elsewhere: a file, then its manifest.
 
-The manifest is written last, so an adapter is whole or does not exist. Until it is verified, its upload lies in
-staging beside a request that says what was promised. Works over any ObjectStore; knows nothing of what is in the file.
+The manifest is written last and removed first, so an adapter is whole or does not exist; the sweeper takes a file that
+has none. Until it is verified, its upload lies in staging beside a request that says what was promised. Works over any
+ObjectStore; knows nothing of what is in the file.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from storage.errors import ObjectNotFound, StorageError
 from storage.keys import MANIFEST_NAME, Keys
 from storage.objects import ObjectStore
+from storage.ray_counters import note_cleanup_failure
 
 IMPORTED_ID_PATTERN = r"^lora_[0-9a-f]{12}$"
 SHA256_PATTERN = r"^[0-9a-f]{64}$"
@@ -47,7 +49,7 @@ class LoraImport(BaseModel):
 
 
 class ImportedLora(BaseModel):
-    """A verified adapter. `rank` is the largest of its layers', `metadata` what the file itself says."""
+    """A verified adapter. `rank` is the largest of its layers', `warnings` what was taken for granted of the file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -63,6 +65,7 @@ class ImportedLora(BaseModel):
     base_model: str | None = None
     trigger_word: str | None = None
     created_at: AwareDatetime
+    warnings: tuple[str, ...] = ()
 
 
 def new_lora_id() -> str:
@@ -87,14 +90,18 @@ async def read_import(store: ObjectStore, keys: Keys, lora_id: str) -> LoraImpor
 
 
 async def commit_imported(store: ObjectStore, keys: Keys, asked: LoraImport, lora: ImportedLora, path: Path) -> None:
-    """Make a verified file into an adapter. From the manifest on it exists; then staging is emptied.
+    """Make a verified file into an adapter. From the manifest on it exists; then staging is emptied, and what stays
+    there is counted and left to the sweeper.
 
     The local bytes that were checked are stored, not the staged ones: their presigned URL may still be valid.
     """
     await store.upload_file(path, lora.key)
     body = lora.model_dump_json(indent=1).encode()
     await store.put(keys.imported_lora_manifest(lora.id), body, content_type="application/json")
-    await store.delete_many([staged_file(keys, asked), keys.staging_file(asked.id, REQUEST_NAME)])
+    try:
+        await store.delete_many([staged_file(keys, asked), keys.staging_file(asked.id, REQUEST_NAME)])
+    except StorageError as error:
+        note_cleanup_failure("staging", error.code)
 
 
 async def read_imported(store: ObjectStore, keys: Keys, lora_id: str) -> ImportedLora:
@@ -117,7 +124,13 @@ async def list_imported(store: ObjectStore, keys: Keys) -> list[ImportedLora]:
 
 
 async def delete_imported(store: ObjectStore, keys: Keys, lora_id: str) -> None:
-    """Manifest first: a reader sees a whole adapter or none. Raises ImportedLoraNotFound."""
+    """Without its manifest the adapter is gone; a file that cannot be removed is counted and left to the sweeper.
+
+    Raises ImportedLoraNotFound.
+    """
     lora = await read_imported(store, keys, lora_id)
     await store.delete(keys.imported_lora_manifest(lora_id))
-    await store.delete(lora.key)
+    try:
+        await store.delete(lora.key)
+    except StorageError as error:
+        note_cleanup_failure("imported_adapter", error.code)

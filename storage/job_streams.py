@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, TypeAlias
 
@@ -14,6 +14,8 @@ from storage.webhook_record import WEBHOOK_ATTEMPTS_MAX, WEBHOOK_LEASE_S, Webhoo
 
 DRAIN_MAX = 200
 PREVIEWS = "previews"
+WEBHOOKS_TAKEN_MAX = 16
+NONE_UNDER_WAY: Mapping[str, int] = {}
 
 EventList: TypeAlias = list[JobEvent]
 WebhookList: TypeAlias = list[Webhook]
@@ -56,26 +58,37 @@ class JobStreams:
         with self._records.write("add_webhook") as tx:
             tx.add_webhook(due)
 
-    def take_webhooks(self, limit: int = 16) -> WebhookList:
+    def take_webhooks(
+        self,
+        limit: int = WEBHOOKS_TAKEN_MAX,
+        *,
+        limit_of_tenant: int = WEBHOOKS_TAKEN_MAX,
+        under_way: Mapping[str, int] = NONE_UNDER_WAY,
+    ) -> WebhookList:
         """Webhooks to send now, each counted as an attempt. One that is not settled within WEBHOOK_LEASE_S is due
         again, unless that was its last attempt.
+
+        Of each tenant those that waited longest, and no more than make `limit_of_tenant` with what it has `under_way`.
+        The tenant that has least under way comes first.
         """
         now = self._clock()
         # Senders ask every second, and there is seldom one: readers hold up no writer.
         with self._records.read("take_webhooks") as tx:
-            if not tx.has_due_webhook(now):
-                return []
-        taken = []
+            room = {tenant: limit_of_tenant - under_way.get(tenant, 0) for tenant in tx.tenants_of_due_webhooks(now)}
+        room = {tenant: places for tenant, places in room.items() if places > 0}
+        if not room:
+            return []
         with self._records.write("take_webhooks") as tx:
-            for webhook in tx.due_webhooks(now, limit):
-                if webhook.attempts >= WEBHOOK_ATTEMPTS_MAX:
-                    tx.save_webhook(webhook.model_copy(update={"due_at": None, "done_at": now}))
-                    continue
-                leased = now + timedelta(seconds=WEBHOOK_LEASE_S)
-                webhook = webhook.model_copy(update={"attempts": webhook.attempts + 1, "due_at": leased})
+            due = [
+                (under_way.get(tenant, 0) + place, webhook)
+                for tenant, places in room.items()
+                for place, webhook in enumerate(tx.due_webhooks(tenant, now, places))
+            ]
+            due.sort(key=lambda placed: (placed[0], placed[1].due_at))
+            attempts = [_next_attempt(webhook, now) for _, webhook in due[:limit]]
+            for webhook in attempts:
                 tx.save_webhook(webhook)
-                taken.append(webhook)
-        return taken
+        return [webhook for webhook in attempts if webhook.done_at is None]
 
     def settle_webhook(self, webhook: Webhook, *, delivered: bool) -> bool:
         """How an attempt ended. Returns whether there will be another one."""
@@ -95,6 +108,14 @@ def visible(record: JobRecord | None, job_id: str, tenant: str | None) -> JobRec
     if record is None or (tenant is not None and record.tenant != tenant):
         raise JobNotFound(job_id)
     return record
+
+
+def _next_attempt(webhook: Webhook, now: datetime) -> Webhook:
+    """One more, under a lease; of one that has had them all, its end."""
+    if webhook.attempts >= WEBHOOK_ATTEMPTS_MAX:
+        return webhook.model_copy(update={"due_at": None, "done_at": now})
+    leased = now + timedelta(seconds=WEBHOOK_LEASE_S)
+    return webhook.model_copy(update={"attempts": webhook.attempts + 1, "due_at": leased})
 
 
 def new_webhook_id() -> str:

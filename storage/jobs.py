@@ -134,10 +134,21 @@ class Jobs(JobOwnership, JobSupervision, JobStreams, KeptReplies, IssuedKeys):
         with self._records.read("counts") as tx:
             return dict.fromkeys(JobState, 0) | tx.counts(tenant=tenant, kind=kind)
 
+    def queued(self, kind: JobKind) -> dict[str, int]:
+        """How many jobs of each tenant wait, those that have any. Cheap: it looks at no other jobs."""
+        with self._records.read("queued") as tx:
+            return tx.queued(kind)
+
     def retried(self, tenant: str | None = None, *, kind: JobKind | None = None) -> int:
         """How many jobs had more than one attempt."""
         with self._records.read("retried") as tx:
             return tx.retried(tenant=tenant, kind=kind)
+
+    def is_keyed(self, job_id: str) -> bool:
+        """Whether the idempotency key that made the job still means it."""
+        after = self._clock() - timedelta(seconds=self._policy.idempotency_ttl_s)
+        with self._records.read("is_keyed") as tx:
+            return tx.has_key(job_id, after)
 
     def request_cancel(self, job_id: str, *, tenant: str | None) -> JobRecord:
         """CANCELLED at once while queued; later its owner is asked. Asking again changes nothing.

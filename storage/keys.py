@@ -163,12 +163,12 @@ def _utf8(text: str) -> bytes:
 
 @dataclass(frozen=True)
 class Place:
-    """What an object belongs to: the process, upload or probe `name`; what is kept by hash, to itself.
+    """What an object belongs to: the process, upload, adapter or probe `name`; what is kept by hash, to itself.
 
     `folder` of data sets only.
     """
 
-    kind: Literal["processes", "staging", "datasets", "kept", "probes"]
+    kind: Literal["processes", "staging", "datasets", "loras", "kept", "probes"]
     tenant: str
     name: str
     folder: str = ""
@@ -187,9 +187,17 @@ def place_of(prefix: str, key: str) -> Place | None:
             return Place("processes" if kind == "processes" else "staging", tenant, name)
         case [tenant, "datasets", folder, name, _]:
             return Place("datasets", tenant, name, folder)
+        case [tenant, "loras", name, _]:
+            return Place("loras", tenant, name)
         case [tenant, "kept", _, name]:
             return Place("kept", tenant, name)
     return None
+
+
+def owner_of(prefix: str, key: str) -> str:
+    """What an object belongs to, in words for a log, which holds no keys: a key has names in it that users gave."""
+    place = place_of(prefix, key)
+    return "something else" if place is None else f"{place.kind} {place.name}"
 
 
 class Keys:

@@ -44,6 +44,10 @@ class PutOutcome:
     info: ObjectInfo | None = None
     error: StorageError | None = None
 
+    def __post_init__(self) -> None:
+        if (self.info is None) == (self.error is None):
+            raise ValueError("an object was stored, or there is a reason why not")
+
 
 @dataclass(frozen=True)
 class StorageHealth:

@@ -82,8 +82,8 @@ class PatientStore:
 
     async def put_many(self, items: Sequence[PutItem]) -> list[PutOutcome]:
         """Those that fail are sent again by themselves."""
-        outcomes = {index: PutOutcome(item.key) for index, item in enumerate(items)}
-        missing = list(outcomes)
+        outcomes: dict[int, PutOutcome] = {}
+        missing = list(range(len(items)))
 
         async def put_missing() -> None:
             nonlocal missing
@@ -97,8 +97,10 @@ class PatientStore:
 
         try:
             await self._call(put_missing)
-        except StorageError:
+        except StorageError as error:
             logger.info("%d of %d objects were not stored", len(missing), len(items))
+            for index in missing:
+                outcomes.setdefault(index, PutOutcome(items[index].key, error=error))
         return [outcomes[index] for index in range(len(items))]
 
     async def get(self, key: str, *, expected_sha256: str | None = None) -> bytes:

@@ -26,6 +26,7 @@ from storage.records_tables import (
     FIXED,
     NOT_OF_RECORDS,
     OUTBOX_SEQ,
+    QUEUED,
     api_key_uses,
     api_keys,
     flags,
@@ -166,6 +167,11 @@ class RecordsTx(StreamsTx):
         query = sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)
         return {JobState(state): count for state, count in self._connection.execute(_scoped(query, tenant, kind))}
 
+    def queued(self, kind: JobKind) -> dict[str, int]:
+        query = sa.select(jobs.c.tenant, sa.func.count()).where(jobs.c.kind == kind.value, jobs.c.state == QUEUED)
+        rows = self._connection.execute(query.group_by(jobs.c.tenant))
+        return {row[0]: row[1] for row in rows}
+
     def retried(self, *, tenant: str | None, kind: JobKind | None) -> int:
         query = sa.select(sa.func.count()).select_from(jobs).where(jobs.c.attempt > 1)
         return int(self._connection.execute(_scoped(query, tenant, kind)).scalar_one())
@@ -236,6 +242,10 @@ class RecordsTx(StreamsTx):
         query = sa.select(idempotency).where(idempotency.c.tenant == tenant, idempotency.c.key == key)
         row = self._connection.execute(query).one_or_none()
         return None if row is None else IdempotencyEntry(row.body_sha256, row.job_id, row.created_at)
+
+    def has_key(self, job_id: str, after: datetime) -> bool:
+        query = sa.select(idempotency.c.key).where(idempotency.c.job_id == job_id, idempotency.c.created_at > after)
+        return self._connection.execute(query.limit(1)).first() is not None
 
     def put_key(self, tenant: str, key: str, entry: IdempotencyEntry) -> None:
         self._connection.execute(

@@ -63,13 +63,20 @@ class StreamsTx:
     def add_webhook(self, webhook: Webhook) -> None:
         self._connection.execute(sa.insert(webhooks).values(webhook.model_dump()))
 
-    def has_due_webhook(self, now: datetime) -> bool:
-        due = sa.select(webhooks.c.id).where(webhooks.c.due_at <= now).limit(1)
-        return self._connection.execute(due).first() is not None
+    def tenants_of_due_webhooks(self, now: datetime) -> list[str]:
+        """One look into the index for each, however many are due of one."""
+        first = sa.select(sa.func.min(webhooks.c.tenant)).where(webhooks.c.due_at <= now)
+        found: list[str] = []
+        tenant = self._connection.execute(first).scalar()
+        while tenant is not None:
+            found.append(tenant)
+            tenant = self._connection.execute(first.where(webhooks.c.tenant > tenant)).scalar()
+        return found
 
-    def due_webhooks(self, now: datetime, limit: int) -> list[Webhook]:
+    def due_webhooks(self, tenant: str, now: datetime, limit: int) -> list[Webhook]:
         """Those that waited longest first, no two readers the same where the database locks rows."""
-        query = sa.select(webhooks).where(webhooks.c.due_at <= now).order_by(webhooks.c.due_at).limit(limit)
+        query = sa.select(webhooks).where(webhooks.c.tenant == tenant, webhooks.c.due_at <= now)
+        query = query.order_by(webhooks.c.due_at).limit(limit)
         rows = self._connection.execute(query.with_for_update(skip_locked=True))
         return [Webhook.model_validate(dict(row._mapping)) for row in rows]
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
+from storage.job_state import JobState
 from storage.key_rows import key_uses_table, keys_table
 from storage.reply_rows import replies_table
 
@@ -68,6 +69,16 @@ jobs = sa.Table(
     sa.Index("jobs_by_tenant", "tenant", "created_at", "seq"),
     sqlite_autoincrement=True,
 )
+# As text in the statement: SQLite uses an index of some rows only where it sees that no other ones are asked for.
+QUEUED = sa.bindparam(None, JobState.QUEUED.value, type_=sa.String(), literal_execute=True)
+sa.Index(
+    "jobs_queued",
+    jobs.c.kind,
+    jobs.c.tenant,
+    jobs.c.state,
+    sqlite_where=jobs.c.state == JobState.QUEUED.value,
+    postgresql_where=jobs.c.state == JobState.QUEUED.value,
+)
 OUTBOX_SEQ = "outbox_seq"
 NOT_OF_RECORDS = ("seq", "run_deadline_at", "expires_at", OUTBOX_SEQ)
 """Columns of a row that is read as a record, and no fields of that."""
@@ -81,6 +92,7 @@ idempotency = sa.Table(
     sa.Column("body_sha256", sa.String(64), nullable=False),
     sa.Column("job_id", sa.ForeignKey("jobs.id"), nullable=False),
     sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Index("idempotency_by_job", "job_id"),
 )
 
 turns = sa.Table(
@@ -147,15 +159,27 @@ webhooks = sa.Table(
     sa.Column("body", json_column),
     sa.Column("round", sa.Integer, nullable=False),
     sa.Column("attempts", sa.Integer, nullable=False),
-    sa.Column("due_at", UtcDateTime, index=True),
+    sa.Column("due_at", UtcDateTime),
     sa.Column("done_at", UtcDateTime, index=True),
+)
+# Without those that are told or wait for their job's end: most are.
+sa.Index(
+    "webhooks_due",
+    webhooks.c.tenant,
+    webhooks.c.due_at,
+    sqlite_where=webhooks.c.due_at.is_not(None),
+    postgresql_where=webhooks.c.due_at.is_not(None),
 )
 
 
 def make_tables(engine: sa.Engine) -> None:
-    """All tables, and the columns that `jobs` has got since an existing database was made. These can be null."""
+    """All tables, and what has been added to them since an existing database was made: indexes, and columns of `jobs`,
+    which can be null."""
     metadata.create_all(engine)
     with engine.begin() as connection:
+        for table in metadata.tables.values():
+            for index in table.indexes:
+                index.create(connection, checkfirst=True)
         present = {column["name"] for column in sa.inspect(connection).get_columns(jobs.name)}
         for column in jobs.columns:
             if column.name not in present:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ import tenacity
 from storage.breaker import BreakerOpenError, BreakerState, Outcome
 from storage.congestion import Lateness, Window
 from storage.counters import ATTEMPTS, BREAKER_STATE, OPERATIONS, RETRIES, Counters, Tally
+from storage.deadlines import is_cut
 from storage.errors import StorageError, StorageFailed, StorageTimeout, StorageUnavailable
 from storage.gate import Admission, Gate
 from storage.settings import S3Settings
@@ -129,6 +131,17 @@ class Attempt:
             if when is not None:
                 scope.reschedule(when + extra_s)
 
+    @asynccontextmanager
+    async def standing_still(self) -> AsyncIterator[None]:
+        """For waits of our own: the deadline goes on, the attempt's time does not."""
+        limit, clock = self._scopes[0], asyncio.get_running_loop().time
+        end_s, began_s = limit.when(), clock()
+        limit.reschedule(None)
+        try:
+            yield
+        finally:
+            limit.reschedule(None if end_s is None else end_s + clock() - began_s)
+
     def made_no_call(self) -> None:
         """The attempt succeeded without asking the backend: its success says nothing about it."""
         self.observed = False
@@ -171,6 +184,11 @@ class Resilience:
         self._budget = budget
         self._window = Window(max_concurrency, clock=clock)
         self._sleep = sleep
+
+    @property
+    def attempts_in_flight(self) -> int:
+        """Those that need a place."""
+        return self._window.held
 
     async def call(
         self,
@@ -229,7 +247,7 @@ class Resilience:
                 raise
             raise StorageTimeout(operation, total_s) from error
         except BreakerOpenError as error:
-            raise StorageUnavailable(operation, error.retry_after_s) from error
+            raise StorageUnavailable(operation, error.retry_after_s, run.attempts) from error
         except TransientFaultError as fault:
             raise self._last_word(run, fault, total_s) from fault
 
@@ -307,7 +325,7 @@ class Resilience:
                 raise TransientFaultError("timeout", timed_out=True) from error
             except asyncio.CancelledError:
                 # Our own deadline cuts an attempt by cancelling it; it is not the caller's wish then.
-                if run.deadline.expired():
+                if run.deadline.expired() or is_cut():
                     outcome = self._timed_out(run, admission, started_s, lost_s())
                 raise
             except TransientFaultError as fault:

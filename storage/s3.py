@@ -22,9 +22,18 @@ from typing import Any
 
 from storage.bounded import run_bounded
 from storage.breaker import BreakerMode, BreakerSnapshot, CircuitBreaker
-from storage.counters import Counts, Tally
+from storage.byte_budget import ByteBudget
+from storage.counters import HELD, Counts, Tally
+from storage.deadlines import within
 from storage.digests import digest_of, md5_of, sha256_of
-from storage.errors import ObjectNotFound, StorageError, StorageMisconfigured, StorageRefused, StorageUnavailable
+from storage.errors import (
+    IntegrityError,
+    ObjectNotFound,
+    StorageError,
+    StorageMisconfigured,
+    StorageRefused,
+    StorageUnavailable,
+)
 from storage.gate import Gate, LocalGate
 from storage.keys import check_key, check_prefix
 from storage.objects import (
@@ -36,12 +45,13 @@ from storage.objects import (
     PutOutcome,
     StorageHealth,
 )
-from storage.resilience import Attempt, Policy, Resilience, RetryBudget, TransientFaultError
+from storage.resilience import Attempt, Policy, Resilience, RetryBudget
 from storage.s3_bodies import Bodies
 from storage.s3_calls import Answer, S3Calls, corrupted, info_of
 from storage.s3_client import S3Clients
+from storage.s3_faults import raise_for_keys
 from storage.s3_files import FileTransfers
-from storage.s3_maintenance import Maintenance
+from storage.s3_maintenance import KEYS_PER_S_MIN, Maintenance
 from storage.settings import MIB, BreakerSettings, S3Settings
 
 Buffer = bytes | memoryview
@@ -81,8 +91,17 @@ class S3Store:
         )
         self._clients = S3Clients(settings)
         self._calls = S3Calls(self._clients, Bodies(settings), settings.bucket, self._tally)
-        self._files = FileTransfers(self._calls, self._resilience, settings, self._tally)
-        self._maintenance = Maintenance(self._calls, self._resilience, settings)
+        self._maintenance = Maintenance(self._calls, self._resilience, settings, self._tally)
+        self._in_flight = ByteBudget(settings.bytes_in_flight_max)
+        # Apart from the other: whoever holds bytes of that waits for a place among the attempts, and here it is the
+        # other way round.
+        self._reading = ByteBudget(settings.bytes_in_flight_max)
+        self._files = FileTransfers(
+            self._calls, self._resilience, self._maintenance, self._in_flight, settings, self._tally
+        )
+        # The same in each retry, so that no more than one object can be left behind.
+        self._probe_token = secrets.token_hex(8)
+        self._probing = asyncio.Lock()
 
     async def __aenter__(self) -> S3Store:
         return self
@@ -110,7 +129,11 @@ class S3Store:
             answer = await self._calls.put("put", key, data, sha256, content_type)
             return await self._calls.confirmed("put", key, digest_of(data, sha256, await md5), content_type, answer)
 
-        return await self._resilience.call("put", attempt, size_bytes=len(data))
+        try:
+            return await self._resilience.call("put", attempt, size_bytes=len(data))
+        except IntegrityError:
+            await self._maintenance.discard("put", key, "corrupted_object")
+            raise
 
     async def put_many(self, items: Sequence[PutItem]) -> list[PutOutcome]:
         async def one(item: PutItem) -> PutOutcome:
@@ -130,7 +153,7 @@ class S3Store:
         check_key(key)
 
         async def attempt(state: Attempt) -> memoryview:
-            data, noted_sha256 = await self._calls.get("get", key, state)
+            data, noted_sha256 = await self._calls.get("get", key, state, self._reading)
             expected = expected_sha256 or noted_sha256
             if expected is not None:
                 actual = await self._hashed(sha256_of, data)
@@ -169,8 +192,9 @@ class S3Store:
     async def delete_many(self, keys: Sequence[str]) -> int:
         for key in keys:
             check_key(key)
-        for first in range(0, len(keys), DELETE_KEYS_MAX):
-            await self._delete_batch([{"Key": key} for key in keys[first : first + DELETE_KEYS_MAX]])
+        async with within("delete_many", self._settings.deadline_s + len(keys) / KEYS_PER_S_MIN):
+            for first in range(0, len(keys), DELETE_KEYS_MAX):
+                await self._delete_batch([{"Key": key} for key in keys[first : first + DELETE_KEYS_MAX]])
         return len(keys)
 
     async def copy(self, source: str, target: str) -> ObjectInfo:
@@ -192,13 +216,18 @@ class S3Store:
 
     async def upload_file(self, path: Path, key: str, *, content_type: str | None = None) -> ObjectInfo:
         check_key(key)
-        if (await asyncio.to_thread(path.stat)).st_size > self._settings.multipart_threshold_bytes:
-            return await self._files.upload(path, key, content_type=content_type)
-        return await self.put(key, await asyncio.to_thread(path.read_bytes), content_type=content_type)
+        size_bytes = (await asyncio.to_thread(path.stat)).st_size
+        async with within("upload_file", self._settings.deadline_s + self._moving_s(size_bytes)):
+            if size_bytes > self._settings.multipart_threshold_bytes:
+                return await self._files.upload(path, key, content_type=content_type)
+            async with self._in_flight.hold(size_bytes):
+                return await self.put(key, await asyncio.to_thread(path.read_bytes), content_type=content_type)
 
     async def download_file(self, key: str, path: Path, *, expected_sha256: str | None = None) -> ObjectInfo:
-        info = await self.head(key)
-        return await self._files.download(info, path, expected_sha256=expected_sha256 or info.sha256)
+        async with within("download_file", self._settings.deadline_s) as deadline:
+            info = await self.head(key)
+            deadline.allow(self._moving_s(info.size_bytes))
+            return await self._files.download(info, path, expected_sha256=expected_sha256 or info.sha256)
 
     async def presign_get(self, key: str, *, expires_s: int = 3600, filename: str | None = None) -> str:
         """Signed while the breaker is open too: that asks nobody, and whoever polls a job is to learn how it ended."""
@@ -206,7 +235,9 @@ class S3Store:
         try:
             return await self._presign("presign_get", key, "get_object", expires_s, parameters, probes=False)
         except StorageUnavailable:
-            return await self._calls.presigned("presign_get", "get_object", {"Key": key, **parameters}, expires_s)
+            # With credentials of a role, signing may have to ask for new ones.
+            async with within("presign_get", self._settings.deadline_s):
+                return await self._calls.presigned("presign_get", "get_object", {"Key": key, **parameters}, expires_s)
 
     async def presign_put(self, key: str, *, expires_s: int = 3600, content_type: str | None = None) -> str:
         parameters = {} if content_type is None else {"ContentType": content_type}
@@ -251,22 +282,27 @@ class S3Store:
         check_prefix(prefix)
         found: list[ObjectInfo] = []
         position = {} if start_after is None else {"StartAfter": start_after}
-        while limit is None or len(found) < limit:
-            size = PAGE_KEYS_MAX if limit is None else min(PAGE_KEYS_MAX, limit - len(found))
-            page = await self._page({"Prefix": prefix, "MaxKeys": size, **position})
-            found += [_listed(entry) for entry in page.get("Contents", [])]
-            if not page.get("IsTruncated"):
-                break
-            position = {"ContinuationToken": page["NextContinuationToken"]}
+        async with within("list", self._settings.deadline_s) as deadline:
+            while limit is None or len(found) < limit:
+                size = PAGE_KEYS_MAX if limit is None else min(PAGE_KEYS_MAX, limit - len(found))
+                page = await self._page({"Prefix": prefix, "MaxKeys": size, **position})
+                entries = page.get("Contents", [])
+                found += [_listed(entry) for entry in entries]
+                if not page.get("IsTruncated"):
+                    break
+                deadline.allow(len(entries) / KEYS_PER_S_MIN)
+                position = {"ContinuationToken": page["NextContinuationToken"]}
         return found
 
     async def abort_upload(self, key: str, upload_id: str) -> None:
         await self._maintenance.abort_upload(check_key(key), upload_id)
 
     async def capabilities(self) -> Capabilities:
-        if self._capabilities is None:
-            self._capabilities = await self._maintenance.capabilities(secrets.token_hex(8))
-        return self._capabilities
+        # Two at once would see what the other does to the same object.
+        async with self._probing:
+            if self._capabilities is None:
+                self._capabilities = await self._maintenance.capabilities(self._probe_token)
+            return self._capabilities
 
     async def set_breaker(self, mode: BreakerMode) -> BreakerSnapshot:
         snapshot = await self._resilience.gate.force(mode)
@@ -274,7 +310,15 @@ class S3Store:
         return snapshot
 
     async def counts(self) -> Counts:
-        return self._tally.counts()
+        held = {
+            "attempts": self._resilience.attempts_in_flight,
+            "part_bytes": self._in_flight.held_bytes,
+            "read_bytes": self._reading.held_bytes,
+        }
+        return {**self._tally.counts(), HELD: {what: float(number) for what, number in held.items()}}
+
+    def _moving_s(self, size_bytes: int) -> float:
+        return size_bytes / self._settings.throughput_min_bytes_per_s
 
     def _hashed(self, function: Callable[[Buffer], str], data: Buffer) -> asyncio.Future[str]:
         """Begins at once, in a thread where hashing takes longer than going there."""
@@ -296,8 +340,7 @@ class S3Store:
 
         async def attempt(_: Attempt) -> None:
             answer = await self._calls.send("delete_many", None, "delete_objects", parameters)
-            if answer.get("Errors"):
-                raise TransientFaultError("not_all_deleted", counts=False)
+            raise_for_keys(answer.get("Errors", ()), "delete_many")
 
         await self._resilience.call("delete_many", attempt)
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 
+from storage.byte_budget import ByteBudget
 from storage.counters import REQUESTS, Counters
 from storage.digests import Digest, is_hash
 from storage.errors import IntegrityError, ObjectNotFound
@@ -75,13 +77,21 @@ class S3Calls:
     async def head(self, operation: str, key: str) -> Answer:
         return await self.send(operation, key, "head_object", {"Key": key})
 
-    async def get(self, operation: str, key: str, state: Attempt) -> tuple[memoryview, str | None]:
-        """The whole object, of the length that was announced, and the SHA-256 that was noted with it."""
+    async def get(self, operation: str, key: str, state: Attempt, room: ByteBudget) -> tuple[memoryview, str | None]:
+        """The whole object, of the length that was announced, and the SHA-256 that was noted with it.
+
+        Large ones are read where there is `room`.
+        """
         self._counters.add(REQUESTS, operation=operation, method="get_object")
-        with mapped(operation, key):
-            found = await self._bodies.open(key)
+        async with AsyncExitStack() as held:
+            with mapped(operation, key):
+                found = await self._bodies.open(key)
             state.allow_for(found.size_bytes)
-            data = await found.read()
+            if found.size_bytes > MIB:
+                async with state.standing_still():
+                    await held.enter_async_context(room.hold(found.size_bytes))
+            with mapped(operation, key):
+                data = await found.read()
         if len(data) != found.size_bytes:
             raise TransientFaultError("truncated")
         return data, found.sha256

@@ -15,7 +15,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import aiohttp
@@ -47,6 +47,11 @@ _THROTTLES = frozenset(
 )
 _DENIALS = frozenset({"AccessDenied", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"})
 _CONFLICTS = frozenset({"ConditionalRequestConflict", "OperationAborted"})
+
+# S3 gives the refusal of one key among many no status of its own.
+_OF_ONE_KEY = 400
+# Why `StorageRefused` is raised for a 412.
+PRECONDITION = "precondition"
 
 _TIMEOUTS = (
     TimeoutError,
@@ -101,6 +106,19 @@ def translate(error: Exception, operation: str, key: str | None) -> Exception | 
     return None
 
 
+def raise_for_keys(errors: Iterable[Mapping[str, str]], operation: str) -> None:
+    """Raise our error for the keys that a call on many of them, itself a success, names with a `Code` each.
+
+    Of several, the one that another attempt may mend: it brings the others back. A key that is missing is no error.
+    """
+    ours = [
+        _translate_refusal(Refusal(_OF_ONE_KEY, error.get("Code", "")), operation, error["Key"]) for error in errors
+    ]
+    found = [error for error in ours if not isinstance(error, ObjectNotFound)]
+    if found:
+        raise max(found, key=lambda error: (isinstance(error, TransientFaultError), getattr(error, "counts", False)))
+
+
 def _refusal_in(error: botocore_errors.ClientError) -> Refusal:
     code = str(error.response.get("Error", {}).get("Code", ""))
     return Refusal(int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)), code)
@@ -140,5 +158,5 @@ def _translate_refusal(refusal: Refusal, operation: str, key: str | None) -> Exc
 
 
 def _reason(status: int) -> str:
-    known = {400: "bad_request", 405: "not_allowed", 412: "precondition", 416: "range", 501: "not_implemented"}
+    known = {400: "bad_request", 405: "not_allowed", 412: PRECONDITION, 416: "range", 501: "not_implemented"}
     return known.get(status, f"status_{status}")

@@ -6,27 +6,25 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from collections.abc import Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from storage.bounded import run_bounded
 from storage.byte_budget import ByteBudget
 from storage.counters import CLEANUP_FAILURES, Counters
 from storage.digests import Digest, sha256_file
-from storage.errors import IntegrityError, StorageError, StorageTimeout
+from storage.errors import IntegrityError, StorageError, StorageRefused, StorageUnavailable
 from storage.file_parts import FilePart, PartWriter
+from storage.keys import owner_of
 from storage.objects import ObjectInfo
 from storage.resilience import Attempt, Resilience, TransientFaultError
-from storage.s3_calls import S3Calls, description
-from storage.s3_maintenance import UNPROBED
+from storage.s3_calls import Answer, S3Calls, description
+from storage.s3_maintenance import UNPROBED, Maintenance
 from storage.settings import MIB, S3Settings
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 PARTS_MAX = 10_000
 HASHED_AT_ONCE_BYTES = 16 * MIB
@@ -59,16 +57,25 @@ class _SentPart:
 class FileTransfers:
     """Multipart uploads and ranged downloads.
 
-    At one time `parts_in_flight` parts of each transfer are on their way, and `bytes_in_flight_max` bytes of all
-    together; in memory is a piece or two of each.
+    At one time `parts_in_flight` parts of each transfer are on their way, within `in_flight` all together; in memory is
+    a piece or two of each. Whoever calls bounds the time of a whole transfer.
     """
 
-    def __init__(self, calls: S3Calls, resilience: Resilience, settings: S3Settings, counters: Counters) -> None:
+    def __init__(
+        self,
+        calls: S3Calls,
+        resilience: Resilience,
+        maintenance: Maintenance,
+        in_flight: ByteBudget,
+        settings: S3Settings,
+        counters: Counters,
+    ) -> None:
         self._calls = calls
+        self._maintenance = maintenance
         self._counters = counters
         self._resilience = resilience
         self._settings = settings
-        self._in_flight = ByteBudget(settings.bytes_in_flight_max)
+        self._in_flight = in_flight
         self._aborts: set[asyncio.Task[None]] = set()
 
     async def aclose(self) -> None:
@@ -85,32 +92,19 @@ class FileTransfers:
         # sending where the backend would forget it.
         keeps_notes = UNPROBED[self._settings.backend]["keeps_metadata"]
         sha256 = await asyncio.to_thread(sha256_file, path) if keeps_notes else None
-        upload = self._upload_parts(path, key, before, sha256, content_type)
-        return await self._within("upload_file", before.size_bytes, upload)
+        return await self._upload_parts(path, key, before, sha256, content_type)
 
     async def download(self, info: ObjectInfo, path: Path, *, expected_sha256: str | None) -> ObjectInfo:
         """Into a hidden file beside `path`, which it replaces once complete and verified."""
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         try:
-            sha256 = await self._within("download_file", info.size_bytes, self._download_parts(info, temporary))
+            sha256 = await self._download_parts(info, temporary)
             if expected_sha256 is not None and sha256 != expected_sha256:
                 raise IntegrityError(info.key, expected_sha256, sha256)
             await asyncio.to_thread(temporary.replace, path)
         finally:
             temporary.unlink(missing_ok=True)
         return ObjectInfo(info.key, info.size_bytes, sha256, info.modified_at, info.content_type)
-
-    async def _within(self, operation: str, size_bytes: int, work: Coroutine[Any, Any, T]) -> T:
-        """Bound a transfer as a whole; its attempts have their own, shorter, bounds."""
-        settings = self._settings
-        deadline_s = settings.deadline_s + size_bytes / settings.throughput_min_bytes_per_s
-        try:
-            async with asyncio.timeout(deadline_s) as deadline:
-                return await work
-        except TimeoutError as error:
-            if not deadline.expired():
-                raise
-            raise StorageTimeout(operation, deadline_s) from error
 
     async def _upload_parts(
         self, path: Path, key: str, before: _Look, sha256: str | None, content_type: str | None
@@ -130,10 +124,13 @@ class FileTransfers:
             if await asyncio.to_thread(_look_of, path) != before:
                 raise IntegrityError(key, sha256 or "one file", "a file that changes")
             return await self._complete_upload(key, digest, upload_id, sent, content_type)
-        except BaseException:
+        except BaseException as error:
             abort = asyncio.create_task(self._abort_upload(key, upload_id))
             self._aborts.add(abort)
             abort.add_done_callback(self._aborts.discard)
+            if isinstance(error, StorageUnavailable):
+                # To begin it took an attempt.
+                raise error.after(1) from error
             raise
         finally:
             hashing.cancel()
@@ -179,24 +176,38 @@ class FileTransfers:
     ) -> ObjectInfo:
         named = [{"PartNumber": part.number, "ETag": part.etag} for part in parts]
         parameters = {"Key": key, "UploadId": upload_id, "MultipartUpload": {"Parts": named}}
+        answer: Answer | None = None
 
         async def attempt(state: Attempt) -> ObjectInfo:
-            if state.ambiguous and (stored := await self._calls.stored("upload_file", key, digest)):
-                return stored
-            answer = await self._calls.send("upload_file", key, "complete_multipart_upload", parameters)
+            # An upload can be completed once only: from then on there is nothing to do but to look at the object.
+            nonlocal answer
+            if answer is None:
+                if state.ambiguous and (stored := await self._calls.stored("upload_file", key, digest)):
+                    return stored
+                answer = await self._completed(key, parameters, was_tried=state.ambiguous)
             return await self._calls.confirmed("upload_file", key, digest, content_type, answer)
 
-        return await self._resilience.call("upload_file", attempt, size_bytes=digest.size_bytes)
+        try:
+            return await self._resilience.call("upload_file", attempt, size_bytes=digest.size_bytes)
+        except IntegrityError:
+            await self._maintenance.discard("upload_file", key, "corrupted_object")
+            raise
+
+    async def _completed(self, key: str, parameters: dict[str, Any], *, was_tried: bool) -> Answer:
+        try:
+            return await self._calls.send("upload_file", key, "complete_multipart_upload", parameters)
+        except StorageRefused as error:
+            if was_tried and error.reason == "no_such_upload":
+                return {}
+            raise
 
     async def _abort_upload(self, key: str, upload_id: str) -> None:
-        async def attempt(_: Attempt) -> None:
-            await self._calls.send("upload_file", key, "abort_multipart_upload", {"Key": key, "UploadId": upload_id})
-
         try:
-            await self._resilience.call("upload_file", attempt)
+            await self._maintenance.abort_upload(key, upload_id)
         except StorageError as error:
             self._counters.add(CLEANUP_FAILURES, resource="multipart_upload")
-            logger.warning("an unfinished upload was left behind", extra={"code": error.code})
+            owner = owner_of(self._settings.prefix, key)
+            logger.warning("the unfinished upload %s of %s was left behind (%s)", upload_id, owner, error.code)
 
     async def _download_parts(self, info: ObjectInfo, target: Path) -> str:
         """Returns the SHA-256 of what is in the file, which is read back while later parts are still on their way."""

@@ -12,9 +12,9 @@ class S3Settings(BaseModel):
 
     `endpoint_url` None means AWS. `public_endpoint_url` is what clients can reach and what presigned URLs are
     signed for; None means `endpoint_url`. Missing keys mean the usual AWS credential chain, with backend "aws"
-    only. `deadline_s` bounds an operation with all its attempts, `attempt_timeout_s` one attempt; both grow by
-    size / `throughput_min_bytes_per_s` where a body is moved. `bytes_in_flight_max` bounds the parts of files that one
-    storage actor holds in memory.
+    only. `deadline_s` bounds an operation with all its calls and attempts, `attempt_timeout_s` one attempt; both grow
+    by size / `throughput_min_bytes_per_s` where a body is moved. `bytes_in_flight_max` bounds what a storage actor has
+    of each of these at one time: files on their way, objects being read, requests of its node.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,9 +79,10 @@ class SweepSettings(BaseModel):
     """How long what nobody needs is kept, in seconds; None keeps it for ever. A sweep runs every `interval_s`.
 
     Results and samples count from the end of their process. The others count from the last sign of life: a presigned
-    upload that was never used (`staging`), a data set's files without a manifest (`unfinished`; also Ray Train's own
-    files of a process that has ended), latents, texts and captions that trainings share and can make again (`kept`),
-    a multipart upload (`multipart`), a file that the embedded server left when it was killed (`temporary`).
+    upload that was never used (`staging`), a data set's or an imported adapter's files without a manifest
+    (`unfinished`; also Ray Train's own files of a process that has ended), latents, texts and captions that trainings
+    share and can make again (`kept`), a multipart upload (`multipart`), a file that the embedded server left when it
+    was killed (`temporary`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -6,14 +6,16 @@
     files of Ray Train that its driver left  its end is older than `unfinished_ttl_s`
     a presigned upload that became no data   its newest file is older than `staging_ttl_s`
     a data set's files without a manifest    the newest is older than `unfinished_ttl_s`, and no manifest names them
+    an adapter's file without a manifest     it is older than `unfinished_ttl_s`
     probes of the capability test            likewise
     pictures to start from, without a job    likewise
     a multipart upload                       it began longer ago than `multipart_ttl_s`
     the embedded server's temporary files    unchanged for `temporary_ttl_s`
 
 Nothing of a job that is queued or runs is touched, nor of one that such a job names in its request, nor anything else
-of a process without a record, nor any key of a layout that is not ours. The record is looked at again right before each
-removal.
+of a process without a record, nor any key of a layout that is not ours. A process's record is read once its objects are
+listed, an adapter's manifest again before its file goes. The mirrored records stay, as the records themselves do: there
+is one small object for each, which every change replaces.
 """
 
 from __future__ import annotations
@@ -45,9 +47,11 @@ JOB_IDS = re.compile(r"(?:train|gen)_[0-9a-f]{12}")
 GROUP_KINDS = {
     "staging": SweepKind.STAGING,
     "datasets": SweepKind.UNFINISHED,
+    "loras": SweepKind.UNFINISHED,
     "kept": SweepKind.KEPT,
     "probes": SweepKind.PROBES,
 }
+WITH_MANIFEST = frozenset({"datasets", "loras"})
 
 
 class SweptStore(ObjectStore, StoreMaintenance, Protocol):
@@ -156,15 +160,17 @@ class Sweeper:
         age = tour.now - group.newest
         if ttl_s is None or age < timedelta(seconds=ttl_s):
             return
-        doomed = await self._unfinished(group) if group.place.kind == "datasets" else group.objects
+        doomed = await self._unfinished(group) if group.place.kind in WITH_MANIFEST else group.objects
         await self._remove(tour, kind, group.place.name, doomed, age)
 
     async def _unfinished(self, group: _Group) -> list[ObjectInfo]:
-        """The files of an upload that has no manifest, but those that a later upload took over."""
-        place = group.place
+        """The files of what has no manifest, but those that a later upload of their data set took over."""
+        place, keys = group.place, Keys(self._prefix, group.place.tenant)
         if any(info.key.endswith(f"/{MANIFEST_NAME}") for info in group.objects):
             return []
-        named = await referenced_keys(self._store, Keys(self._prefix, place.tenant), place.folder)
+        if place.kind == "loras" and await self._store.exists(keys.imported_lora_manifest(place.name)):
+            return []
+        named = await referenced_keys(self._store, keys, place.folder) if place.kind == "datasets" else frozenset()
         return [info for info in group.objects if info.key not in named]
 
     async def _sweep_process(self, tour: _Tour, group: _Group) -> None:

@@ -13,8 +13,11 @@ from train_jobs import aitoolkit_keys as keys
 from train_jobs import aitoolkit_values as values
 from train_jobs.aitoolkit_datasets import dataset_name, read_datasets
 from train_jobs.aitoolkit_generate import parse_generate_yaml
+from train_jobs.aitoolkit_network import read_network
+from train_jobs.aitoolkit_optimizer import read_optimizer, read_schedule
 from train_jobs.aitoolkit_quantization import read_quantization
 from train_jobs.aitoolkit_samples import read_sample
+from train_jobs.aitoolkit_timesteps import read_timesteps
 from train_jobs.config_reader import ConfigReader, Ignored, ParsedConfig, copy_keys, read_architecture
 from train_jobs.spec import TrainSpec, check_model_name
 from train_jobs.strict_yaml import read_mapping
@@ -29,7 +32,6 @@ DTYPES = {
     "float32": "fp32",
     "float": "fp32",
 }
-NETWORK_TYPES = ("lora", "locon", "dora", "lokr", "loha")
 PLACES = {
     "network": "network",
     "model": "model.name_or_path",
@@ -43,7 +45,6 @@ PLACES = {
     "workers": "workers",
     "wandb": "logging",
 }
-PRODIGY_RATE_MIN = 0.1
 SAVE_DTYPES = DTYPES | {"fp16": "fp16", "float16": "fp16", "half": "fp16"}
 
 
@@ -70,8 +71,8 @@ def _train_process(reader: ConfigReader, name: str, process: dict[str, Any], pat
     reader.put("name", name, "config.name")
     trigger = process.get("trigger_word")
     copy_keys(reader, process, path, {"trigger_word": "trigger_word", "subject_id": "subject_id"})
-    _network(reader, process.get("network"), f"{path}.network")
     family = _model(reader, process.get("model"), f"{path}.model", local=local)
+    read_network(reader, process.get("network"), f"{path}.network", family)
     updates_per = _train(reader, process, path, family)
     _save(reader, process.get("save"), f"{path}.save", updates_per)
     _validation(reader, process.get("validation"), f"{path}.validation", updates_per, local=local)
@@ -84,48 +85,13 @@ def _train_process(reader: ConfigReader, name: str, process: dict[str, Any], pat
     read_sample(reader, process.get("sample"), f"{path}.sample", trigger, updates_per, disabled=disabled, family=family)
 
 
-def _network(reader: ConfigReader, value: Any, path: str) -> None:
-    if value is None:
-        reader.problem(path, "is missing: only LoRA training is supported", "missing")
-        return
-    kind = value.get("type", "lora") if isinstance(value, dict) else "lora"
-    network = reader.section(value, path, keys.LOKR_NETWORK if kind == "lokr" else keys.NETWORK)
-    if kind not in NETWORK_TYPES:
-        reader.problem(
-            f"{path}.type", f"only the network types {', '.join(NETWORK_TYPES)} are supported", "unsupported"
-        )
-    elif kind not in ("lora", "locon"):
-        reader.put("network.type", kind, f"{path}.type")
-    rank_key = "rank" if "rank" in network else "linear"
-    alpha_key = "linear_alpha" if "linear_alpha" in network else "alpha"
-    reader.put("network.rank", network.get(rank_key, 4), f"{path}.{rank_key}")
-    reader.put("network.alpha", network.get(alpha_key, 1.0), f"{path}.{alpha_key}")
-    names = {
-        "conv": "conv_rank",
-        "dropout": "dropout",
-        "lokr_full_rank": "lokr_full_rank",
-        "lokr_factor": "lokr_factor",
-    }
-    if kind in ("lokr", "loha") and network.get("dropout"):
-        del names["dropout"]
-        reader.warn(f"{path}.dropout", f"has no effect on {kind}")
-    copy_keys(reader, network, path, {key: f"network.{target}" for key, target in names.items()})
-    if "conv" in network:
-        reader.put("network.conv_alpha", network.get("conv_alpha", network["conv"]), f"{path}.conv_alpha")
-    if network.get("pretrained_lora_path"):
-        reader.put("network.pretrained", network["pretrained_lora_path"], f"{path}.pretrained_lora_path")
-    at = f"{path}.network_kwargs"
-    filters = reader.section(network.get("network_kwargs"), at, keys.NETWORK_KWARGS)
-    for key, value in filters.items():
-        reader.put(f"network.{key}", [value] if isinstance(value, str) else value, f"{at}.{key}")
-
-
 def _train(reader: ConfigReader, process: dict[str, Any], path: str, family: str | None) -> int:
     """The `train` section. Returns how many of the file's steps make one optimizer update."""
     at = f"{path}.train"
     train = reader.section(process.get("train"), at, keys.TRAIN)
     lr_key = "unet_lr" if "unet_lr" in train else "lr"
     reader.put("train.learning_rate", train.get(lr_key, 1e-6), f"{at}.{lr_key}")
+    reader.put("train.gradient_checkpointing", True, f"{at}.gradient_checkpointing")
     copy_keys(
         reader,
         train,
@@ -144,18 +110,33 @@ def _train(reader: ConfigReader, process: dict[str, Any], path: str, family: str
     )
     if train.get("train_text_encoder") and "text_encoder_lr" in train:
         reader.put("train.text_encoder_learning_rate", train["text_encoder_lr"], f"{at}.text_encoder_lr")
-    _timesteps(reader, train, at, family)
+    read_timesteps(reader, train, at, family)
+    for key in ("unet_lr", "text_encoder_lr"):
+        if train.get(key, train.get("lr")) != train.get("lr"):
+            reader.warn(f"{at}.{key}", "is honoured here; ai-toolkit trains all of an adapter at 'lr'")
+    _guidance(reader, train, at, family)
     _average(reader, train.get("ema_config"), f"{at}.ema_config")
     if "training_seed" in process:
         reader.put("train.seed", process["training_seed"], f"{path}.training_seed")
     _dtype(reader, train.get("dtype", "fp32"), f"{at}.dtype")
-    _optimizer(reader, train, at)
+    read_optimizer(reader, train, at)
     _preview_switches(reader, train, at)
     updates_per = _accumulation(reader, train, at)
     steps = reader.count(train.get("steps", 1000), f"{at}.steps")
     reader.put("train.steps", -(-steps // updates_per), f"{at}.steps")
-    _schedule(reader, train, at, updates_per)
+    read_schedule(reader, train, at, updates_per)
     return updates_per
+
+
+def _guidance(reader: ConfigReader, train: dict[str, Any], path: str, family: str | None) -> None:
+    """Only FLUX.1's guidance is left out in ai-toolkit, whatever the file says of other models."""
+    at = f"{path}.bypass_guidance_embedding"
+    if "bypass_guidance_embedding" not in train or not reader.flag(train["bypass_guidance_embedding"], at):
+        return
+    if family == "flux1":
+        reader.put("train.bypass_guidance_embedding", True, at)
+    else:
+        reader.warn(at, "has no effect on this model: it is for FLUX.1")
 
 
 def _dtype(reader: ConfigReader, value: Any, path: str) -> None:
@@ -164,51 +145,6 @@ def _dtype(reader: ConfigReader, value: Any, path: str) -> None:
         reader.put("train.dtype", dtype, path)
         if isinstance(value, str) and SAVE_DTYPES[value.lower()] == "fp16":
             reader.warn(path, "is trained as bf16: the same memory, and no loss scaling is needed")
-
-
-def _optimizer(reader: ConfigReader, train: dict[str, Any], path: str) -> None:
-    written = train.get("optimizer", "adamw")
-    name = reader.choice(written, f"{path}.optimizer", values.OPTIMIZERS)
-    if name is not None:
-        reader.put("train.optimizer.type", name, f"{path}.optimizer")
-    if isinstance(written, str) and written.lower().endswith("8bit"):
-        told = "is run with 8-bit state where there is a GPU and bitsandbytes, else with full-precision state"
-        reader.warn(f"{path}.optimizer", told if name == "adamw8bit" else "is run with full-precision state")
-    rate = train.get("unet_lr", train.get("lr"))
-    if name == "prodigy" and isinstance(rate, int | float) and rate < PRODIGY_RATE_MIN:
-        # Prodigy finds the rate and takes this one as a factor; ai-toolkit reads small ones as 1 too.
-        reader.put("train.learning_rate", 1.0, f"{path}.lr")
-        reader.warn(f"{path}.lr", "is taken as 1 for Prodigy, which finds the rate by itself")
-    at = f"{path}.optimizer_params"
-    params = reader.section(train.get("optimizer_params"), at, keys.OPTIMIZER_PARAMS)
-    copy_keys(reader, params, at, {key: f"train.optimizer.{key}" for key in ("eps", "weight_decay", "d_coef")})
-    if "betas" in params:
-        betas = params["betas"]
-        if isinstance(betas, list) and len(betas) == 2:
-            reader.put("train.optimizer.beta1", betas[0], f"{at}.betas")
-            reader.put("train.optimizer.beta2", betas[1], f"{at}.betas")
-        else:
-            reader.problem(f"{at}.betas", "must be two numbers")
-
-
-def _timesteps(reader: ConfigReader, train: dict[str, Any], path: str, family: str | None) -> None:
-    kind = reader.choice(train.get("timestep_type", "sigmoid"), f"{path}.timestep_type", values.TIMESTEP_TYPES)
-    if "linear_timesteps" in train and reader.flag(train["linear_timesteps"], f"{path}.linear_timesteps"):
-        kind = "linear"
-    if kind is not None:
-        reader.put("train.timesteps.kind", kind, f"{path}.timestep_type")
-    bias = reader.choice(train.get("content_or_style", "balanced"), f"{path}.content_or_style", values.BIASES)
-    if bias is not None:
-        reader.put("train.timesteps.bias", bias, f"{path}.content_or_style")
-    for key, target in {"min_denoising_steps": "first", "max_denoising_steps": "last"}.items():
-        if key in train:
-            value = train[key]
-            # 1000 is a usual way to write "to the end".
-            reader.put(f"train.timesteps.{target}", 999 if value == 1000 else value, f"{path}.{key}")
-    at = f"{path}.noise_scheduler"
-    noise = reader.choice(train.get("noise_scheduler", "ddpm"), at, values.NOISE_SCHEDULERS)
-    if "noise_scheduler" in train and family is not None and (noise == "flow") != (family in values.FLOW_FAMILIES):
-        reader.warn(at, "is for other models; this one is trained with its own noise")
 
 
 def _average(reader: ConfigReader, value: Any, path: str) -> None:
@@ -288,32 +224,6 @@ def _accumulation(reader: ConfigReader, train: dict[str, Any], path: str) -> int
     return across
 
 
-def _schedule(reader: ConfigReader, train: dict[str, Any], path: str, updates_per: int) -> None:
-    at = f"{path}.lr_scheduler"
-    name = train.get("lr_scheduler", "constant")
-    if not isinstance(name, str) or name not in values.SCHEDULERS:
-        known = ", ".join(sorted(values.SCHEDULERS))
-        reader.problem(at, f"this schedule is not supported here; supported: {known}", "unsupported")
-        return
-    reader.put("train.schedule.type", name, at)
-    params_at = f"{path}.lr_scheduler_params"
-    params = reader.section(train.get("lr_scheduler_params"), params_at, keys.SCHEDULER_PARAMS)
-    if name == "linear":
-        # torch's LinearLR, which ai-toolkit uses, rises from a third of the rate unless told otherwise.
-        reader.put("train.schedule.start_factor", params.get("start_factor", 1 / 3), f"{params_at}.start_factor")
-        reader.put("train.schedule.end_factor", params.get("end_factor", 1.0), f"{params_at}.end_factor")
-    if name == "constant_with_warmup":
-        warmup = reader.count(params.get("num_warmup_steps", 1000), f"{params_at}.num_warmup_steps")
-        reader.put("train.schedule.warmup_steps", -(-warmup // updates_per), f"{params_at}.num_warmup_steps")
-    names = {"eta_min": "min_learning_rate", "factor": "factor", "gamma": "gamma"}
-    copy_keys(reader, params, params_at, {key: f"train.schedule.{target}" for key, target in names.items()})
-    for key, target in {"total_iters": "total_steps", "T_max": "total_steps", "T_0": "total_steps",
-                        "step_size": "step_size"}.items():  # fmt: skip
-        if key in params:
-            total = reader.count(params[key], f"{params_at}.{key}")
-            reader.put(f"train.schedule.{target}", -(-total // updates_per), f"{params_at}.{key}")
-
-
 def _save(reader: ConfigReader, value: Any, path: str, updates_per: int) -> None:
     save = reader.section(value, path, keys.SAVE)
     every = reader.count(save.get("save_every", 1000), f"{path}.save_every")
@@ -334,6 +244,10 @@ def _model(reader: ConfigReader, value: Any, path: str, *, local: bool) -> str |
     if flags:
         reader.put("train.compile", any(flags), f"{path}.compile")
     read_quantization(reader, model, path)
+    encoders = [
+        n for n in (1, 2) if reader.flag(model.get(f"use_text_encoder_{n}", True), f"{path}.use_text_encoder_{n}")
+    ]
+    reader.put("train.trained_text_encoders", encoders, f"{path}.use_text_encoder_1")
     name = model.get("name_or_path")
     at = f"{path}.name_or_path"
     if not isinstance(name, str) or not name:

@@ -55,9 +55,14 @@ def _dataset(reader: ConfigReader, value: Any, path: str, index: int, trigger: A
     word = dataset.get("trigger_word", trigger)
     if word:
         put("trigger_word", word, "trigger_word")
-    if "caption_ext" in dataset:
-        extension = dataset["caption_ext"]
-        put("caption_ext", f".{extension.lstrip('.')}" if isinstance(extension, str) else extension, "caption_ext")
+    if trigger and dataset.get("caption_dropout_rate") and not dataset.get("is_reg"):
+        # In ai-toolkit the process's trigger word is put in front of what dropping has left, too.
+        put("dropped_caption", trigger, "caption_dropout_rate")
+    # The older name outweighs the newer one, as in ai-toolkit.
+    ext_key = "caption_type" if dataset.get("caption_type") else "caption_ext"
+    if ext_key in dataset:
+        extension = dataset[ext_key]
+        put("caption_ext", f".{extension.lstrip('.')}" if isinstance(extension, str) else extension, ext_key)
     resolution = dataset.get("resolution", 512)
     put("resolutions_px", resolution if isinstance(resolution, list) else [resolution], "resolution")
     return entry

@@ -76,8 +76,9 @@ LOGGING = Section(
 
 SAVE = Section(
     honoured=_keys("save_every dtype max_step_saves_to_keep"),
-    ignored=_because("nothing is pushed to a hub", "hf_repo_id hf_private"),
-    refused={"save_format": "safetensors", "push_to_hub": False},
+    ignored=_because("nothing is pushed to a hub", "hf_repo_id hf_private")
+    | {"save_format": "an adapter is stored as safetensors, under diffusers' and kohya's key names"},
+    refused={"push_to_hub": False},
 )
 
 SAMPLE = Section(
@@ -127,7 +128,7 @@ TRAIN = Section(
         " noise_offset skip_first_sample force_first_sample max_grad_norm gradient_accumulation_steps"
         " gradient_accumulation disable_sampling seed text_encoder_lr train_text_encoder timestep_type content_or_style"
         " min_denoising_steps max_denoising_steps ema_config noise_scheduler reg_weight gradient_checkpointing"
-        " linear_timesteps strategy"
+        " linear_timesteps strategy bypass_guidance_embedding"
     ),
     ignored=_because(SPEED, "xformers sdp attention_backend do_paramiter_swapping")
     | _because(SPEED, "paramiter_swapping_factor max_loss_debug show_turbo_outputs single_item_batching")
@@ -144,7 +145,7 @@ TRAIN = Section(
         " target_norm_std_value latent_feature_loss_weight diffusion_feature_extractor_weight guidance_loss_target"
         " do_guidance_loss_cfg_zero guidance_loss_schedule unconditional_prompt differential_guidance_scale"
         " switch_boundary_every t0_velocity_equiv_weight do_fft_velocity_equiv_weight learnable_snr_gos"
-        " short_and_long_captions_encoder_split match_adapter_assist bypass_guidance_embedding",
+        " short_and_long_captions_encoder_split match_adapter_assist",
     ),
     refused={
         "linear_timesteps2": False,
@@ -226,9 +227,10 @@ SCHEDULER_PARAMS = Section(
 )
 
 QUANTIZATION = _keys("quantize quantize_te qtype qtype_te quantize_kwargs")
+TEXT_ENCODERS = _keys("use_text_encoder_1 use_text_encoder_2")
 
 MODEL = Section(
-    honoured=_keys("name_or_path arch is_xl is_flux is_v3 compile block_compile") | QUANTIZATION,
+    honoured=_keys("name_or_path arch is_xl is_flux is_v3 compile block_compile") | QUANTIZATION | TEXT_ENCODERS,
     ignored=_because(
         MEMORY,
         "dtype vae_device vae_dtype te_device te_dtype low_vram text_encoder_bits"
@@ -236,9 +238,9 @@ MODEL = Section(
         " layer_offloading layer_offloading_transformer_percent layer_offloading_text_encoder_percent",
     )
     | _because(SPEED, "attn_masking compile_mode compile_fullgraph compile_dynamic cache_size_limit")
-    | _because(DEPENDENT, "refiner_start_at experimental_xl use_flux_cfg latent_space_version use_text_encoder_1")
-    | _because(DEPENDENT, "use_text_encoder_2 unet_sample_size"),
+    | _because(DEPENDENT, "refiner_start_at experimental_xl latent_space_version unet_sample_size"),
     refused={
+        "use_flux_cfg": False,
         "is_v2": False,
         "is_pixart": False,
         "is_pixart_sigma": False,
@@ -269,7 +271,7 @@ DATASET = Section(
     honoured=_keys(
         "folder_path dataset_path default_caption trigger_word caption_ext resolution buckets bucket_tolerance"
         " caption_dropout_rate flip_x flip_y num_repeats shuffle_tokens keep_tokens token_dropout_rate is_reg"
-        " loss_multiplier mask_path mask_min_value invert_mask alpha_mask"
+        " loss_multiplier mask_path mask_min_value invert_mask alpha_mask caption_type"
     ),
     ignored=_because(
         CACHED,
@@ -283,7 +285,7 @@ DATASET = Section(
         DEPENDENT,
         "diff_output_preservation_class random_triggers_max num_controls_from_same_folder"
         " control_transparent_color full_size_control_images guidance_type clip_image_augmentations"
-        " clip_image_shuffle_augmentations shuffle_augmentations caption_type",
+        " clip_image_shuffle_augmentations shuffle_augmentations",
     ),
     refused={
         "batch_size": None,
@@ -344,7 +346,7 @@ GENERATE = Section(
 )
 
 GENERATE_MODEL = Section(
-    honoured=(MODEL.honoured - QUANTIZATION) | {"lora_path"},
-    ignored={**MODEL.ignored, **dict.fromkeys(QUANTIZATION, MEMORY)},
+    honoured=(MODEL.honoured - QUANTIZATION - TEXT_ENCODERS) | {"lora_path"},
+    ignored={**MODEL.ignored, **dict.fromkeys(QUANTIZATION, MEMORY), **dict.fromkeys(TEXT_ENCODERS, DEPENDENT)},
     refused={key: value for key, value in MODEL.refused.items() if key != "lora_path"},
 )

@@ -18,6 +18,7 @@ ARCHITECTURES = {
     "sd3": "sd3",
     "sd35": "sd3",
     "flux": "flux1",
+    "flex1": "flux1",
     "flux1": "flux1",
     "flux_schnell": "flux1",
     "flux2": "flux2_dev",
@@ -27,7 +28,7 @@ ARCHITECTURES = {
     "zimage": "z_image",
     "z_image": "z_image",
 }
-"""ai-toolkit's architectures (`ModelConfig.arch`) by the names of the families here."""
+"""ai-toolkit's architectures (`ModelConfig.arch`, without the tag after a colon) by the names of the families here."""
 ARCHITECTURE_FLAGS = {"is_xl": "sdxl", "is_v3": "sd3", "is_flux": "flux1"}
 FLOW_FAMILIES = frozenset({"sd3", "flux1", "flux2_klein", "flux2_dev", "qwen_image", "z_image"})
 OPTIMIZERS = {
@@ -41,6 +42,16 @@ OPTIMIZERS = {
     "lion": "lion",
     "lion8bit": "lion",
 }
+OPTIMIZER_DEFAULTS: dict[str, dict[str, float]] = {
+    "adam": {"eps": 1e-6, "weight_decay": 0.0},
+    "adamw": {"eps": 1e-6, "weight_decay": 0.01},
+    "adamw8bit": {"eps": 1e-6, "weight_decay": 0.01},
+    "adafactor": {"weight_decay": 0.0},
+    "prodigy": {"eps": 1e-6, "weight_decay": 0.0},
+    "lion": {"beta2": 0.99, "weight_decay": 0.0},
+}
+"""What ai-toolkit's `toolkit/optimizer.py` and the packages behind it take where a file says nothing, by the name here.
+Betas are 0.9 and 0.999 unless they are listed."""
 QTYPES = {
     "qfloat8": "float8",
     "float8": "float8",
@@ -56,10 +67,13 @@ SCHEDULERS = frozenset(["constant", "cosine", "linear", "constant_with_warmup", 
 TIMESTEP_TYPES = {
     "sigmoid": "sigmoid",
     "linear": "linear",
+    "weighted": "linear",
     "shift": "shift",
     "flux_shift": "shift",
     "lumina2_shift": "shift",
 }
+LOSS_WEIGHTINGS = {"weighted": "measured"}
+"""Timestep types that are even over the noise levels and weigh the loss instead."""
 BIASES = {"balanced": "balanced", "content": "content", "style": "style"}
 NOISE_SCHEDULERS = {"ddpm": "discrete", "flowmatch": "flow"}
 SAMPLERS = {

@@ -6,7 +6,7 @@ latents of a mirrored picture are not the mirrored latents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,12 +28,15 @@ TEXT_BATCH = 16
 PIXELS_PER_BATCH = 4 * 1024 * 1024
 LATENTS, TEXTS = "latents", "texts"
 VERSION = 1
-"""To be raised when pictures are scaled or encoded in another way: what was kept before is then no longer found."""
+LATENTS_VERSION = 2
+"""To be raised when texts or pictures are scaled or encoded in another way: what was kept before is then no longer
+found. Of latents 2 since pictures of 16 bits are read as they are."""
 
 
 @dataclass(frozen=True)
 class CachedUse:
-    """Mean and standard deviation of a picture's latents, float32 on the CPU, and its caption's row in the texts.
+    """Mean and standard deviation of a picture's latents, float32 on the CPU, and the rows in the texts of its caption
+    and of what stands for a dropped one.
 
     `weight_1HW` weighs the loss over the picture with a mean of one; None where all of it counts alike. `text` is the
     caption without its trigger word, for `rules` that vary it.
@@ -43,6 +46,7 @@ class CachedUse:
     mean_CHW: Tensor
     std_CHW: Tensor
     text_row: int
+    dropped_row: int
     caption: str
     text: str
     rules: CaptionRules
@@ -59,7 +63,6 @@ class TrainingCache:
     uses: tuple[CachedUse, ...]
     entries: tuple[int, ...]
     texts: tuple[TextEmbeds, ...]
-    empty_text_row: int
 
     def entry(self, index: int) -> CachedUse:
         return self.uses[self.entries[index]]
@@ -118,7 +121,7 @@ class Encodings:
         if path not in self._pictures:
             self._pictures[path] = digest_of_file(path)
         how = [use.width_px, use.height_px, use.is_flipped, use.is_flipped_y]
-        return name_of(VERSION, self.latents_by, self._pictures[path], how)
+        return name_of(LATENTS_VERSION, self.latents_by, self._pictures[path], how)
 
 
 def build_cache(
@@ -136,7 +139,7 @@ def build_cache(
     `on_progress(done, total)` counts pictures. Raises ImageUnreadable, StorageError, and whatever the model raises.
     """
     peers = peers or Alone()
-    prompts = list(dict.fromkeys(["", *(use.picture.caption for use in uses)]))
+    prompts = list(dict.fromkeys([*(use.rules.dropped for use in uses), *(use.picture.caption for use in uses)]))
     rows = _encode_texts(family, prompts, encodings, peers, should_stop)
     if rows is None:
         return None
@@ -145,16 +148,17 @@ def build_cache(
         return None
     row_of = {prompt: row for row, prompt in enumerate(prompts)}
     entries = tuple(i for i, use in enumerate(uses) for _ in range(use.repeats))
-    cached = tuple(_cached(use, *moments[i], row_of[use.picture.caption]) for i, use in enumerate(uses))
-    return TrainingCache(cached, entries, tuple(rows[prompt] for prompt in prompts), row_of[""])
+    cached = tuple(_cached(use, *moments[i], row_of) for i, use in enumerate(uses))
+    return TrainingCache(cached, entries, tuple(rows[prompt] for prompt in prompts))
 
 
-def _cached(use: Use, mean_CHW: Tensor, std_CHW: Tensor, text_row: int) -> CachedUse:
+def _cached(use: Use, mean_CHW: Tensor, std_CHW: Tensor, row_of: Mapping[str, int]) -> CachedUse:
     return CachedUse(
         name=use.picture.name,
         mean_CHW=mean_CHW,
         std_CHW=std_CHW,
-        text_row=text_row,
+        text_row=row_of[use.picture.caption],
+        dropped_row=row_of[use.rules.dropped],
         caption=use.picture.caption,
         text=use.picture.text,
         rules=use.rules,

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import transformers
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from train_jobs.captions import with_trigger
-from train_jobs.data import Picture, on_white, own_text
+from diffusion.images import read_image
+from train_jobs.data import Picture, caption_of, on_white, own_text
 from train_jobs.errors import ModelNotAvailable
 from train_jobs.kept import Kept, digest_of_file, digest_of_files, name_of
 from train_jobs.models import resolve_model
@@ -27,7 +27,8 @@ from train_jobs.spec import PROMPT_MAX, CaptioningSpec, DatasetSpec
 logger = logging.getLogger(__name__)
 
 CAPTIONS = "captions"
-VERSION = 1
+VERSION = 2
+"""Of what a caption depends on besides its inputs: 2 since pictures of 16 bits are read as they are."""
 FLORENCE_TASK = "<DETAILED_CAPTION>"
 """What a model of the Florence-2 kind is asked unless told otherwise: it knows tasks by such names."""
 CHAT_PROMPT = "Describe this picture in one sentence."
@@ -55,9 +56,7 @@ class Captioner:
     @torch.no_grad()
     def caption(self, path: Path) -> str:
         """What the model says, its first choice of words, in one line."""
-        with Image.open(path) as opened:
-            image = on_white(ImageOps.exif_transpose(opened))
-        inputs = self._inputs(image).to(self._device)
+        inputs = self._inputs(on_white(read_image(path))).to(self._device)
         inputs = {k: v.to(self._model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
         ids_1L = self._model.generate(**inputs, do_sample=False, max_new_tokens=self._spec.max_new_tokens)
         return " ".join(self._processor.decode(self._new_tokens(ids_1L, inputs), skip_special_tokens=True).split())
@@ -156,6 +155,6 @@ def _with_captions(
     for picture in pictures:
         if said.get(picture.path):
             text = f"{spec.prefix}{said[picture.path]}{spec.suffix}"[:PROMPT_MAX].strip()
-            picture = replace(picture, text=text, caption=with_trigger(text, dataset.trigger_word))
+            picture = replace(picture, text=text, caption=caption_of(text, dataset))
         captioned.append(picture)
     return captioned

@@ -238,7 +238,7 @@ def read_architecture(reader: ConfigReader, model: dict[str, Any], path: str) ->
     named: str | None = None
     if "arch" in model:
         arch = model["arch"]
-        named = values.ARCHITECTURES.get(arch.lower()) if isinstance(arch, str) else None
+        named = values.ARCHITECTURES.get(arch.lower().partition(":")[0]) if isinstance(arch, str) else None
         if named is None:
             known = ", ".join(sorted(values.ARCHITECTURES))
             message = f"models of this kind are not supported here; supported: {known}"

@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from diffusion.images import read_image
 from train_jobs.captions import CaptionRules, with_trigger
 from train_jobs.errors import DatasetEmpty, ImageUnreadable
+from train_jobs.folder_files import masks_beside, picture_files
 from train_jobs.spec import DatasetSpec
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"})
 ROUNDING = 1e-9
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 
@@ -66,8 +67,9 @@ class Use:
         if spec is None:
             return CaptionRules(self.caption_dropout_rate)
         return CaptionRules(
-            self.caption_dropout_rate, spec.shuffle_tokens, spec.token_dropout_rate, spec.keep_tokens, spec.trigger_word
-        )
+            self.caption_dropout_rate, spec.shuffle_tokens, spec.token_dropout_rate, spec.keep_tokens,
+            spec.trigger_word, trigger_in_front=not spec.is_regularisation, dropped=spec.dropped_caption,
+        )  # fmt: skip
 
     @property
     def is_regularisation(self) -> bool:
@@ -88,14 +90,12 @@ def read_folder(folder: Path, spec: DatasetSpec, masks: Path | None = None) -> l
     for path in picture_files(folder):
         name = path.relative_to(folder).as_posix()
         try:
-            with Image.open(path) as image:
-                image.load()
-                width_px, height_px = ImageOps.exif_transpose(image).size
+            width_px, height_px = read_image(path).size
         except DECODE_ERRORS:
             broken.append(name)
             continue
         text = read_text(path, spec)
-        caption = with_trigger(text, spec.trigger_word)
+        caption = caption_of(text, spec)
         mask = mask_of.get(path.relative_to(folder).with_suffix("").as_posix(), beside.get(path.with_suffix("")))
         pictures.append(Picture(path, name, width_px, height_px, caption, text, mask))
     if broken:
@@ -114,40 +114,6 @@ def same_pictures(pictures: Sequence[Picture]) -> list[tuple[str, ...]]:
     return [tuple(names) for names in by_digest.values() if len(names) > 1]
 
 
-def picture_files(folder: Path) -> list[Path]:
-    """Files with a picture's suffix, hidden ones and masks beside pictures left out, in name order.
-
-    A missing folder has none.
-    """
-    masks = set(masks_beside(folder).values())
-    return [path for path in _image_files(folder) if path not in masks]
-
-
-def masks_beside(folder: Path) -> dict[Path, Path]:
-    """The masks that lie beside their pictures: `x_mask.png` for the picture `x.jpg`, whose path without a suffix leads
-    to it.
-    """
-    found = _image_files(folder)
-    pictures = {path.with_suffix("") for path in found}
-    masks = {_unmasked(path): path for path in found if path.stem.endswith("_mask")}
-    return {picture: mask for picture, mask in masks.items() if picture in pictures}
-
-
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-
-
-def _unmasked(path: Path) -> Path:
-    """The picture that a mask would belong to, without a suffix."""
-    return path.with_name(path.stem.removesuffix("_mask") or "_")
-
-
 def read_text(path: Path, spec: DatasetSpec) -> str:
     """The text beside a picture, or the default."""
     return own_text(path, spec) or spec.default_caption or ""
@@ -157,6 +123,12 @@ def own_text(path: Path, spec: DatasetSpec) -> str:
     """The text beside a picture, in one line; empty where there is none."""
     beside = path.with_suffix(spec.caption_ext)
     return " ".join(beside.read_text(encoding="utf-8-sig", errors="replace").split()) if beside.is_file() else ""
+
+
+def caption_of(text: str, spec: DatasetSpec) -> str:
+    """`text` with the trigger word; a regularisation picture, which shows something else, has it only where the text
+    asks for it."""
+    return with_trigger(text, spec.trigger_word, in_front=not spec.is_regularisation)
 
 
 def plan_uses(
@@ -236,9 +208,8 @@ def bucket_size(width_px: int, height_px: int, resolution_px: int, step_px: int)
 def load_pixels(use: Use) -> NDArray[np.float32]:
     """`[3, height, width]` in -1..1. Transparency is put on white. Raises ImageUnreadable."""
     try:
-        with Image.open(use.picture.path) as image:
-            upright = ImageOps.exif_transpose(image)
-            pixels = ImageOps.fit(on_white(upright), (use.width_px, use.height_px), Image.Resampling.BICUBIC)
+        upright = read_image(use.picture.path)
+        pixels = ImageOps.fit(on_white(upright), (use.width_px, use.height_px), Image.Resampling.BICUBIC)
     except DECODE_ERRORS:
         raise ImageUnreadable([use.picture.name]) from None
     array = np.asarray(_flipped(pixels, use), dtype=np.float32) / 127.5 - 1.0
@@ -251,10 +222,9 @@ def load_mask(use: Use) -> NDArray[np.float32] | None:
     if spec is None or (picture.mask_path is None and not spec.alpha_mask):
         return None
     try:
-        with Image.open(picture.mask_path or picture.path) as image:
-            upright = ImageOps.exif_transpose(image)
-            grey = upright.convert("L") if picture.mask_path is not None else upright.convert("RGBA").getchannel("A")
-            fitted = ImageOps.fit(grey, (use.width_px, use.height_px), Image.Resampling.BICUBIC)
+        upright = read_image(picture.mask_path or picture.path)
+        grey = upright.convert("L") if picture.mask_path is not None else upright.convert("RGBA").getchannel("A")
+        fitted = ImageOps.fit(grey, (use.width_px, use.height_px), Image.Resampling.BICUBIC)
     except DECODE_ERRORS:
         raise ImageUnreadable([picture.name]) from None
     mask = np.asarray(_flipped(fitted, use), dtype=np.float32) / 255.0

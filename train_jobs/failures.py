@@ -27,6 +27,8 @@ from train_jobs.errors import (
     TrainingError,
 )
 
+CPU_ALLOCATOR = "DefaultCPUAllocator"
+
 
 def as_training_error(error: BaseException, *, model: str = "") -> TrainingError | None:
     """`error` as one of ours, or None when it is unknown and so a fault of this program.
@@ -39,7 +41,7 @@ def as_training_error(error: BaseException, *, model: str = "") -> TrainingError
         return DatasetNotFound(error.folder)
     if isinstance(error, StorageError):
         return StorageFailed(error.code)
-    if isinstance(error, torch.OutOfMemoryError | OutOfGpuMemory | InsufficientMemory):
+    if is_out_of_memory(error):
         return OutOfMemory()
     if isinstance(error, ModelNotFound):
         return ModelNotAvailable(model, f"it has no readable {error.part}")
@@ -50,6 +52,13 @@ def as_training_error(error: BaseException, *, model: str = "") -> TrainingError
     if isinstance(error, DiffusionError):
         return ConfigInvalid([Problem("", str(error), error.code)])
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU or of this machine: torch has no class for the latter, only the name of its allocator in the message."""
+    if isinstance(error, torch.OutOfMemoryError | OutOfGpuMemory | InsufficientMemory | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
 
 
 def find_training_error(errors: list[BaseException], *, model: str = "") -> TrainingError | None:

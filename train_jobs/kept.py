@@ -1,12 +1,14 @@
 """What depends on its inputs alone, kept by their hash: on this node's disk and in the object store, for every run.
 
 An object is never changed once it is whole, so writers need not wait for each other. Each carries its own digest; a
-damaged one counts as missing, is logged, and is written anew by whoever computes it again.
+damaged one counts as missing, is logged, and is written anew by whoever computes it again. A disk that is full, cannot
+be written, or is pruned by another training at the same time costs no more than that; it is logged once, and counted.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import json
 import logging
@@ -14,8 +16,8 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -70,6 +72,7 @@ class Kept:
         self._keys = keys
         self._folder = None if folder is None else folder / keys.tenant
         self._folder_bytes_max = folder_bytes_max
+        self.disk_failures = 0
 
     def fetch(self, kind: str, names: Sequence[str]) -> dict[str, bytes]:
         """Those that are there and whole, by name."""
@@ -107,7 +110,8 @@ class Kept:
             return
         files: list[tuple[Path, os.stat_result]] = []
         for path in self._folder.rglob("*"):
-            with suppress(FileNotFoundError):  # another worker of this node prunes too, or has just written
+            # Another worker of this node prunes too, or has just written.
+            with self._noted("looked at"), suppress(FileNotFoundError):
                 status = path.stat()
                 if stat.S_ISREG(status.st_mode):
                     files.append((path, status))
@@ -115,8 +119,9 @@ class Kept:
         for path, status in sorted(files, key=lambda file: file[1].st_mtime):
             if left <= self._folder_bytes_max:
                 return
-            path.unlink(missing_ok=True)
-            left -= status.st_size
+            with self._noted("deleted"):
+                path.unlink(missing_ok=True)
+                left -= status.st_size
 
     async def _get_all(self, kind: str, names: Sequence[str]) -> dict[str, bytes]:
         calls = asyncio.Semaphore(CALLS_MAX)
@@ -135,24 +140,43 @@ class Kept:
 
     def _read(self, kind: str, name: str) -> bytes | None:
         path = self._path(kind, name)
-        if path is None or not path.is_file():
-            return None
-        data = _opened(path.read_bytes())
-        if data is None:
-            logger.warning("a kept file of the kind %s is damaged and will be made again", kind)
-        else:
-            os.utime(path)
+        data: bytes | None = None
+        # Another training may prune it at any moment.
+        with self._noted("read"), suppress(FileNotFoundError):
+            if path is None:
+                return None
+            data = _opened(path.read_bytes())
+            if data is None:
+                logger.warning("a kept file of the kind %s is damaged and will be made again", kind)
+            else:
+                os.utime(path)
         return data
 
     def _write(self, kind: str, name: str, sealed: bytes) -> None:
         path = self._path(kind, name)
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(sealed)
-        os.replace(temporary, path)
+        with self._noted("written"):
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            handle, temporary = tempfile.mkstemp(dir=path.parent)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(sealed)
+                os.replace(temporary, path)
+            except BaseException:
+                Path(temporary).unlink(missing_ok=True)
+                raise
+
+    @contextmanager
+    def _noted(self, done: str) -> Iterator[None]:
+        """What the disk cannot do is no reason to stop."""
+        try:
+            yield
+        except OSError as error:
+            self.disk_failures += 1
+            if self.disk_failures == 1:
+                reason = errno.errorcode.get(error.errno or 0, "unknown")
+                logger.warning("a kept file cannot be %s on this disk (%s); others are not told of", done, reason)
 
 
 def _opened(sealed: bytes) -> bytes | None:

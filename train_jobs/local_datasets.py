@@ -10,9 +10,10 @@ from pathlib import Path
 from storage.datasets import write_dataset
 from storage.keys import Keys
 from storage.objects import ObjectStore
-from train_jobs.data import picture_files
 from train_jobs.errors import ConfigInvalid, DatasetEmpty, Problem
+from train_jobs.folder_files import upload_groups
 from train_jobs.spec import TrainSpec
+from train_jobs.spec_datasets import with_datasets
 
 
 async def upload_local_datasets(store: ObjectStore, keys: Keys, spec: TrainSpec, *, now: datetime) -> TrainSpec:
@@ -34,11 +35,7 @@ async def upload_local_datasets(store: ObjectStore, keys: Keys, spec: TrainSpec,
         )
         pinned = {"dataset": name, "upload_id": manifest.upload_id, "local_path": None}
         datasets[index] = datasets[index].model_copy(update=pinned)
-    trained = tuple(datasets[: len(spec.datasets)])
-    if spec.validation is None or spec.validation.dataset is None:
-        return spec.model_copy(update={"datasets": trained})
-    validation = spec.validation.model_copy(update={"dataset": datasets[-1]})
-    return spec.model_copy(update={"datasets": trained, "validation": validation})
+    return with_datasets(spec, datasets)
 
 
 def _local_folders(spec: TrainSpec) -> dict[int, tuple[str, list[tuple[str, Path]]]]:
@@ -52,7 +49,7 @@ def _local_folders(spec: TrainSpec) -> dict[int, tuple[str, list[tuple[str, Path
         if not folder.is_dir():
             problems.append(Problem(f"datasets[{index}]", "the folder does not exist", "not_found"))
             continue
-        files = upload_names(folder, dataset.caption_ext)
+        files = [file for group in upload_groups(folder, dataset.caption_ext) for file in group.items()]
         if not files:
             raise DatasetEmpty(folder.name)
         name = re.sub(r"[^A-Za-z0-9._-]+", "_", folder.name).lstrip("._-")[:150] or spec.name
@@ -60,22 +57,3 @@ def _local_folders(spec: TrainSpec) -> dict[int, tuple[str, list[tuple[str, Path
     if problems:
         raise ConfigInvalid(problems)
     return found
-
-
-def upload_names(folder: Path, caption_ext: str) -> list[tuple[str, Path]]:
-    """Pictures and their captions with the names they are stored under: plain, unique, and still in pairs."""
-    taken: set[str] = set()
-    named: list[tuple[str, Path]] = []
-    for picture in picture_files(folder):
-        relative = picture.relative_to(folder).with_suffix("")
-        plain = re.sub(r"[^A-Za-z0-9 ._-]+", "_", "_".join(relative.parts)).strip(" .") or "picture"
-        stem, number = plain[:150], 1
-        while stem.lower() in taken:
-            number += 1
-            stem = f"{plain[:140]}-{number}"
-        taken.add(stem.lower())
-        named.append((f"{stem}{picture.suffix.lower()}", picture))
-        caption = picture.with_suffix(caption_ext)
-        if caption.is_file():
-            named.append((f"{stem}{caption_ext}", caption))
-    return named

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from diffusion.adapter import ConvLora, TrainableLora, attach_lora
 from diffusion.errors import SettingNotSupported
-from diffusion.families import Family, load_family
-from diffusion.kohya import to_kohya_factors
-from diffusion.lora import fit_layers, read_factors, read_lora
+from diffusion.families import Family, Flux1, load_family
+from diffusion.lora import read_factors, read_lora
+from diffusion.lora_fit import fit_factors, fit_layers
 from diffusion.lycoris_layers import Lycoris
 from diffusion.quantized import Quantization, check_quantization
 from diffusion.sharding import shard_denoiser
@@ -30,7 +28,7 @@ from train_jobs.models import resolve_model
 from train_jobs.peers import Peers
 from train_jobs.previews import Previews, store_nowhere
 from train_jobs.sharing import together
-from train_jobs.spec import DatasetSpec, NetworkSpec, TrainSpec
+from train_jobs.spec import DatasetSpec, NetworkSpec, OptimizeSpec, TrainSpec
 from train_jobs.validation import Validation
 
 
@@ -65,7 +63,7 @@ def read_pictures(spec: TrainSpec, artifacts: Artifacts, pins: Mapping[str, str]
         uploads[dataset.label] = manifest.upload_id
         masks: Path | None = None
         if dataset.mask_dataset is not None:
-            named = DatasetSpec(dataset=dataset.mask_dataset)
+            named = DatasetSpec(dataset=dataset.mask_dataset, upload_id=dataset.mask_upload_id)
             masks, manifest = artifacts.dataset(named, 1000 + index, pins.get(dataset.mask_dataset))
             uploads[dataset.mask_dataset] = manifest.upload_id
         found.append((dataset, read_folder(folder, dataset, masks)))
@@ -84,9 +82,12 @@ def warnings_of(pictures: Pictures) -> list[str]:
 def without_effect(spec: TrainSpec, family: Family) -> list[str]:
     """Settings that this model has no place for. Trainers' interfaces write `conv` into every model's config."""
     denoiser = next(iter(family.lora_components))
+    warnings: list[str] = []
     if spec.network.conv_rank is not None and not family.conv_target_modules(denoiser):
-        return ["The network's conv rank had no effect: this model has no convolutions to adapt."]
-    return []
+        warnings.append("The network's conv rank had no effect: this model has no convolutions to adapt.")
+    if spec.train.bypass_guidance_embedding and family.name != Flux1.name:
+        warnings.append("Bypassing the guidance embedding had no effect: it is for FLUX.1.")
+    return warnings
 
 
 def plan_all_uses(spec: TrainSpec, pictures: Pictures, *, size_multiple: int) -> list[Use]:
@@ -127,6 +128,7 @@ def load_model(
     family = load_family(folder, device=loaded_on, dtype=dtype, quantization=quantization)
     if spec.family is not None and spec.family != family.name:
         raise ModelNotAvailable(spec.model, f"it is of the kind {family.name}, and the config says {spec.family}")
+    family.bypasses_guidance = train.bypass_guidance_embedding
     lora = _attach(spec, family)
     if is_split:
         shard_denoiser(family, device, whole=lora.parameters())
@@ -157,12 +159,18 @@ def _attach(spec: TrainSpec, family: Family) -> TrainableLora:
         dora=network.type == "dora",
         lycoris=lycoris,
         targets=network.targets,
-        components=[denoiser, *(encoders if spec.train.train_text_encoder else ())],
+        components=[denoiser, *_trained(spec.train, encoders)],
         seed=spec.train.seed,
         conv=conv,
         only_if_contains=network.only_if_contains,
         ignore_if_contains=network.ignore_if_contains,
+        initial=network.initial,
     )
+
+
+def _trained(train: OptimizeSpec, encoders: Sequence[str]) -> list[str]:
+    numbered = enumerate(encoders, start=1)
+    return [name for number, name in numbered if train.train_text_encoder and number in train.trained_text_encoders]
 
 
 def _lycoris(network: NetworkSpec) -> Lycoris | None:
@@ -172,20 +180,26 @@ def _lycoris(network: NetworkSpec) -> Lycoris | None:
 
 
 def begin_from(lora: TrainableLora, family: Family, path: Path) -> None:
-    """Take the weights of an adapter file. It may have fewer layers, but not another rank.
+    """Take the weights of an adapter file. It may have fewer layers and another alpha, but not another rank.
 
     Raises LoraInvalid, LoraMismatch, ConfigInvalid.
     """
     own = {name: tensor.clone() for name, tensor in lora.state_dict().items()}
     if lora.lycoris is not None:
-        lora.load_state_dict(own | _own_factors(own, read_factors(path), family))
+        found = fit_factors(read_factors(path), family.lora_components)
+        if any(key not in own or own[key].shape != tensor.shape for key, tensor in found.items()):
+            raise _not_this_network()
+        lora.load_state_dict(own | {key: tensor.to(own[key].dtype) for key, tensor in found.items()})
         return
     file = read_lora(path)
     if file.products:
         raise _not_this_network()
+    scales = lora.scales()
     for component, layers in fit_layers(file, family.lora_components).items():
         for name, layer in layers.items():
-            parts = {"lora_A.weight": layer.A, "lora_B.weight": layer.B}
+            # B takes what the two alphas differ by, so that the training begins with the file's effect.
+            scale = layer.alpha / layer.rank / scales.get(f"{component}.{name}", 1.0)
+            parts = {"lora_A.weight": layer.A, "lora_B.weight": layer.B * scale}
             if layer.magnitude is not None:
                 parts["lora_magnitude_vector"] = layer.magnitude
             for end, tensor in parts.items():
@@ -194,16 +208,6 @@ def begin_from(lora: TrainableLora, family: Family, path: Path) -> None:
                     raise _not_this_network()
                 own[key] = tensor.to(own[key].dtype)
     lora.load_state_dict(own)
-
-
-def _own_factors(own: Mapping[str, Tensor], found: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
-    """A LoKr's or LoHa's factors under the network's own names, whether the file has these or kohya's."""
-    names = {name: name for name in own}
-    with suppress(SettingNotSupported):
-        names |= {next(iter(to_kohya_factors({name: t}, family))): name for name, t in own.items()}
-    if any(key not in names or own[names[key]].shape != tensor.shape for key, tensor in found.items()):
-        raise _not_this_network()
-    return {names[key]: tensor.to(own[names[key]].dtype) for key, tensor in found.items()}
 
 
 def _not_this_network() -> ConfigInvalid:

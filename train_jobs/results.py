@@ -21,7 +21,6 @@ from train_jobs.charts import Points, loss_png, tensorboard_file
 from train_jobs.spec import TrainSpec
 
 EXPORT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-KOHYA_MODULE = "networks.lora"
 LOSS_LOG, LOSS_CHART, EVENTS = "loss.json", "loss.png", "events.out.tfevents.raylora"
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffusion.families import Family, NoiseLevels, TextEmbeds
+from diffusion.families.flow_weights import LossWeighting
 from train_jobs.cache import CachedUse, TrainingCache
 from train_jobs.captions import varied
 from train_jobs.spec import OptimizeSpec
@@ -50,7 +51,7 @@ class Sampler:
     def losses(self, entries: Sequence[int], epoch: int) -> Tensor:
         """Weighted mean squared errors of a batch, `[B]`, with gradients."""
         samples = [self._draw(entry, epoch, self._levels, self._spec.noise_offset) for entry in entries]
-        losses_B = self._errors(samples, self._spec.min_snr_gamma)
+        losses_B = self._errors(samples, self._spec.min_snr_gamma, self._spec.timesteps.weighting)
         weights = [sample.use.loss_weight for sample in samples]
         if any(weight != 1.0 for weight in weights):
             losses_B = losses_B * torch.tensor(weights, device=losses_B.device)
@@ -62,9 +63,9 @@ class Sampler:
         at = round(place * 999)
         levels = NoiseLevels("linear", "balanced", at, at)
         samples = [self._draw(entry, VALIDATION_EPOCH + at, levels, 0.0, plain=True) for entry in entries]
-        return self._errors(samples, None)
+        return self._errors(samples, None, "none")
 
-    def _errors(self, samples: Sequence[Sample], snr_gamma: float | None) -> Tensor:
+    def _errors(self, samples: Sequence[Sample], snr_gamma: float | None, weighting: LossWeighting) -> Tensor:
         family, device = self._family, self._family.device
         latents_BCHW = torch.stack([s.latents_CHW for s in samples]).to(device)
         noise_BCHW = torch.stack([s.noise_CHW for s in samples]).to(device)
@@ -76,7 +77,7 @@ class Sampler:
         error_BCHW = (predicted_BCHW.float() - target_BCHW.float()).square()
         if any(s.use.weight_1HW is not None for s in samples):
             error_BCHW = error_BCHW * _weights(samples).to(device)
-        return error_BCHW.flatten(1).mean(1) * family.loss_weight(timesteps_B, snr_gamma).float()
+        return error_BCHW.flatten(1).mean(1) * family.loss_weight(timesteps_B, snr_gamma, weighting).float()
 
     def _texts(self, samples: Sequence[Sample]) -> TextEmbeds:
         family = self._family
@@ -103,7 +104,7 @@ class Sampler:
             offset_C11 = torch.randn((noise_CHW.shape[0], 1, 1), generator=random)
             noise_CHW = noise_CHW + noise_offset * offset_C11
         if is_dropped:
-            caption, row = "", self._cache.empty_text_row
+            caption, row = use.rules.dropped, use.dropped_row
         elif use.rules.varies and not plain:
             return Sample(use, latents_CHW, noise_CHW, timestep_1, varied(use.text, use.rules, random), None)
         else:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 # Not "." and "..", which mean other folders. JSON Schema has no way to say it shorter that pydantic can read.
 DATASET_PATTERN = r"^(\.{0,2}[A-Za-z0-9_-][A-Za-z0-9._-]{0,149}|\.{3}[A-Za-z0-9._-]{0,147})$"
+UPLOAD_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9-]{0,99}$"
 SUBJECT_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,149}$"
 MODEL_ALIAS_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 MODEL_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
@@ -39,20 +40,23 @@ class DatasetSpec(Spec):
     command line, which uploads it and fills in `dataset` before anything runs. `upload_id` pins one upload; without
     it the newest finished one is used.
 
-    Each picture is used once more for every kind of flip asked for. `shuffle_tokens`, `keep_tokens` and
+    A caption is dropped, which is to train with `dropped_caption` for it, at the rate of `caption_dropout_rate`. Each
+    picture is used once more for every kind of flip asked for. `shuffle_tokens`, `keep_tokens` and
     `token_dropout_rate` are about the parts of a caption between commas. Regularisation pictures take turns with the
-    others. A mask says where the loss counts, black (or transparent) parts by `mask_min_value`: `mask_dataset` names
-    an uploaded dataset with a picture of the same name, `alpha_mask` takes the pictures' own transparency.
+    others, and get no trigger word in front of their captions. A mask says where the loss counts, black (or
+    transparent) parts by `mask_min_value`: `mask_dataset` names an uploaded dataset with a picture of the same name,
+    whose upload `mask_upload_id` pins; `alpha_mask` takes the pictures' own transparency.
     """
 
     dataset: str | None = Field(default=None, max_length=150, pattern=DATASET_PATTERN)
-    upload_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,99}$")
+    upload_id: str | None = Field(default=None, pattern=UPLOAD_ID_PATTERN)
     local_path: str | None = Field(default=None, max_length=4096)
     resolutions_px: tuple[SidePx, ...] = Field(default=(512,), min_length=1, max_length=8)
     trigger_word: str | None = Field(default=None, max_length=100)
     default_caption: str | None = Field(default=None, max_length=PROMPT_MAX)
     caption_ext: str = Field(default=".txt", pattern=r"^\.[A-Za-z0-9]{1,10}$")
     caption_dropout_rate: float = Field(default=0.0, ge=0.0, le=1.0)
+    dropped_caption: str = Field(default="", max_length=100)
     repeats: int = Field(default=1, ge=1, le=10_000)
     flip_x: bool = False
     flip_y: bool = False
@@ -62,6 +66,7 @@ class DatasetSpec(Spec):
     is_regularisation: bool = False
     loss_multiplier: float = Field(default=1.0, ge=0.0, le=1000.0)
     mask_dataset: str | None = Field(default=None, max_length=150, pattern=DATASET_PATTERN)
+    mask_upload_id: str | None = Field(default=None, pattern=UPLOAD_ID_PATTERN)
     alpha_mask: bool = False
     invert_mask: bool = False
     mask_min_value: float = Field(default=0.0, ge=0.0, le=1.0)
@@ -84,9 +89,11 @@ class NetworkSpec(Spec):
     """The adapter: `alpha / rank` scales its output, as in kohya and peft. `alpha` defaults to `rank`. `dora` learns
     the length of each output's weights too (Liu et al. 2024).
 
-    `targets`: only the attention's layers, or every linear layer of the denoiser's transformer blocks; of these the
-    layers whose name holds a part in `only_if_contains` (when there is one) and none in `ignore_if_contains`.
-    `conv_rank` adapts the convolutions of a UNet too. `pretrained` is the key of an adapter to begin from.
+    `targets`: the attention's layers, or `all` that trainers usually adapt (the feed-forward networks' too, and
+    FLUX.1's modulations), or those of ai-toolkit (see `diffusion.families.base.LoraTargets`); of these the layers whose
+    name holds a part in `only_if_contains` (when there is one) and none in `ignore_if_contains`. `conv_rank` adapts the
+    convolutions of a UNet too. `pretrained` is the key of an adapter to begin from, `initial` what else it begins with
+    (see `diffusion.adapter.attach_lora`).
 
     `lokr` and `loha` (Yeh et al. 2023) take no dropout. `lokr_factor` is the side of LoKr's smaller matrix, -1 for
     about the square root of the layer's; with `lokr_full_rank` the larger one is whole, a UNet's convolutions are
@@ -96,7 +103,7 @@ class NetworkSpec(Spec):
     type: Literal["lora", "dora", "lokr", "loha"] = "lora"
     rank: int = Field(default=16, ge=1, le=1024)
     alpha: float | None = Field(default=None, gt=0.0, le=4096.0)
-    targets: Literal["attention", "all"] = "all"
+    targets: Literal["attention", "all", "ai_toolkit"] = "all"
     conv_rank: int | None = Field(default=None, ge=1, le=1024)
     conv_alpha: float | None = Field(default=None, gt=0.0, le=4096.0)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -107,6 +114,7 @@ class NetworkSpec(Spec):
     pretrained: str | None = Field(default=None, max_length=1024, pattern=r"\.safetensors$")
     lokr_factor: Annotated[int, Field(ge=-1, le=65_536)] = -1
     lokr_full_rank: bool = True
+    initial: Literal["gaussian", "uniform"] = "gaussian"
 
     @model_validator(mode="after")
     def _has_no_dropout_in_vain(self) -> "NetworkSpec":
@@ -161,12 +169,14 @@ class OptimizerSpec(Spec):
 
 
 class TimestepSpec(Spec):
-    """Which noise levels are trained; see `diffusion.families.base.NoiseLevels`."""
+    """Which noise levels are trained (see `diffusion.families.base.NoiseLevels`), and how much each counts in the
+    loss of a flow model (see `diffusion.families.flow_weights`)."""
 
     kind: Literal["sigmoid", "linear", "shift"] = "sigmoid"
     bias: Literal["balanced", "content", "style"] = "balanced"
     first: int = Field(default=0, ge=0, le=999)
     last: int = Field(default=999, ge=0, le=999)
+    weighting: Literal["none", "bell", "measured"] = "none"
 
     @model_validator(mode="after")
     def _is_a_range(self) -> "TimestepSpec":
@@ -180,7 +190,8 @@ class OptimizeSpec(Spec):
 
     `min_snr_gamma`: loss weights of Hang et al. 2023. `noise_offset`: std of a per-channel constant added to the noise.
     `ema_decay`: an average of the weights is kept, and is what previews show and the result holds. With
-    `train_text_encoder` the text encoders get adapters too, at their own rate if one is given.
+    `train_text_encoder` the text encoders get adapters too, at their own rate if one is given: those of them that
+    `trained_text_encoders` counts. `bypass_guidance_embedding` trains FLUX.1 dev as if it knew no guidance scale.
     `regularisation_weight` multiplies the loss of regularisation pictures.
     `strategy`: with several workers each holds the whole model (ddp), or a share of the denoiser's weights (fsdp).
     """
@@ -198,6 +209,8 @@ class OptimizeSpec(Spec):
     seed: Seed = 42
     ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
     train_text_encoder: bool = False
+    trained_text_encoders: tuple[Literal[1, 2], ...] = Field(default=(1, 2), max_length=2)
+    bypass_guidance_embedding: bool = False
     text_encoder_learning_rate: float | None = Field(default=None, gt=0.0, le=10.0)
     timesteps: TimestepSpec = TimestepSpec()
     regularisation_weight: float = Field(default=1.0, ge=0.0, le=1000.0)
@@ -375,13 +388,6 @@ class TrainSpec(Spec):
         if self.train.strategy == "fsdp" and self.network.type == "dora":
             raise ValueError("a model that is split over workers (fsdp) cannot carry a DoRA, which needs whole weights")
         return self
-
-    def is_remote_safe(self) -> bool:
-        """Whether it names nothing on the server's own disk, as every spec that came over HTTP must."""
-        named = [self.model, *([self.captioning.model] if self.captioning is not None else [])]
-        return all(check_model_name(model, paths_allowed=False) is None for model in named) and all(
-            d.local_path is None for d in self.all_datasets
-        )
 
     @property
     def all_datasets(self) -> tuple[DatasetSpec, ...]:

@@ -16,14 +16,14 @@ from typing import Any
 import ray.train
 import torch
 
-from diffusion.errors import Cancelled, InsufficientMemory, OutOfGpuMemory
+from diffusion.errors import Cancelled
 from storage.errors import StorageError
 from storage.ray_counters import of_this_process
 from train_jobs.artifacts import Artifacts
 from train_jobs.checkpoint import read_checkpoint, write_checkpoint
 from train_jobs.config_check import check_tracking, describe_run
 from train_jobs.errors import OutOfMemory, TrainingError
-from train_jobs.failures import as_training_error
+from train_jobs.failures import as_training_error, is_out_of_memory
 from train_jobs.loop import Callbacks, Outcome, TrainingLoop
 from train_jobs.peers import Peers
 from train_jobs.preparing import Preparation, Prepared
@@ -214,7 +214,9 @@ class Training:
                 prepared.previews.make(step, (lambda: False) if is_split else self._should_stop)
         except Cancelled:
             logger.info("previews at step %d were left out: the training is to stop", step)
-        except (OutOfGpuMemory, InsufficientMemory):
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             logger.warning("not enough memory for the previews at step %d", step)
             self._results.warnings.append(f"There was not enough memory for the previews at step {step}.")
         self._reporter.stage("training", step=step, **{PREVIEWS: prepared.previews.made[-PREVIEWS_REPORTED_MAX:]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from diffusion.errors import InsufficientMemory, OutOfGpuMemory
 GROW_AFTER_STEPS = 50
 HEADROOM = 1.1
 """Of what is expected: for what an allocator rounds up, and for what is free but in pieces."""
+TRIED_EVERY = 4
+"""Of so many refusals of a kind one is tried all the same: what was measured may have been taken by others."""
 SIZES_MAX = 256
 """Sizes of calls that are remembered of each kind."""
 
@@ -77,6 +80,7 @@ class Admission:
     def __init__(self, memory: DeviceMemory) -> None:
         self.memory = memory
         self._peaks: dict[Hashable, PeakMemory] = {}
+        self._refusals: Counter[Hashable] = Counter()
 
     def admits(self, kind: Hashable, pictures: int, cost: Callable[[int], Cost]) -> int:
         """How many of the pictures fit one call together, 1 at least. ``cost``: of a call of the first so many.
@@ -99,7 +103,7 @@ class Admission:
     def refusal(self, kind: Hashable, cost: Callable[[int], Cost]) -> Shortage | None:
         """For one picture: set where even what a smaller or equal one was seen to take is not free.
 
-        An expectation alone refuses nothing: the picture is tried.
+        An expectation alone refuses nothing: the picture is tried. So is one of several that would be refused.
         """
         peaks = self._peaks.get(kind)
         if not self.memory.tells_peaks or peaks is None:
@@ -108,6 +112,9 @@ class Admission:
         needed_bytes = peaks.least_bytes(size) + growth_bytes
         now = self.memory.measure()
         if now.free_bytes is None or needed_bytes <= now.free_bytes:
+            return None
+        self._refusals[kind] += 1
+        if self._refusals[kind] % TRIED_EVERY == 0:
             return None
         return Shortage(needed_bytes, now.free_bytes, now.total_bytes)
 

@@ -20,7 +20,7 @@ import torch
 from diffusion.engine.adapter_cache import AdapterCache
 from diffusion.engine.admission import Admission, BatchLimits, Shortage
 from diffusion.engine.at_rest import at_rest
-from diffusion.engine.compiled import compile_denoiser
+from diffusion.engine.compiled import compile_denoiser, many_graphs
 from diffusion.engine.decode import Decoder
 from diffusion.engine.denoise import Denoiser
 from diffusion.engine.intake import Intake
@@ -75,6 +75,7 @@ class Engine:
         self._decoder = Decoder(family, self._admission, pictures_max=decode_max, tiled=tiled)
         if compiled is not None:
             compile_denoiser(family, compiled)
+        self._calling = nullcontext if compiled is None else many_graphs
         self._clock = clock
         self._iteration_began: float | None = None
         self._order = FairOrder()
@@ -158,7 +159,7 @@ class Engine:
             self._admit()
             group = self._order.next()
             if group is not None:
-                with self._turns:
+                with self._turns, self._calling():
                     self._iteration_began = self._clock()
                     try:
                         self._iterate(group)
@@ -235,8 +236,9 @@ class Engine:
         samples = list(group.active)
         tickets = {sample: self._ticket_of(sample) for sample in samples}
         self._order.charge(group, sum(sample.rows for sample in samples))
-        answers = self._denoiser.predict(samples, table=group.shape)
-        for sample, answer in zip(samples, answers, strict=True):
+        answers: dict[Sample, torch.Tensor | Shortage] = {}
+        self._together(tickets, lambda own: answers.update(self._predicted(own, group)))
+        for sample, answer in answers.items():
             if tickets[sample].finished:
                 continue
             if isinstance(answer, Shortage):
@@ -249,6 +251,9 @@ class Engine:
             self._attempt([ticket], partial(ticket.count, moved.count(ticket)))
             if len(ticket.rendered) == len(ticket.samples):
                 self._finish(ticket)
+
+    def _predicted(self, samples: Sequence[Sample], group: Group) -> dict[Sample, torch.Tensor | Shortage]:
+        return dict(zip(samples, self._denoiser.predict(samples, table=group.shape), strict=True))
 
     def _leave(self, group: Group, done: Mapping[Sample, Ticket]) -> None:
         """Those that are done leave the batch as pictures."""
@@ -279,21 +284,21 @@ class Engine:
             if waiting is None:
                 break
             joining.append(waiting)
-        if not joining:
-            return
-        tickets = list(dict.fromkeys(ticket for ticket, _ in joining))
-        if len(tickets) > 1 and self._attempt([], partial(self._begin, [sample for _, sample in joining])):
-            group.active += [sample for _, sample in joining]
-            return
-        for ticket in tickets:  # one by one, so that an error meets its own request
-            own = [sample for t, sample in joining if t is ticket]
-            if self._attempt([ticket], partial(self._begin, own)):
-                group.active += own
+        self._together({sample: ticket for ticket, sample in joining}, partial(self._begin, group))
 
-    def _begin(self, samples: Sequence[Sample]) -> None:
+    def _begin(self, group: Group, samples: Sequence[Sample]) -> None:
         for sample, text in zip(samples, self._prompts.encode(samples), strict=True):
             if sample.text is None:
                 sample.begin(text)
+        group.active += samples
+
+    def _together(self, owners: Mapping[Sample, Ticket], work: Callable[[Sequence[Sample]], None]) -> None:
+        """``work`` on all samples; where that fails, on each ticket's own, so that an error meets its own request."""
+        tickets = list(dict.fromkeys(owners.values()))
+        if len(tickets) > 1 and self._attempt([], partial(work, list(owners))):
+            return
+        for ticket in tickets:
+            self._attempt([ticket], partial(work, [sample for sample, owner in owners.items() if owner is ticket]))
 
     def _attempt(self, tickets: Sequence[Ticket], work: Callable[[], None]) -> bool:
         """Whether ``work`` went well; where it did not, its error ends ``tickets``. Exceptions that are no Exception
@@ -304,6 +309,8 @@ class Engine:
             error: Exception | None = None
         except Exception as exc:  # noqa: BLE001 - it is raised where the ticket's pictures are asked for
             error = exc
+            if not tickets:
+                logger.warning("work on several requests failed (%s): each is tried alone", type(exc).__name__)
         else:
             return True
         if error is None:

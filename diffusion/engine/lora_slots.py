@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeAlias
 
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from diffusion.engine.slot_table import Combo, SlotTable
 from diffusion.families.base import Family
 
 TABLES_MAX = 4
+SHRINK_FACTOR = 4
+"""A table whose rank is more than this many times what a call needs is made anew."""
 Parts: TypeAlias = list[list[Packed[K]]]
 """By slot, in the order of its adapters."""
 
@@ -25,7 +28,7 @@ class LoraSlots:
 
     With ``fixed_shapes``, for compiled modules, every call sees the same rank and the same layers once they have been
     seen: a table only grows (ranks in powers of two), and rows without a LoRA get zeros. Without it a call costs what
-    its own LoRAs need.
+    its own LoRAs need, and a table far above their rank gives its memory back.
     """
 
     def __init__(self, family: Family, *, fixed_shapes: bool = False) -> None:
@@ -89,6 +92,16 @@ class _ComponentSlots:
         self._products.remove()
 
 
+@dataclass(frozen=True, eq=False)
+class _Needs(Generic[K]):
+    """Of a table for a call."""
+
+    layout: Layout[K]
+    slots: int
+    rank: int
+    dora: bool
+
+
 class _Part(ABC, Generic[K]):
     """The tables of a component's pairs, or of its products, and what its layers see of them."""
 
@@ -122,7 +135,7 @@ class _Part(ABC, Generic[K]):
     def _hide(self, slot: LayerSlot) -> None: ...
 
     @abstractmethod
-    def _merged(self, slots: int) -> MergedWeights | None:
+    def _merged(self, needs: _Needs[K]) -> MergedWeights | None:
         """The layers that get their weights per slot."""
 
     @property
@@ -136,8 +149,7 @@ class _Part(ABC, Generic[K]):
             self.release()
             return
         dora = any(part.dora for own in parts for part in own)
-        self._grow(rank, _widths(parts), dora=dora)
-        table = self._table(key, len(combos))
+        table = self._table(key, self._needs(parts, len(combos)))
         table.fill(combos)
         if self._fixed:
             rank, dora, seen = table.rank, table.dora, None
@@ -154,11 +166,11 @@ class _Part(ABC, Generic[K]):
         rank, table = _rank(parts), self._tables.get(key)
         if rank == 0 and not (self._fixed and self._slots):
             return 0
-        layout = self._layout.with_layers(_widths(parts))
-        ceiling, slots = max(self._rank_ceiling, _power_of_two(rank)), _power_of_two(len(combos))
-        if table is not None and table.layout is layout and table.rank >= ceiling and table.slots >= slots:
+        needs = self._needs(parts, len(combos))
+        if table is not None and self._serves(table, needs):
             return 0
-        needed_bytes = slots * ceiling * (layout.a_width + layout.b_width) * self._family.dtype.itemsize
+        width = needs.layout.a_width + needs.layout.b_width
+        needed_bytes = needs.slots * needs.rank * width * self._family.dtype.itemsize
         return max(0, needed_bytes - (0 if table is None else table.factor_bytes))
 
     def release(self) -> None:
@@ -178,36 +190,45 @@ class _Part(ABC, Generic[K]):
     def _parts(self, combos: Sequence[Combo]) -> Parts[K]:
         return [[part for adapter, _ in combo if (part := self._of(adapter)) is not None] for combo in combos]
 
-    def _grow(self, rank: int, widths: dict[K, tuple[int, int]], *, dora: bool) -> None:
-        self._rank_ceiling = max(self._rank_ceiling, _power_of_two(rank))
-        self._dora_seen |= dora
-        layout = self._layout.with_layers(widths)
-        if layout is not self._layout:
-            self._layout = layout
-            for path in {self._path(name) for name in layout.names} - self._slots.keys():
-                self._slots[path] = give_slot(base_layer(self._module, path))
+    def _needs(self, parts: Parts[K], slots: int) -> _Needs[K]:
+        rank, dora = _power_of_two(_rank(parts)), any(part.dora for own in parts for part in own)
+        if self._fixed:
+            rank, dora = max(rank, self._rank_ceiling), dora or self._dora_seen
+        return _Needs(self._layout.with_layers(_widths(parts)), _power_of_two(slots), rank, dora)
 
-    def _table(self, key: Hashable, slots: int) -> SlotTable[K]:
+    def _serves(self, table: SlotTable[K], needs: _Needs[K]) -> bool:
+        return (
+            table.layout is needs.layout
+            and table.slots >= needs.slots
+            and table.rank >= needs.rank
+            and (self._fixed or table.rank <= SHRINK_FACTOR * needs.rank)
+            and table.dora >= needs.dora
+        )
+
+    def _table(self, key: Hashable, needs: _Needs[K]) -> SlotTable[K]:
         table = self._tables.get(key)
-        if (
-            table is None
-            or table.slots < slots
-            or table.rank < self._rank_ceiling
-            or table.layout is not self._layout
-            or table.dora != self._dora_seen
-        ):
-            self._tables.pop(key, None)  # before the new one: both need not fit at once
+        if table is None or not self._serves(table, needs):
+            table = None  # before the new one: both need not fit at once
+            self._tables.pop(key, None)
             self.release()
-            rows = _power_of_two(slots)
             table = SlotTable(
-                self._of, self._layout, slots=rows, rank=self._rank_ceiling, dora=self._dora_seen,
-                device=self._family.device, dtype=self._family.dtype, merged=self._merged(rows),
+                self._of, needs.layout, slots=needs.slots, rank=needs.rank, dora=needs.dora,
+                device=self._family.device, dtype=self._family.dtype, merged=self._merged(needs),
             )  # fmt: skip
             self._tables[key] = table
+            self._keep(needs)
         self._tables.move_to_end(key)
         while len(self._tables) > TABLES_MAX:
             self._tables.popitem(last=False)
         return table
+
+    def _keep(self, needs: _Needs[K]) -> None:
+        """What other calls have to keep up with, now that there is a table of it."""
+        self._rank_ceiling, self._dora_seen = max(self._rank_ceiling, needs.rank), self._dora_seen or needs.dora
+        if needs.layout is not self._layout:
+            self._layout = needs.layout
+            for path in {self._path(name) for name in needs.layout.names} - self._slots.keys():
+                self._slots[path] = give_slot(base_layer(self._module, path))
 
 
 class _Pairs(_Part[str]):
@@ -240,9 +261,10 @@ class _Pairs(_Part[str]):
     def _hide(self, slot: LayerSlot) -> None:
         slot.clear_pair()
 
-    def _merged(self, slots: int) -> MergedWeights:
-        weights = {path: own_weight(base_layer(self._module, path), self._family.device) for path in self._slots}
-        return MergedWeights(self._layout, {p: weight for p, weight in weights.items() if weight is not None}, slots)
+    def _merged(self, needs: _Needs[str]) -> MergedWeights:
+        found = {path: own_weight(base_layer(self._module, path), self._family.device) for path in needs.layout.names}
+        own = {path: weight for path, weight in found.items() if weight is not None}
+        return MergedWeights(needs.layout, own, needs.slots)
 
 
 class _Products(_Part[Product]):
@@ -276,7 +298,7 @@ class _Products(_Part[Product]):
     def _hide(self, slot: LayerSlot) -> None:
         slot.products = ()
 
-    def _merged(self, slots: int) -> None:
+    def _merged(self, needs: _Needs[Product]) -> None:
         return None
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from diffusion.engine.arena import ALIGNMENT
 from diffusion.errors import LoraInvalid
 from diffusion.families.base import Family
-from diffusion.lora import LoraLayer, fit_layers, fit_products, read_lora
+from diffusion.lora import LoraLayer, read_lora
+from diffusion.lora_fit import fit_layers, fit_products
 from diffusion.lycoris import Kronecker
 from diffusion.quantized import dense_weight
 

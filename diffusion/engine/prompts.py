@@ -64,7 +64,8 @@ class Prompts:
             if len(part) == 1:
                 raise
         else:
-            return {key: embeds.rows(slice(row, row + 1)) for row, key in enumerate(part)}
+            # Copies: a view that is remembered would keep all prompts of the call in memory.
+            return {key: embeds.rows([row]) for row, key in enumerate(part)}
         # Outside the except clause: a traceback would keep the failed call's tensors alive.
         self._admission.memory.give_back()
         half = len(part) // 2

@@ -32,7 +32,7 @@ class SlotTable(Generic[K]):
         self._B = torch.zeros(slots, rank, layout.b_width, device=device, dtype=dtype)
         self._scale = torch.ones(slots, layout.b_width, device=device, dtype=dtype) if dora else None
         # By name: the adapters themselves may leave memory while a slot still has their values.
-        self._contents: list[tuple[tuple[FileStamp, float], ...]] = [()] * slots
+        self._contents: list[tuple[tuple[FileStamp, float], ...] | None] = [()] * slots
         self._ranks = [0] * slots
 
     @property
@@ -54,6 +54,8 @@ class SlotTable(Generic[K]):
         for slot, combo in enumerate(combos):
             content = tuple((a.stamp, scale) for a, scale in combo if self._part_of(a) is not None)
             if content != self._contents[slot]:
+                # Unknown until all is written: memory may run out half way.
+                self._contents[slot] = None
                 self._write(slot, combo)
                 self._contents[slot] = content
 
@@ -71,7 +73,8 @@ class SlotTable(Generic[K]):
     def _write(self, slot: int, combo: Combo) -> None:
         if self._scale is not None:
             self._scale[slot] = 1
-        first = 0
+        # Until all is written, any of its rows may be filled.
+        first, filled, self._ranks[slot] = 0, self._ranks[slot], self.rank
         for adapter, scale in combo:
             part = self._part_of(adapter)
             if part is None:
@@ -80,9 +83,9 @@ class SlotTable(Generic[K]):
             if part.dora:
                 self._apply_dora(slot, first, part, scale)
             first += part.rank
-        if first < self._ranks[slot]:
-            self._A[slot, first : self._ranks[slot]] = 0
-            self._B[slot, first : self._ranks[slot]] = 0
+        if first < filled:
+            self._A[slot, first:filled] = 0
+            self._B[slot, first:filled] = 0
         self._ranks[slot] = first
         if self.merged is not None:
             output_scale = None if self._scale is None else self._scale[slot]

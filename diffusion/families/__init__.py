@@ -34,6 +34,7 @@ __all__ = [
     "StableDiffusionXL",
     "TextEmbeds",
     "ZImage",
+    "family_of",
     "load_family",
 ]
 
@@ -50,6 +51,18 @@ FAMILIES: dict[str, type[Family]] = {
 """By ``_class_name`` in ``model_index.json``."""
 
 
+def family_of(folder: Path) -> type[Family]:
+    """The family of a local diffusers folder. Raises ModelNotFound, UnsupportedModel."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+    except (OSError, ValueError) as exc:
+        raise ModelNotFound("model_index.json") from exc
+    name = str(index.get("_class_name"))
+    if name not in FAMILIES:
+        raise UnsupportedModel(f"pipeline class {name!r}; known: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
 def load_family(
     model_path: str | Path, *, device: torch.device | str, dtype: torch.dtype, quantization: Quantization | None = None
 ) -> Family:
@@ -58,12 +71,6 @@ def load_family(
     Raises ModelNotFound, UnsupportedModel, and with ``quantization`` SettingNotSupported.
     """
     folder = Path(model_path)
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-    except (OSError, ValueError) as exc:
-        raise ModelNotFound("model_index.json") from exc
-    name = str(index.get("_class_name"))
-    if name not in FAMILIES:
-        raise UnsupportedModel(f"pipeline class {name!r}; known: {', '.join(FAMILIES)}")
+    family = family_of(folder)
     with quantized(quantization):
-        return FAMILIES[name].load(folder, device=torch.device(device), dtype=dtype)
+        return family.load(folder, device=torch.device(device), dtype=dtype)

@@ -19,7 +19,12 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-LoraTargets = Literal["attention", "all"]
+from diffusion.families.flow_weights import LossWeighting
+
+LoraTargets = Literal["attention", "all", "ai_toolkit"]
+"""``attention`` are the attention's layers, ``all`` also those of the feed-forward networks and FLUX.1's modulations.
+``ai_toolkit`` are those of ai-toolkit: every linear layer of a transformer's blocks, or of a whole UNet, whose 1x1
+convolutions count as such."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,8 @@ class Family(ABC):
     name: ClassVar[str]
     architecture: ClassVar[str]
     """``modelspec.architecture`` of the base model, without ``/lora``."""
+    weights: ClassVar[tuple[str, ...]]
+    """The parts of a model folder of which ``load`` reads weights, where they are there."""
     block_lists: ClassVar[tuple[str, ...]] = ()
     """The denoiser's lists of blocks, in the order in which they run one after another; none for UNets."""
     last_layer: ClassVar[str] = "norm_out"
@@ -118,6 +125,8 @@ class Family(ABC):
     """Both picture sides must be multiples of this many pixels."""
     vae: Any
     """diffusers' autoencoder of the model, for its tiling."""
+    bypasses_guidance: bool = False
+    """Whether a guidance-distilled FLUX.1 is trained without its guidance's embedding; other families ignore it."""
     native_size_px: int
     """Width and height of the pictures that the model was made for."""
 
@@ -212,7 +221,8 @@ class Family(ABC):
     def predict(
         self, latents_BCHW: Tensor, timesteps_B: Tensor, text: TextEmbeds, *, guidance_B: Tensor | None = None
     ) -> Tensor:
-        """The denoiser's raw output ``[B, C, H, W]``, in its own dtype (the inputs are cast to it).
+        """The denoiser's raw output ``[B, C, H, W]``, in its own dtype (the inputs are cast to it); float32 for a
+        family whose scheduler is given that.
 
         ``guidance_B`` is for guidance-distilled models; others ignore it.
         """
@@ -233,8 +243,11 @@ class Family(ABC):
         ``latent_shape`` is for ``levels.kind`` of ``shift``.
         """
 
-    def conv_target_modules(self, component: str) -> list[str]:
-        """Names (suffixes) of the convolutions that a LoRA may adapt in ``component``; none for transformers."""
+    def conv_target_modules(self, component: str, kind: LoraTargets = "all") -> list[str]:
+        """Names (suffixes) of the convolutions that a LoRA may adapt in ``component``, with a rank of their own.
+
+        None for transformers.
+        """
         return []
 
     @abstractmethod
@@ -246,5 +259,10 @@ class Family(ABC):
         """What ``predict`` should have said: noise, velocity, sample or flow."""
 
     @abstractmethod
-    def loss_weight(self, timesteps_B: Tensor, snr_gamma: float | None = None) -> Tensor:
-        """``[B]`` weights of the per-picture mean squared error; ones, or min-SNR-gamma where it applies."""
+    def loss_weight(
+        self, timesteps_B: Tensor, snr_gamma: float | None = None, weighting: LossWeighting = "none"
+    ) -> Tensor:
+        """``[B]`` weights of the per-picture mean squared error; ones, or min-SNR-gamma where it applies.
+
+        ``weighting`` is for flow models.
+        """

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffusion.errors import SettingNotSupported, UnsupportedModel
 from diffusion.families.base import ALL_LEVELS, NoiseLevels
+from diffusion.families.flow_weights import LossWeighting, weight_at
 
 TIMESTEPS = 1000
 SCHEDULERS = {
@@ -57,7 +58,11 @@ class FlowMatching:
         if name == "heun":
             # It has no sigmas of the caller's: it shifts by the constant of its own configuration.
             options = {}
-        scheduler.set_timesteps(steps, device="cpu", **options)
+        with np.errstate(invalid="ignore"):
+            scheduler.set_timesteps(steps, device="cpu", **options)
+        # A schedule that is stretched to end at a level of the model's has no use for a single step.
+        if not bool(scheduler.timesteps.isfinite().all()):
+            raise SettingNotSupported("steps", f"{steps} is too few for this model: ask for more")
         return scheduler
 
     def mu(self, tokens: int) -> float:
@@ -68,6 +73,11 @@ class FlowMatching:
         slope = (top - base) / (high - low)
         return float(tokens * slope + base - slope * low)
 
+    def _shift(self, tokens: int) -> float:
+        """How strongly sampling moves the levels of a picture of that size towards noise."""
+        config: Mapping[str, Any] = self._scheduler.config
+        return math.exp(self.mu(tokens)) if config.get("use_dynamic_shifting") else float(config.get("shift", 1.0))
+
     def sample_timesteps(
         self, batch_size: int, generator: torch.Generator | None, levels: NoiseLevels = ALL_LEVELS,
         tokens: int | None = None,
@@ -77,7 +87,7 @@ class FlowMatching:
         if levels.kind == "sigmoid":
             level_B = torch.sigmoid(torch.special.ndtri(level_B))
         elif levels.kind == "shift":
-            shift = math.exp(self.mu(tokens or 256))
+            shift = self._shift(tokens or 256)
             level_B = shift * level_B / (1 + (shift - 1) * level_B)
         return level_B * TIMESTEPS
 
@@ -88,9 +98,12 @@ class FlowMatching:
     def prediction_target(self, latents_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
         return noise_BCHW - latents_BCHW
 
-    def loss_weight(self, timesteps_B: Tensor) -> Tensor:
-        """Ones: the scripts' ``weighting_scheme`` of ``none`` and ``logit_normal``; min-SNR has no meaning here."""
-        return torch.ones(timesteps_B.shape, device=timesteps_B.device)
+    def loss_weight(self, timesteps_B: Tensor, weighting: LossWeighting = "none") -> Tensor:
+        """``none`` is ones: the scripts' ``weighting_scheme`` of ``none`` and ``logit_normal``; min-SNR has no meaning
+        here."""
+        if weighting == "none":
+            return torch.ones(timesteps_B.shape, device=timesteps_B.device)
+        return weight_at(timesteps_B, weighting)
 
 
 def _level(timesteps_B: Tensor, latents_BCHW: Tensor) -> Tensor:

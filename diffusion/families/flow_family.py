@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffusion.families.base import ALL_LEVELS, Family, NoiseLevels
 from diffusion.families.flow import SCHEDULERS, FlowMatching
+from diffusion.families.flow_weights import LossWeighting
 
 ATTENTION = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
@@ -56,5 +57,7 @@ class FlowFamily(Family):
     def prediction_target(self, latents_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor) -> Tensor:
         return self.flow.prediction_target(latents_BCHW, noise_BCHW)
 
-    def loss_weight(self, timesteps_B: Tensor, snr_gamma: float | None = None) -> Tensor:
-        return self.flow.loss_weight(timesteps_B)
+    def loss_weight(
+        self, timesteps_B: Tensor, snr_gamma: float | None = None, weighting: LossWeighting = "none"
+    ) -> Tensor:
+        return self.flow.loss_weight(timesteps_B, weighting)

@@ -5,7 +5,8 @@ Follows ``FluxPipeline`` and ``train_dreambooth_lora_flux.py`` of diffusers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,6 +40,7 @@ class Flux1(KlFamily, FlowFamily):
 
     name = "flux1"
     architecture = "flux-1-dev"
+    weights = ("text_encoder", "text_encoder_2", "transformer", "vae")
     block_lists = ("transformer_blocks", "single_transformer_blocks")
 
     def __init__(
@@ -116,17 +118,32 @@ class Flux1(KlFamily, FlowFamily):
             full = torch.full((batch,), TRAINING_GUIDANCE, device=self.device)
             guidance = full if guidance_B is None else guidance_B.to(self.device, torch.float32)
         hidden_BLD = text.hidden_BLD.to(self.dtype)
-        tokens_BLD = self.transformer(
-            hidden_states=pack_2x2(latents_BCHW.to(self.dtype)),
-            timestep=timesteps_B.to(self.device, self.dtype) / 1000,
-            guidance=guidance,
-            pooled_projections=None if text.pooled_BD is None else text.pooled_BD.to(self.dtype),
-            encoder_hidden_states=hidden_BLD,
-            txt_ids=torch.zeros(hidden_BLD.shape[1], 3, device=self.device, dtype=self.dtype),
-            img_ids=self._places(rows // 2, columns // 2),
-            return_dict=False,
-        )[0]
+        with self._without_guidance() if guidance is not None and self._is_bypassed(guidance_B) else nullcontext():
+            tokens_BLD = self.transformer(
+                hidden_states=pack_2x2(latents_BCHW.to(self.dtype)),
+                timestep=timesteps_B.to(self.device, self.dtype) / 1000,
+                guidance=guidance,
+                pooled_projections=None if text.pooled_BD is None else text.pooled_BD.to(self.dtype),
+                encoder_hidden_states=hidden_BLD,
+                txt_ids=torch.zeros(hidden_BLD.shape[1], 3, device=self.device, dtype=self.dtype),
+                img_ids=self._places(rows // 2, columns // 2),
+                return_dict=False,
+            )[0]
         return unpack_2x2(tokens_BLD, rows, columns)
+
+    def _is_bypassed(self, guidance_B: Tensor | None) -> bool:
+        """Only where no guidance is asked for, which is in training: pictures are drawn with it."""
+        return self.bypasses_guidance and guidance_B is None
+
+    @contextmanager
+    def _without_guidance(self) -> Iterator[None]:
+        """Inside, the guidance adds nothing to the timestep's and the text's embeddings."""
+        embedder: nn.Module = self.transformer.time_text_embed.guidance_embedder
+        hook = embedder.register_forward_hook(lambda _module, _inputs, output: torch.zeros_like(output))
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _places(self, rows: int, columns: int) -> Tensor:
         """``[rows * columns, 3]``: zero, row and column of each token."""

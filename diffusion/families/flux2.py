@@ -33,6 +33,7 @@ TRAINING_GUIDANCE = 1.0
 class Flux2Klein(FlowFamily):
     name = "flux2_klein"
     architecture = "flux-2-klein"
+    weights = ("text_encoder", "transformer", "vae")
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     patch = 1
     text_encoder_class: ClassVar[Any] = Qwen3ForCausalLM

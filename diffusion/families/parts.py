@@ -82,14 +82,19 @@ def check_size(width: int, height: int, multiple: int) -> None:
 class KlLatents:
     """``AutoencoderKL`` seen from the denoiser: latents are ``(raw - shift) * scaling``.
 
-    ``patch``: how many latent rows and columns the denoiser takes at once.
+    ``patch``: how many latent rows and columns the denoiser takes at once. ``as_sdxl``: as the stock SDXL pipelines do,
+    and no others, latents are brought to the mean and deviation that the VAE's configuration may name, and the VAE is
+    asked in float32 where it says ``force_upcast``: for encoding, and for decoding from float16, which overflows.
     """
 
-    def __init__(self, vae: Any, *, patch: int = 1) -> None:
+    def __init__(self, vae: Any, *, patch: int = 1, as_sdxl: bool = False) -> None:
         self.vae = vae
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.size_multiple = math.lcm(8, self.factor) if patch == 1 else self.factor * patch
         self.channels = int(vae.config.latent_channels)
+        self._upcasts = as_sdxl and bool(vae.config.get("force_upcast"))
+        mean, std = (vae.config.get(name) if as_sdxl else None for name in ("latents_mean", "latents_std"))
+        self._mean_std = None if mean is None or std is None else (_by_channel(mean), _by_channel(std))
 
     def shape(self, width: int, height: int) -> tuple[int, int, int]:
         """``(C, H, W)`` of a picture's latents. Raises SizeNotSupported."""
@@ -99,16 +104,44 @@ class KlLatents:
     @torch.no_grad()
     def encode_moments(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents of pictures in -1..1."""
-        posterior = self.vae.encode(images_BCHW.to(self.vae.device, self.vae.dtype)).latent_dist
-        scale, shift = self.vae.config.scaling_factor, self.vae.config.get("shift_factor") or 0.0
-        return (posterior.mean - shift) * scale, posterior.std * scale
+        with self._in_float32(self._upcasts):
+            posterior = self.vae.encode(images_BCHW.to(self.vae.device, self.vae.dtype)).latent_dist
+        center, scale = self._center_and_scale(posterior.mean)
+        return (posterior.mean - center) * scale, posterior.std * scale
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Pictures in 0..1, float32."""
-        raw = latents_BCHW.to(self.vae.dtype) / self.vae.config.scaling_factor
-        images: Tensor = self.vae.decode(raw + (self.vae.config.get("shift_factor") or 0.0), return_dict=False)[0]
+        with self._in_float32(self._upcasts and self.vae.dtype == torch.float16):
+            center, scale = self._center_and_scale(latents_BCHW)
+            raw = latents_BCHW.to(self.vae.dtype) / scale + center
+            images: Tensor = self.vae.decode(raw.to(self.vae.dtype), return_dict=False)[0]
         return (images / 2 + 0.5).clamp(0, 1).float()
+
+    def _center_and_scale(self, latents_BCHW: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Of the VAE's own latents; ``[1, C, 1, 1]`` in float32 where channels differ."""
+        scale: float = self.vae.config.scaling_factor
+        if self._mean_std is None:
+            return self.vae.config.get("shift_factor") or 0.0, scale
+        mean, std = (tensor.to(latents_BCHW.device) for tensor in self._mean_std)
+        return mean, scale / std
+
+    @contextmanager
+    def _in_float32(self, upcasts: bool) -> Iterator[None]:
+        dtype = self.vae.dtype
+        if not upcasts or dtype == torch.float32:
+            yield
+            return
+        self.vae.to(torch.float32)
+        try:
+            yield
+        finally:
+            self.vae.to(dtype)
+
+
+def _by_channel(values: Sequence[float]) -> Tensor:
+    """``[1, C, 1, 1]``."""
+    return torch.tensor(values).view(1, -1, 1, 1)
 
 
 def tokenize_fixed(tokenizer: Any, prompts: Sequence[str], device: torch.device, length: int | None = None) -> Tensor:

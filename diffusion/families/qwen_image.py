@@ -34,6 +34,7 @@ class QwenImage(FlowFamily):
 
     name = "qwen_image"
     architecture = "qwen-image"
+    weights = ("text_encoder", "transformer", "vae")
     block_lists = ("transformer_blocks",)
 
     def __init__(
@@ -73,7 +74,8 @@ class QwenImage(FlowFamily):
 
     def lora_target_modules(self, component: str, kind: LoraTargets = "attention") -> list[str]:
         feed_forward = [f"{stream}_mlp.{layer}" for stream in ("img", "txt") for layer in ("net.0.proj", "net.2")]
-        return list(ATTENTION) if kind == "attention" else [*ATTENTION, *feed_forward]
+        modulations = ["img_mod.1", "txt_mod.1"] if kind == "ai_toolkit" else []
+        return list(ATTENTION) if kind == "attention" else [*ATTENTION, *feed_forward, *modulations]
 
     # -- text
 

@@ -30,12 +30,14 @@ from diffusion.families.unet_family import UNET_TARGETS, UNetFamily
 TEXT_TARGETS = {
     "attention": ["q_proj", "k_proj", "v_proj", "out_proj"],
     "all": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "ai_toolkit": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
 }
 
 
 class StableDiffusion1(UNetFamily):
     name = "sd1"
     architecture = "stable-diffusion-v1"
+    weights = ("text_encoder", "unet", "vae")
 
     def __init__(
         self, *, tokenizer: Any, text_encoder: Any, unet: Any, vae: Any, scheduler: Any,
@@ -84,14 +86,11 @@ class StableDiffusion1(UNetFamily):
 
     # -- denoising
 
-    def uses_negative_prompt(self, guidance_scale: float) -> bool:
-        return guidance_scale > 1
-
     def predict(
         self, latents_BCHW: Tensor, timesteps_B: Tensor, text: TextEmbeds, *, guidance_B: Tensor | None = None
     ) -> Tensor:
         output: Tensor = self.unet(
             latents_BCHW.to(self.dtype), timesteps_B, encoder_hidden_states=text.hidden_BLD.to(self.dtype),
-            return_dict=False,
+            timestep_cond=self._guidance_embedding(guidance_B), return_dict=False,
         )[0]  # fmt: skip
         return output

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from diffusion.errors import SizeNotSupported
 from diffusion.families.base import LoraTargets, TextEmbeds
 from diffusion.families.flow import FlowMatching
 from diffusion.families.flow_family import ATTENTION, FEED_FORWARD, FlowFamily
@@ -38,6 +39,7 @@ class StableDiffusion3(KlFamily, FlowFamily):
 
     name = "sd3"
     architecture = "stable-diffusion-v3"
+    weights = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae")
     block_lists = ("transformer_blocks",)
 
     def __init__(
@@ -85,7 +87,9 @@ class StableDiffusion3(KlFamily, FlowFamily):
     def lora_target_modules(self, component: str, kind: LoraTargets = "attention") -> list[str]:
         if component != "transformer":
             return list(TEXT_TARGETS[kind])
-        return [*ATTENTION] if kind == "attention" else [*ATTENTION, *FEED_FORWARD]
+        feed_forward = [] if kind == "attention" else [*FEED_FORWARD]
+        modulations = ["norm1.linear", "norm1_context.linear"] if kind == "ai_toolkit" else []
+        return [*ATTENTION, *feed_forward, *modulations]
 
     # -- text
 
@@ -111,6 +115,14 @@ class StableDiffusion3(KlFamily, FlowFamily):
         if self.text_encoder_3 is not None:
             return text_beyond(self.tokenizers[2], prompt, T5_TOKENS, special=1)
         return text_beyond(self.tokenizers[0], prompt, CLIP_TOKENS, special=2)
+
+    # -- pictures and latents
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
+        side_max_px = self.transformer.config.pos_embed_max_size * self.patch * self.latents.factor
+        if max(width, height) > side_max_px:
+            raise SizeNotSupported(width, height, self.size_multiple, side_max_px)
+        return super().latent_shape(width, height)
 
     # -- denoising
 

@@ -34,6 +34,7 @@ class StableDiffusionXL(UNetFamily):
 
     name = "sdxl"
     architecture = "stable-diffusion-xl-v1-base"
+    weights = ("text_encoder", "text_encoder_2", "unet", "vae")
 
     def __init__(
         self, *, tokenizer: Any, tokenizer_2: Any, text_encoder: Any, text_encoder_2: Any, unet: Any, vae: Any,
@@ -45,7 +46,7 @@ class StableDiffusionXL(UNetFamily):
             frozen(part, self.device, dtype) for part in (text_encoder, text_encoder_2, unet, vae)
         )
         self.noise = DiscreteNoise(scheduler)
-        self.latents = KlLatents(self.vae)
+        self.latents = KlLatents(self.vae, as_sdxl=True)
         self.size_multiple = self.latents.size_multiple
         self.native_size_px = self._trained_size_px
 
@@ -89,9 +90,6 @@ class StableDiffusionXL(UNetFamily):
 
     # -- denoising
 
-    def uses_negative_prompt(self, guidance_scale: float) -> bool:
-        return guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
-
     def predict(
         self, latents_BCHW: Tensor, timesteps_B: Tensor, text: TextEmbeds, *, guidance_B: Tensor | None = None
     ) -> Tensor:
@@ -99,6 +97,7 @@ class StableDiffusionXL(UNetFamily):
             raise ValueError("SDXL needs the pooled text")
         output: Tensor = self.unet(
             latents_BCHW.to(self.dtype), timesteps_B, encoder_hidden_states=text.hidden_BLD.to(self.dtype),
+            timestep_cond=self._guidance_embedding(guidance_B),
             added_cond_kwargs={"text_embeds": text.pooled_BD.to(self.dtype), "time_ids": self._sizes(latents_BCHW)},
             return_dict=False,
         )[0]  # fmt: skip

@@ -5,12 +5,14 @@ Follows ``ZImagePipeline`` and ``train_dreambooth_lora_z_image.py`` of diffusers
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKL, ZImageTransformer2DModel
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -28,6 +30,7 @@ class ZImage(KlFamily, FlowFamily):
 
     name = "z_image"
     architecture = "z-image"
+    weights = ("text_encoder", "transformer", "vae")
     block_lists = ("layers",)
     last_layer = "all_final_layer"
 
@@ -64,7 +67,12 @@ class ZImage(KlFamily, FlowFamily):
         return {"transformer": self.transformer}
 
     def lora_target_modules(self, component: str, kind: LoraTargets = "attention") -> list[str]:
+        """``ai_toolkit`` leaves the refiners out, which ``all`` takes."""
         attention = ["to_q", "to_k", "to_v", "to_out.0"]
+        if kind == "ai_toolkit":
+            parts = [f"attention.{part}" for part in attention]
+            parts += ["feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0"]
+            return [f"layers.{i}.{part}" for i in range(len(self.transformer.layers)) for part in parts]
         return attention if kind == "attention" else [*attention, "w1", "w2", "w3"]
 
     # -- text
@@ -124,7 +132,29 @@ class ZImage(KlFamily, FlowFamily):
             raise ValueError("Z-Image needs to know which tokens are real")
         states = [s[m.bool()].to(self.dtype) for s, m in zip(text.hidden_BLD, text.mask_BL, strict=True)]
         latents_C1HW = list(latents_BCHW.to(self.dtype).unsqueeze(2).unbind(0))
-        outputs = self.transformer(
-            latents_C1HW, (1000 - timesteps_B.to(self.device)) / 1000, states, return_dict=False
-        )[0]
-        return -torch.stack(list(outputs)).squeeze(2)
+        with _apart(self.transformer.cap_embedder, [len(state) for state in states]):
+            outputs = self.transformer(
+                latents_C1HW, (1000 - timesteps_B.to(self.device)) / 1000, states, return_dict=False
+            )[0]
+        # float32, as the stock pipeline's scheduler is given it: its latents never are of the model's dtype.
+        return -torch.stack([output.float() for output in outputs]).squeeze(2)
+
+
+@contextmanager
+def _apart(embedder: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
+    """Prompts reach the layers of ``embedder`` as rows, padded, where diffusers joins their tokens to one row: a
+    layer that treats each row of a batch in its own way has to know them."""
+    lengths = [-(-length // SEQ_MULTI_OF) * SEQ_MULTI_OF for length in lengths]  # what diffusers pads each to
+
+    def split(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        return nn.utils.rnn.pad_sequence(list(torch.split(inputs[0], lengths)), batch_first=True)
+
+    def join(_: nn.Module, __: tuple[Tensor, ...], rows_BLD: Tensor) -> Tensor:
+        return torch.cat([row_LD[:length] for row_LD, length in zip(rows_BLD, lengths, strict=True)])
+
+    hooks = [embedder.register_forward_pre_hook(split), embedder.register_forward_hook(join)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

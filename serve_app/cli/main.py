@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
-from serve_app.cli.client import ApiClient
+from serve_app.cli.client import ApiClient, NotNow, Unreachable
 from serve_app.cli.console import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -32,6 +33,8 @@ from serve_app.cli.console import (
     err,
     out,
     reported,
+    say,
+    status_of,
 )
 from serve_app.cli.doctor import diagnose
 from serve_app.cli.operating import breaker, keys, sweep
@@ -40,6 +43,7 @@ from serve_app.cli.trainings import check_training, prepare_training
 from serve_app.demo.run import run_demo
 from serve_app.settings import Settings
 from serve_app.stack import control
+from serve_app.stack.errors import AlreadyRunning
 from serve_app.stack.instance import Instance
 
 app = typer.Typer(
@@ -64,6 +68,9 @@ def up(
         settings = Settings()
         instance = Instance(settings.home)
         instance.prepare()
+        if instance.supervisor() is not None:
+            # Before its key is replaced by one that it does not know.
+            raise AlreadyRunning(instance.home)
         key, first = instance.ensure_api_key(settings.api_key)
         with err.status("starting") as status:
             state = control.start(
@@ -71,19 +78,29 @@ def up(
                 while_pid=None if detach else os.getpid(),
                 on_stage=lambda stage: status.update(stage),
             )
-        emit(as_json, {"http_url": state.http_url, "dashboard_url": state.dashboard_url, "home": str(instance.home)})
+        emit(
+            as_json,
+            {
+                "http_url": state.http_url, "dashboard_url": state.dashboard_url, "home": str(instance.home),
+                "api_key_file": str(instance.api_key_file), "log_file": str(instance.log_file),
+            },
+        )  # fmt: skip
         if not as_json:
             shown = key.get_secret_value() if first else f"in {instance.api_key_file}"
             out.print(
                 Panel.fit(
-                    f"HTTP           {state.http_url}\nAPI key        {shown}\n"
-                    f"Ray dashboard  {state.dashboard_url}\nData           {instance.home}\n"
-                    f"Log            {instance.log_file}",
+                    Text(
+                        f"HTTP           {state.http_url}\nAPI key        {shown}\n"
+                        f"Ray dashboard  {state.dashboard_url}\nData           {instance.home}\n"
+                        f"Log            {instance.log_file}"
+                    ),
                     title="raylora is ready",
                 )
             )
-        if detach:
-            return
+    if detach:
+        return
+    # The one object on standard output is written.
+    with reported(as_json=False):
         err.print("Ctrl-C stops it.")
         _hold(instance)
 
@@ -111,7 +128,7 @@ def down(as_json: AsJson = False) -> None:
         forced = control.stop(instance)
         emit(as_json, {"home": str(instance.home), "ended_hard": forced})
         if not as_json:
-            out.print(f"stopped {instance.home}")
+            say(f"stopped {instance.home}")
 
 
 @app.command()
@@ -124,9 +141,8 @@ def doctor(as_json: AsJson = False) -> None:
         if not as_json:
             for finding in findings:
                 mark = "[green]ok   [/]" if finding.ok else "[red]wrong[/]"
-                out.print(
-                    f"{mark} {finding.name}: {finding.found}" + (f"\n      {finding.advice}" if finding.advice else "")
-                )
+                advice = f"\n      {finding.advice}" if finding.advice else ""
+                out.print(f"{mark} {escape(f'{finding.name}: {finding.found}{advice}')}")
         if not all(f.ok for f in findings):
             raise typer.Exit(EXIT_FAILED)
 
@@ -142,20 +158,14 @@ def train(
     if check:
         _show_check(config, as_json)
         return
-    with reported(as_json), connect(Settings()) as client:
+    with reported(as_json), connect(Settings(), is_patient=True) as client:
         body = prepare_training(client, config, on_upload=lambda text: None if as_json else err.print(text))
-        accepted = client.call("train", config=body)
+        accepted = client.start("train", config=body)
         process_id = accepted["process_id"]
         if not as_json:
             for warning in accepted.get("warnings", []):
                 err.print(Text(f"warning: {_line(warning)}", style="yellow"))
-            err.print(f"training {process_id}")
-        if detach:
-            emit(as_json, accepted)
-            return
-        process = _follow(client, process_id, as_json)
-        if not as_json:
-            out.print(f"{process_id}: {process['status']}. `raylora download {process_id}` fetches the LoRA.")
+        _see_through(client, process_id, accepted, detach=detach, as_json=as_json)
 
 
 @app.command("continue")
@@ -168,16 +178,10 @@ def continue_(
     as_json: AsJson = False,
 ) -> None:
     """Train on from the newest checkpoint of an ended training: for more steps, or the rest of a cancelled one."""
-    with reported(as_json), connect(Settings()) as client:
+    with reported(as_json), connect(Settings(), is_patient=True) as client:
         training = client.continue_training(process_id, steps)
-        if not as_json:
-            err.print(f"training {training['id']}")
-        if detach:
-            emit(as_json, training)
-            return
-        process = _follow(client, training["id"], as_json)
-        if not as_json:
-            out.print(f"{training['id']}: {process['status']}. `raylora download {training['id']}` fetches the LoRA.")
+        accepted = {**training, "process_id": training["id"]}
+        _see_through(client, training["id"], accepted, detach=detach, as_json=as_json)
 
 
 def _show_check(config: Path, as_json: bool) -> None:
@@ -207,21 +211,35 @@ def _line(warning: Any) -> str:
     return f"{warning.get('path')}: {warning.get('message')}" if isinstance(warning, dict) else str(warning)
 
 
+def _see_through(client: ApiClient, process_id: str, accepted: dict[str, Any], *, detach: bool, as_json: bool) -> None:
+    """What follows once a training is queued; ``accepted`` is all there is to print in JSON where nobody waits."""
+    if detach:
+        emit(as_json, accepted)
+        if not as_json:
+            say(f"{process_id} is queued. `raylora jobs` shows it.")
+        return
+    if not as_json:
+        err.print(f"training {process_id}")
+    process = _follow(client, process_id, as_json)
+    if not as_json:
+        say(f"{process_id}: {process['status']}. `raylora download {process_id}` fetches the LoRA.")
+
+
 def _follow(client: ApiClient, process_id: str, as_json: bool) -> dict[str, Any]:
-    """Show progress until the process ended. Ctrl-C leaves it running and says how to go on."""
+    """Show progress until the process ended. Ctrl-C leaves it running and says how to go on, as does a lost server."""
+    again = f"`raylora jobs` shows it; `raylora cancel {process_id}` stops it."
+    mine = {"process_id": process_id}
     try:
         with training_progress(err, enabled=not as_json) as update:
             process = client.follow(process_id, update)
     except KeyboardInterrupt:
-        err.print(f"\n{process_id} goes on. `raylora jobs` shows it; `raylora cancel {process_id}` stops it.")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    emit(as_json, process)
+        raise Failure("interrupted", f"{process_id} goes on. {again}", EXIT_INTERRUPTED, mine) from None
+    except (NotNow, Unreachable) as exc:
+        raise Failure(exc.code, f"{exc}\n{process_id} may go on. {again}", status_of(exc), mine) from exc
     if process["status"] != "completed":
-        raise Failure(
-            "job_failed",
-            f"{process_id} is {process['status']}: {process.get('error') or 'no reason given'}",
-            EXIT_FAILED,
-        )
+        reason = f"{process_id} is {process['status']}: {process.get('error') or 'no reason given'}"
+        raise Failure("job_failed", reason, EXIT_FAILED, process)
+    emit(as_json, process)
     return process
 
 
@@ -242,14 +260,14 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Make a picture, with LoRAs by the ids of their trainings."""
-    with reported(as_json), connect(Settings()) as client:
+    with reported(as_json), connect(Settings(), is_patient=True) as client:
         fields: dict[str, Any] = {
             "width": width, "height": height, "num_inference_steps": steps, "guidance_scale": guidance,
             "seed": seed, "model": model, "negative_prompt": negative_prompt or None,
         }  # fmt: skip
         loras = [_lora(text) for text in lora or []]
         _check_folder(output)
-        reply = client.call(
+        reply = client.start(
             "generate", prompt=prompt, loras=loras, wait=True, output_format=_format_of(output),
             **{name: value for name, value in fields.items() if value is not None},
         )  # fmt: skip
@@ -257,7 +275,7 @@ def generate(
         client.fetch(image["url"], output)
         emit(as_json, {"output": str(output), "seed": image.get("seed"), "process_id": reply.get("process_id")})
         if not as_json:
-            out.print(f"{output} (seed {image.get('seed')})")
+            say(f"{output} (seed {image.get('seed')})")
 
 
 def _lora(text: str) -> dict[str, Any]:
@@ -318,7 +336,7 @@ def cancel(process_id: str, as_json: AsJson = False) -> None:
         reply = client.call("cancel", process_id=process_id)
         emit(as_json, reply)
         if not as_json:
-            out.print(str(reply.get("message")))
+            say(str(reply.get("message")))
 
 
 @app.command()
@@ -332,12 +350,15 @@ def download(
     """Fetch the LoRA of a completed training."""
     with reported(as_json), connect(Settings()) as client:
         _check_folder(output)
+        if not output.is_dir() and not output.suffix:
+            message = f"There is no folder {output}. Make it, or name a file: {output}.safetensors."
+            raise Failure("bad_output", message, EXIT_USAGE)
         reply = client.call("download", process_id=process_id)
         target = output / Path(reply["filename"]).name if output.is_dir() else output
         size = client.fetch(reply["url"], target)
         emit(as_json, {"output": str(target), "size_bytes": size})
         if not as_json:
-            out.print(f"{target} ({size / 1e6:.2f} MB)")
+            say(f"{target} ({size / 1e6:.2f} MB)")
 
 
 @app.command()

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from serve_app.cli import cluster
-from serve_app.cli.console import EXIT_FAILED, AsJson, connect, emit, err, out, reported
+from serve_app.cli.console import EXIT_FAILED, AsJson, connect, emit, err, out, reported, say
 from serve_app.cli.keys import print_keys
 from serve_app.settings import Settings
 from storage.breaker import BreakerMode
@@ -42,7 +42,7 @@ def breaker(
         emit(as_json, state)
         if not as_json:
             detail = f": {state['detail']}" if state["detail"] else ""
-            out.print(f"{state['breaker']} ({state['breaker_mode']}){detail}")
+            say(f"{state['breaker']} ({state['breaker_mode']}){detail}")
 
 
 def sweep(
@@ -77,7 +77,7 @@ def create_key(
         made = client.create_key(name, tenant)
         emit(as_json, made)
         if not as_json:
-            out.print(Text(f"{made['key']}  ({made['id']}, tenant {made['tenant']}; it is not shown again)"))
+            say(f"{made['key']}  ({made['id']}, tenant {made['tenant']}; it is not shown again)")
 
 
 @keys.command("list")
@@ -97,4 +97,4 @@ def revoke_key(key_id: str, as_json: AsJson = False) -> None:
         revoked = client.revoke_key(key_id)
         emit(as_json, revoked)
         if not as_json:
-            out.print(Text(f"{revoked['id']} is revoked"))
+            say(f"{revoked['id']} is revoked")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from serve_app.cli.client import ApiClient, ApiError, NoKey, Unreachable, WrongKey
-from storage.keys import storable_stem
+from serve_app.cli.client import ApiClient, NoKey, Unreachable, Unusable, WrongKey
 from train_jobs.config_check import check_train_yaml
 from train_jobs.errors import ConfigInvalid
+from train_jobs.folder_files import upload_groups
 from train_jobs.strict_yaml import read_mapping
 
 # A request holds base64, a third more than the bytes, and the server takes 20 MB.
@@ -21,7 +21,8 @@ UPLOAD_BATCH_BYTES = 12 * 10**6
 UPLOAD_BATCH_FILES = 100
 WRONG = frozenset({"invalid", "refused"})
 NOT_ASKED_FOR = "The file cannot be read as a configuration."
-UPLOADED_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".txt"})
+CAPTION_SUFFIX = ".txt"
+"""Others are not taken by the server."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ def prepare_training(client: ApiClient, config: Path, *, on_upload: Callable[[st
     if wrong:
         raise _unusable(config, [(key["path"], key["note"]) for key in wrong])
     for name, folder in training.folders.items():
-        upload_folder(client, folder, name, on_upload=on_upload)
+        try:
+            upload_folder(client, folder, name, on_upload=on_upload)
+        except OSError as exc:
+            raise Unusable("dataset_unreadable", f"{exc.filename or folder} cannot be read: {exc.strerror}.") from exc
     return training.document
 
 
@@ -82,7 +86,7 @@ def _local_training(config: Path) -> LocalTraining:
     try:
         document = read_mapping(config.read_bytes())
     except OSError as exc:
-        raise ApiError("config_unreadable", f"{config} cannot be read.") from exc
+        raise Unusable("config_unreadable", f"{config} cannot be read.") from exc
     folders: dict[str, Path] = {}
     for dataset in _datasets(document):
         if dataset.get("dataset_path") and not dataset.get("folder_path"):
@@ -90,10 +94,16 @@ def _local_training(config: Path) -> LocalTraining:
         for key in ("folder_path", "mask_path"):
             folder = _local_folder(str(dataset[key]), config) if dataset.get(key) else None
             if folder is not None:
-                name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(folder.parts[-2:])).strip("-.")[:100] or "dataset"
+                dataset[key] = name = _dataset_name(folder, folders)
                 folders[name] = folder
-                dataset[key] = name
     return LocalTraining(document, folders)
+
+
+def _dataset_name(folder: Path, taken: Mapping[str, Path]) -> str:
+    """After the folder and the one it is in; another folder that would have that name too gets a number."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(folder.parts[-2:])).strip("-.")[:90] or "dataset"
+    numbered = (plain if number == 1 else f"{plain}-{number}" for number in count(1))
+    return next(name for name in numbered if taken.get(name, folder) == folder)
 
 
 def _asked(client: ApiClient, training: LocalTraining) -> dict[str, Any]:
@@ -109,9 +119,9 @@ def _asked(client: ApiClient, training: LocalTraining) -> dict[str, Any]:
     return {**report, "keys": keys}
 
 
-def _unusable(config: Path, problems: list[tuple[str, str]]) -> ApiError:
+def _unusable(config: Path, problems: list[tuple[str, str]]) -> Unusable:
     lines = "\n".join(f"  {path or config.name}: {message}" for path, message in problems)
-    return ApiError("config_invalid", f"{config} cannot be used:\n{lines}")
+    return Unusable("config_invalid", f"{config} cannot be used:\n{lines}")
 
 
 def _datasets(document: Any) -> Iterator[dict[str, Any]]:
@@ -134,58 +144,40 @@ def _local_folder(named: str, config: Path) -> Path | None:
 
 
 def upload_folder(client: ApiClient, folder: Path, name: str, *, on_upload: Callable[[str], None]) -> None:
-    """Upload the pictures and captions of a folder as data set ``name``. Raises ApiError where there are none."""
-    files = sorted(
-        f
-        for f in folder.iterdir()
-        if f.is_file() and f.suffix.lower() in UPLOADED_SUFFIXES and not f.name.startswith(".")
-    )
-    if not files:
-        raise ApiError("dataset_empty", f"{folder} holds no pictures. Put .png, .jpg or .webp files there.")
-    names = _stored_names(files)
-    for index, batch in enumerate(_batches(files)):
+    """Upload the pictures of a folder, their captions and masks as data set ``name``. Raises ApiError where there are
+    none."""
+    groups = upload_groups(folder, CAPTION_SUFFIX)
+    if not groups:
+        raise Unusable("dataset_empty", f"{folder} holds no pictures. Put .png, .jpg or .webp files there.")
+    for index, batch in enumerate(_batches(groups)):
         client.call(
             "upload_training_data",
             training_name=re.sub(r"[^a-zA-Z0-9_-]", "-", name),
             dataset_folder=name,
             cleanup_existing=index == 0,
             files=[
-                {"filename": names[file], "content": base64.b64encode(file.read_bytes()).decode()} for file in batch
+                {"filename": filename, "content": base64.b64encode(file.read_bytes()).decode()}
+                for filename, file in batch.items()
             ],
         )
-    on_upload(f"uploaded {len(files)} files as data set {name}")
+    on_upload(f"uploaded {sum(map(len, groups))} files as data set {name}")
 
 
-def _stored_names(files: list[Path]) -> dict[Path, str]:
-    """What each file is called on the server, which takes no emoji, `#` or the like; captions stay with their pictures.
-
-    Stems that would become the same are told apart by a number.
-    """
-    stems: dict[str, str] = {}
-    for stem in sorted({file.stem for file in files}, key=lambda stem: (stem != storable_stem(stem), stem)):
-        wanted = storable_stem(stem)
-        taken = {name.casefold() for name in stems.values()}
-        numbered = (wanted if number == 1 else f"{wanted}_{number}" for number in count(1))
-        stems[stem] = next(name for name in numbered if name.casefold() not in taken)
-    return {file: stems[file.stem] + file.suffix for file in files}
-
-
-def _batches(files: list[Path]) -> Iterator[list[Path]]:
-    """Files in requests of a size that the server takes; a picture and its caption stay together."""
-    groups: dict[str, list[Path]] = {}
-    for file in files:
-        groups.setdefault(file.stem, []).append(file)
-    batch: list[Path] = []
+def _batches(groups: list[dict[str, Path]]) -> Iterator[dict[str, Path]]:
+    """Files in requests of a size that the server takes; a picture, its caption and its mask stay together."""
+    batch: dict[str, Path] = {}
     size = 0
-    for group in groups.values():
-        group_size = sum(file.stat().st_size for file in group)
+    for group in groups:
+        group_size = sum(file.stat().st_size for file in group.values())
         if group_size > UPLOAD_BATCH_BYTES:
             limit_mb = UPLOAD_BATCH_BYTES // 10**6
-            raise ApiError("file_too_large", f"{group[0].name} is larger than {limit_mb} MB. Scale the picture down.")
+            name = next(iter(group.values())).name
+            message = f"{name}, with its caption and mask, is larger than {limit_mb} MB. Scale the picture down."
+            raise Unusable("file_too_large", message)
         if batch and (size + group_size > UPLOAD_BATCH_BYTES or len(batch) + len(group) > UPLOAD_BATCH_FILES):
             yield batch
-            batch, size = [], 0
-        batch += group
+            batch, size = {}, 0
+        batch |= group
         size += group_size
     if batch:
         yield batch

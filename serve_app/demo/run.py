@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from serve_app.cli.client import ApiClient, ApiError
+from serve_app.cli.patience import Patience
 from serve_app.cli.progress import training_progress
 from serve_app.cli.trainings import prepare_training
 from serve_app.demo.measure import distance_to_set, rms_distance
@@ -95,7 +96,7 @@ def draw(client: ApiClient, prompts: tuple[str, ...], lora: str | None, folder: 
     folder.mkdir(parents=True, exist_ok=True)
 
     def one(index: int) -> Image.Image:
-        reply = client.call(
+        reply = client.start(
             "generate", prompt=prompts[index], seed=100 + index, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
             loras=[{"id": lora, "scale": 1.0}] if lora else [], wait=True,
         )  # fmt: skip
@@ -117,7 +118,7 @@ def draw_all(client: ApiClient, lora: str | None, folder: Path) -> Drawn:
 def train(client: ApiClient, console: Console) -> tuple[dict[str, Any], tuple[tuple[int, float], ...]]:
     """Upload the data set, train, and return the process object with the loss as it was reported."""
     body = prepare_training(client, CONFIG, on_upload=console.print)
-    process_id = client.call("train", config=body)["process_id"]
+    process_id = client.start("train", config=body)["process_id"]
     console.print(f"training {process_id}")
     loss: dict[int, float] = {}
 
@@ -159,7 +160,11 @@ def run_demo(output: Path, settings: Settings, console: Console) -> dict[str, An
     Raises ApiError (also below the bar) or InstanceError.
     """
     started_at = time.monotonic()
-    with running_instance(surroundings(settings), console) as (url, key), ApiClient(url, key) as client:
+    where = surroundings(settings)
+    with (
+        running_instance(where, console) as (url, key),
+        ApiClient(url, key, patience=Patience(console.print)) as client,
+    ):
         ready_s = time.monotonic() - started_at
         console.print(f"ready on {url} after {ready_s:.0f} s")
         cancel_leftovers(client)

@@ -11,7 +11,7 @@ from typing import Any
 from serve_app.collaborators import DispatchLoad
 from serve_app.dispatch.dispatcher import GenerationDispatcher
 from serve_app.dispatch.lasting_replies import LastingReplies
-from serve_app.dispatch.rates import Grant, Rate, RateLedger
+from serve_app.dispatch.rates import Claim, Grant, Rate, RateLedger
 from serve_app.dispatch.replies import ReplyTable
 from serve_app.dispatch.reply import EndedReply, Opening, Reopened, Reply, Settled
 from serve_app.dispatch.webhooks import WebhookSender
@@ -21,6 +21,7 @@ from serve_app.outbound import Outbound
 from serve_app.settings import Settings
 from storage.actor import StorageClient
 from storage.jobs_client import JobsClient
+from storage.ray_counters import of_this_process
 
 
 class Dispatcher:
@@ -44,6 +45,7 @@ class Dispatcher:
             Presenter(store, _now, s3.bucket, s3.prefix, settings.limits),
             self._outbound,
             secrets=settings.webhook_secrets(),
+            counters=of_this_process(),
         )
         # Serve runs constructors on the replica's event loop.
         loop = asyncio.get_running_loop()
@@ -94,8 +96,8 @@ class Dispatcher:
     async def drain_reply(self, tenant: str, runpod_id: str) -> bool:
         return self._replies.table.drain(tenant, runpod_id)
 
-    async def take_permits(self, key: str, operation: str, rate: Rate, wanted: int) -> Grant:
-        return self._rates.take(key, operation, rate, wanted)
+    async def take_permits(self, key: str, operation: str, rate: Rate, claim: Claim) -> Grant:
+        return self._rates.take(key, operation, rate, claim)
 
     async def __del__(self) -> None:
         """Serve's graceful shutdown: stop handing out, let what is under way end, hand back what does not."""

@@ -12,6 +12,7 @@ import logging
 
 from serve_app.collaborators import DispatchLoad, Inference, JobsApi
 from serve_app.dispatch.attempt import GenerationAttempt, Sleep
+from serve_app.dispatch.slots import Slots
 from storage.errors import JobError, LeaseLost
 from storage.job_record import JobRecord
 from storage.job_state import JobKind
@@ -38,66 +39,40 @@ class GenerationDispatcher:
         self._jobs = jobs
         self._inference = inference
         self._owner = owner
-        self._slots = slots
+        self._slots = Slots(slots, poll_s=poll_s, sleep=sleep)
         self._lease_s = lease_s
         self._heartbeat_s = heartbeat_s
-        self._poll_s = poll_s
         self._drain_s = drain_s
         self._sleep = sleep
-        self._woken = asyncio.Event()
-        self._running: set[asyncio.Task[None]] = set()
 
     def wake(self) -> None:
         """Look for queued work now instead of at the next poll."""
-        self._woken.set()
+        self._slots.wake()
 
     def load(self) -> DispatchLoad:
-        return DispatchLoad(running=len(self._running), slots=self._slots)
+        return DispatchLoad(running=self._slots.running, slots=self._slots.count)
 
     async def run(self) -> None:
         """Until cancelled; then nothing more is claimed, and what is under way has `drain_s` to end. What does not is
         stopped and queued again, as the attempt that it was."""
         try:
             while True:
-                self._woken.clear()
                 await self._claim()
-                await self._until_woken()
+                await self._slots.next_look()
         finally:
-            await self._drain()
-
-    async def _drain(self) -> None:
-        if not self._running:
-            return
-        _, late = await asyncio.wait(self._running, timeout=self._drain_s)
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
+            await self._slots.end(within_s=self._drain_s)
 
     async def _claim(self) -> None:
-        free = self._slots - len(self._running)
+        free = self._slots.free
         if free <= 0:
             return
         try:
             records = await self._jobs.claim(JobKind.GENERATION, self._owner, limit=free, lease_s=self._lease_s)
         except JobError as error:
-            logger.warning("Generations could not be claimed: %s; trying again in %g s", error.code, self._poll_s)
+            logger.warning("Generations could not be claimed: %s; trying again in %g s", error.code, self._slots.poll_s)
             return
         for record in records:
-            task = asyncio.create_task(self._attend(record))
-            self._running.add(task)
-            task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._running.discard(task)
-        self._woken.set()
-
-    async def _until_woken(self) -> None:
-        waits = [asyncio.ensure_future(self._woken.wait()), asyncio.ensure_future(self._sleep(self._poll_s))]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
+            self._slots.start(self._attend(record))
 
     async def _attend(self, record: JobRecord) -> None:
         """One generation from its claim to its settled record. Raises nothing but CancelledError."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import replace
-from datetime import datetime
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -127,7 +126,7 @@ class LastingReplies:
         if len(body) > NOTE_BYTES_MAX and saved.sent is not None:
             body = _SAVED.dump_json(replace(saved, sent=None)).decode()
         name = f"{PREFIX}{runpod_id}"
-        await self._write(NotedReply(tenant, name, body if len(body) <= NOTE_BYTES_MAX else None, _needed_until(saved)))
+        await self._write(NotedReply(tenant, name, body if len(body) <= NOTE_BYTES_MAX else None, saved.expires_at))
 
     async def _write(self, noted: NotedReply) -> None:
         try:
@@ -135,7 +134,3 @@ class LastingReplies:
                 await self._jobs.call(Jobs.note_replies, [noted])
         except (JobError, TimeoutError) as error:
             logger.warning("The next dispatcher would not know how %s stands (%s)", noted.name, type(error).__name__)
-
-
-def _needed_until(saved: SavedReply) -> datetime:
-    return saved.expires_at if saved.seen is None else max(saved.expires_at, saved.seen.expires_at)

@@ -36,6 +36,9 @@ RETRIED = "retried"
 
 @dataclass
 class _Entry:
+    """`fingerprint`: the key of the request, until a record answers for it."""
+
+    place: tuple[str, str]
     reply: Reply
     kept_s: float
     expires_at: datetime
@@ -49,7 +52,8 @@ class ReplyTable:
     """Bounded, single-owner. All times come from `clock` (aware, UTC).
 
     Beyond the bounds, a tenant with many or large replies loses its own oldest, and no job under way before those that
-    have ended.
+    have ended. A key goes with the reply that it stands for: who sends it then begins anew, and is not told an id that
+    nobody knows.
     """
 
     def __init__(
@@ -66,7 +70,7 @@ class ReplyTable:
             entries_max=entries_max,
             bytes_max=bytes_max,
             may_go=lambda entry: entry.reply.is_final,
-            dropped=lambda entry: entry.settled.set(),
+            dropped=self._dropped,
         )
         self._seen: FairStore[Seen] = FairStore(entries_max=entries_max)
         # With bounds of its own: a job that cannot be retried is better than one whose reply is lost.
@@ -98,14 +102,16 @@ class ReplyTable:
         reply = Reply(opening.status, created_at=now)
         mark = None if fingerprint is None else fingerprint.key
         ends_at = now + timedelta(seconds=self._pending_max_s)
-        self._entries.put(tenant, runpod_id, _Entry(reply, opening.kept_s, ends_at, opening.owner, mark))
+        begun = _Entry((tenant, runpod_id), reply, opening.kept_s, ends_at, opening.owner, mark)
+        self._entries.put(tenant, runpod_id, begun)
         self._keep_sent(tenant, runpod_id, opening.sent)
         if opening.owner is not None:
             self._heard[opening.owner] = now
         return runpod_id
 
     def reopen(self, tenant: str, runpod_id: str, *, owner: str, kept_s: float) -> Reopened:
-        """A job that failed or timed out begins once more, at the process `owner`.
+        """A job that failed or timed out begins once more, at the process `owner`. Its next reply is kept for `kept_s`,
+        or as long as this one where that is longer.
 
         Raises RunpodJobNotFound, RunpodJobNotRetryable, RunpodJobNotKept (what was sent with it is not there any more).
         """
@@ -120,8 +126,9 @@ class ReplyTable:
             raise RunpodJobNotKept
         attempt = entry.reply.attempt + 1
         begun = _Entry(
+            (tenant, runpod_id),
             Reply(sent.begins_as, created_at=now, attempt=attempt),
-            kept_s,
+            max(kept_s, entry.kept_s),
             now + timedelta(seconds=self._pending_max_s),
             owner,
             entry.fingerprint,
@@ -188,12 +195,12 @@ class ReplyTable:
         """What was noted of a job, where nothing newer is known. Its owner is taken to be there until it is silent."""
         now = self._clock()
         tenant, key = saved.tenant, saved.fingerprint
+        if saved.expires_at <= now or (tenant, saved.runpod_id) in self._entries:
+            return
         seen = saved.seen
         if key is not None and seen is not None and seen.expires_at > now and self._seen.get(tenant, key) is None:
             self._seen.put(tenant, key, seen)
-        if saved.expires_at <= now or (tenant, saved.runpod_id) in self._entries:
-            return
-        entry = _Entry(saved.reply, saved.kept_s, saved.expires_at, saved.owner, key)
+        entry = _Entry((tenant, saved.runpod_id), saved.reply, saved.kept_s, saved.expires_at, saved.owner, key)
         if saved.reply.is_final:
             entry.settled.set()
         elif saved.owner is not None:
@@ -213,7 +220,7 @@ class ReplyTable:
         if (tenant, runpod_id) not in self._entries:
             expires_at = self._clock() + timedelta(seconds=ended.kept_s)
             begun = Reply("IN_PROGRESS", reply.created_at, attempt=reply.attempt)
-            self._entries.put(tenant, runpod_id, _Entry(begun, ended.kept_s, expires_at))
+            self._entries.put(tenant, runpod_id, _Entry((tenant, runpod_id), begun, ended.kept_s, expires_at))
             self._keep_sent(tenant, runpod_id, ended.sent)
         self.settle(ended)
 
@@ -231,6 +238,7 @@ class ReplyTable:
             seen = self._seen.get(tenant, entry.fingerprint)
             if seen is not None:
                 self._seen.put(tenant, entry.fingerprint, replace(seen, runpod_id=to))
+            entry.fingerprint = None
         self._entries.pop(tenant, runpod_id)
         self._sent.pop(tenant, runpod_id)
         return entry is not None and entry.reply.status == "CANCELLED"
@@ -266,6 +274,13 @@ class ReplyTable:
             else:
                 break
         return self.get(tenant, runpod_id)
+
+    def _dropped(self, entry: _Entry) -> None:
+        entry.settled.set()
+        tenant, runpod_id = entry.place
+        seen = None if entry.fingerprint is None else self._seen.get(tenant, entry.fingerprint)
+        if entry.fingerprint is not None and seen is not None and seen.runpod_id == runpod_id and entry.reply.is_final:
+            self._seen.pop(tenant, entry.fingerprint)
 
     def _forget_unnamed(self, tenant: str, entry: _Entry) -> None:
         seen = None if entry.fingerprint is None else self._seen.get(tenant, entry.fingerprint)

@@ -7,8 +7,8 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,7 +38,6 @@ class DeviceFacts:
 
 @dataclass(eq=False)
 class _Shelved:
-    loading: threading.Lock = field(default_factory=threading.Lock)
     engine: Engine | None = None
     users: int = 0
 
@@ -54,7 +53,8 @@ class LastResort:
 class EngineShelf:
     """Loaded engines, the least recently used making room: for the count, and for the memory that is measured.
 
-    Thread-safe. A model is loaded once however many ask for it, and never leaves while somebody uses it.
+    Thread-safe. A model is loaded once however many ask for it, one model at a time, and never leaves while somebody
+    uses it.
     """
 
     def __init__(
@@ -66,15 +66,18 @@ class EngineShelf:
         memory: MeasureMemory | None = None,
         needed_bytes: Callable[[str], int] = lambda folder: 0,
         last_resort: LastResort | None = None,
+        turns: AbstractContextManager[None] | None = None,
     ) -> None:
         """`models`: alias to the folder that `load` takes. `needed_bytes`: what must be free before it is loaded; a
-        model for which that much is not free, with all others gone that nobody uses, is loaded by `last_resort`."""
+        model for which that much is not free, with all others gone that nobody uses, is loaded by `last_resort`.
+        `turns`: the engines' own. A model is loaded in one of them, for what a call takes of the device is measured."""
         self._models = dict(models)
         self._load = load
         self._loaded_max = loaded_max
         self._memory = memory
         self._needed_bytes = needed_bytes
         self._last_resort = last_resort
+        self._turns = turns or Turns()
         self._shelf: OrderedDict[str, _Shelved] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -99,9 +102,10 @@ class EngineShelf:
             self._shelf.move_to_end(alias)
             shelved.users += 1
         try:
-            with shelved.loading:
-                if shelved.engine is None:
-                    shelved.engine = self._loaded(folder)
+            if shelved.engine is None:
+                with self._turns:
+                    if shelved.engine is None:
+                        shelved.engine = self._loaded(folder)
             yield shelved.engine
         finally:
             with self._lock:

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from diffusion.families import family_of
 from diffusion.quantized import Quantization, Weights
 
-WEIGHT_PATTERNS = ("*.safetensors", "*/*.safetensors")
 ROUNDED_BYTES: dict[Weights, float] = {"float8": 1.0, "int8": 1.0, "int4": 1.0, "nf4": 0.5 + 4 / 64}
 """For one weight; nf4's with a float32 scale for every block of 64."""
 EMBEDDINGS = {"token_embedding", "position_embedding", "embed_tokens", "shared", "relative_attention_bias"}
@@ -34,10 +34,11 @@ class ModelSize:
         return lambda folder: max(self.part_bytes(folder).values(), default=0) + headroom_mb * MIB
 
     def part_bytes(self, folder: str) -> dict[str, int]:
-        """By each part's name. A file whose header cannot be read counts as it is: loading it says what is wrong."""
+        """By the name of each part that is loaded. A file whose header cannot be read counts as it is: loading it says
+        what is wrong. Raises ModelNotFound, UnsupportedModel."""
         path = Path(folder).expanduser()
         parts: dict[str, dict[str, float]] = {}
-        for file in {file for pattern in WEIGHT_PATTERNS for file in path.glob(pattern)}:
+        for file in (file for part in family_of(path).weights for file in (path / part).glob("*.safetensors")):
             # By tensor: a folder may hold the same weights in files of two dtypes.
             parts.setdefault(file.parent.name, {}).update(self._tensors(file))
         return {part: math.ceil(sum(sizes.values())) for part, sizes in parts.items()}

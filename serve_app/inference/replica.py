@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-
 from diffusion.engine.order import Turns
 from diffusion.quantized import Quantization
 from serve_app.inference.engines import (
@@ -17,6 +15,7 @@ from serve_app.inference.engines import (
 )
 from serve_app.inference.lora_cache import LoraCache
 from serve_app.inference.model_size import ModelSize
+from serve_app.inference.own_folder import own_folder
 from serve_app.inference.service import InferenceService
 from serve_app.settings import Settings
 from storage.actor import StorageClient
@@ -49,10 +48,11 @@ def build_service(settings: Settings) -> InferenceService:
         memory=memory_of(settings.device),
         needed_bytes=size.whole(settings.required_mb if on_gpu else 0),
         last_resort=last_resort if settings.cpu_offload and on_gpu else None,
+        turns=turns,
     )
     shelf.load(settings.default_model)
     # A folder of its own: another replica on this machine evicts by its own count.
-    folder = settings.home / "cache" / "loras" / secrets.token_hex(4)
+    folder = own_folder(settings.home / "cache" / "loras")
     return InferenceService(
         store=store,
         keys_of=lambda tenant: Keys(s3.prefix, tenant),

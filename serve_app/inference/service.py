@@ -13,10 +13,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from diffusion.engine import GeneratedImage, GenerateRequest, LoraRef
-from diffusion.images import CONTENT_TYPES, EXTENSIONS, ImageFormat, encode_image
+from diffusion.images import CONTENT_TYPES, EXTENSIONS, ImageFormat, encode_image, read_image
 from serve_app.collaborators import InferenceHealth
 from serve_app.inference.engines import DeviceFacts, EngineShelf
 from serve_app.inference.lora_cache import LoraCache
@@ -212,8 +212,7 @@ class InferenceService:
 
 def _upright(data: bytes) -> Image.Image:
     """As cameras mean it to be seen. Validation has decoded these very bytes, within its limits."""
-    with Image.open(BytesIO(data), formats=FORMATS_READ) as image:
-        return ImageOps.exif_transpose(image)
+    return read_image(BytesIO(data), FORMATS_READ)
 
 
 def requested_pictures(

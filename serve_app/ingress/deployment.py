@@ -16,7 +16,14 @@ from ray import serve
 from ray.serve._private.logging_utils import get_serve_logs_dir
 
 from serve_app.collaborators import Inference
-from serve_app.handles import HandleDispatch, HandleInference, HandleValidation, RestingInference, ServeWorkers
+from serve_app.handles import (
+    TRANSFER_PLACE_TIMEOUT_S,
+    HandleDispatch,
+    HandleInference,
+    HandleValidation,
+    RestingInference,
+    ServeWorkers,
+)
 from serve_app.ingress.api import create_app
 from serve_app.ingress.auth import KeyRing
 from serve_app.ingress.door import Door
@@ -25,6 +32,7 @@ from serve_app.ingress.request_log import LineFile, RayMetrics, RequestLog
 from serve_app.job_types.context import JobDefaults, Services
 from serve_app.settings import Settings, SettingsIncomplete
 from serve_app.stack.haproxy import door_of
+from serve_app.transfers import TenantPlaces, places_of_tenant
 from storage.actor import StorageClient
 from storage.jobs_client import JobsClient
 
@@ -45,6 +53,7 @@ class Ingress:
         self,
         settings: Settings,
         validation: Any,
+        transfers: Any,
         dispatch: Any,
         inference: Any,
         application: str,
@@ -61,7 +70,11 @@ class Ingress:
         services = Services(
             jobs=JobsClient(reads_directly=True),
             store=StorageClient(s3, settings.breaker()),
-            validation=HandleValidation(validation),
+            validation=HandleValidation(
+                validation,
+                transfers,
+                TenantPlaces(places_of_tenant(settings), wait_s=TRANSFER_PLACE_TIMEOUT_S),
+            ),
             dispatch=dispatcher,
             inference=RestingInference(replicas, workers) if settings.may_rest() else replicas,
             workers=workers,

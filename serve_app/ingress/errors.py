@@ -110,7 +110,14 @@ TABLE: dict[type[BaseException], Row] = {
     s.RequestTimedOut: Row(504, lambda e: f"Request timeout after {e.timeout_s:g} seconds"),
     s.TooManyRequests: Row(429, "This key sends requests faster than it may. Try again later."),
     s.TooManyAtOnce: Row(429, "This key has as many requests under way as it may. Try again later."),
-    s.QueueFull: Row(429, lambda e: f"{e.waiting} generations are waiting. Try again later.", retryable=True),
+    s.TooManyUploads: Row(
+        429,
+        "As many uploads, bundles and pictures of yours as may be are on their way. Send this one again later.",
+        retryable=True,
+    ),
+    s.QueueFull: Row(
+        429, lambda e: f"No more generations can wait now ({e.waiting} of yours do). Try again later.", retryable=True
+    ),
     s.AddressRefused: Row(400, "This server does not send to that address."),
     s.OutboundFailed: Row(502, "What was sent to that address did not arrive.", retryable=True),
     s.JobInterrupted: Row(503, "The server lost this job before it had ended. Send it again.", retryable=True),

@@ -21,7 +21,7 @@ from serve_app.ingress.replies import runpod_error
 from serve_app.ingress.runpod_output import within_limit
 from serve_app.ingress.runpod_records import find_record
 from serve_app.ingress.runpod_view import SYNC_PREFIX, reply_view, stamped
-from serve_app.job_types import HANDLERS, STARTS_WORK, job_type_of
+from serve_app.job_types import CHANGES_THINGS, HANDLERS, STARTS_WORK, job_type_of
 from serve_app.job_types.context import (
     Finished,
     Following,
@@ -169,11 +169,10 @@ class JobRunner:
             warnings=envelope.warnings(),
         )
         fingerprint = self._fingerprint(call, name, sent.body_sha256)
-        job = _Job(
-            sent,
-            kept_s=limits.runsync_result_kept_s if is_sync else limits.run_result_kept_s,
-            is_untold=is_sync and fingerprint is None,
-        )
+        kept_s = limits.runsync_result_kept_s if is_sync else limits.run_result_kept_s
+        if call.idempotency_key is not None and name in CHANGES_THINGS:
+            kept_s = max(kept_s, limits.idempotency_kept_s)
+        job = _Job(sent, kept_s, is_untold=is_sync and fingerprint is None)
         context = _context(call.tenant, call.request_id, runpod_id, sent)
         if job.is_untold:
             self._start(context, job)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import time
+import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,19 +14,19 @@ from typing import Protocol
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_app.dispatch.rates import Grant, Rate, RateLedger
+from serve_app.dispatch.rates import Claim, Grant, Rate, RateLedger
 from serve_app.errors import ServiceUnavailable, TooManyAtOnce, TooManyRequests
 from serve_app.ingress.auth import Principal
 from serve_app.settings import OperationLimit, RateLimitSettings
 
 logger = logging.getLogger(__name__)
 
-# A fortieth of a window is fetched at a time: most requests then ask nobody, and what a replica fetched and did not
-# use is lost to the others only that far.
+# All replicas together hold a fortieth of a limit at most, so that most requests ask nobody. What is held and not used,
+# and as much again of what was used and not told yet, is all that one replica's callers can lack because of the others:
+# a key that stays a twentieth below its limit is never refused.
 BLOCKS_PER_WINDOW = 40
 # The shared count has an entry for each permit: a limit that is to be none would otherwise fill its memory.
 BLOCK_MAX = 500
-BLOCK_KEPT_S = 1.0
 BUSY_RETRY_S = 1.0
 
 _OPERATIONS = {
@@ -43,7 +44,7 @@ _OPERATIONS = {
 class Permits(Protocol):
     """Where all replicas get their permits from."""
 
-    async def take_permits(self, key: str, operation: str, rate: Rate, wanted: int) -> Grant:
+    async def take_permits(self, key: str, operation: str, rate: Rate, claim: Claim) -> Grant:
         """Raises ServiceUnavailable."""
         ...
 
@@ -58,9 +59,12 @@ def operation_of(path: str) -> str:
 
 @dataclass
 class _Block:
-    """Permits that were fetched and not used yet."""
+    """Permits that the claim `granted_by` brought beside its own, and how many of them are left."""
 
-    permits: int = 0
+    claims: int = 0
+    granted_by: int = 0
+    granted: int = 0
+    left: int = 0
     kept_until_s: float = 0.0
 
 
@@ -84,6 +88,7 @@ class RateGate:
         self._replicas = replicas
         self._clock_s = clock_s
         self._alone = RateLedger()
+        self._holder = uuid.uuid4().hex
         self._blocks: defaultdict[tuple[str, str], _Block] = defaultdict(_Block)
         self._locks: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
         self._running: Counter[tuple[str, str]] = Counter()
@@ -115,26 +120,33 @@ class RateGate:
             # Another request may have fetched while this one waited.
             if self._used(block):
                 return
-            grant = await self._fetch(key, operation, limit)
+            grant = await self._fetch(block, key, operation, limit)
             if grant.permits < 1:
                 raise TooManyRequests(grant.retry_after_s)
-            block.permits, block.kept_until_s = grant.permits - 1, self._clock_s() + BLOCK_KEPT_S
 
     def _used(self, block: _Block) -> bool:
         """Whether a permit was there to use."""
-        if block.permits < 1 or self._clock_s() >= block.kept_until_s:
+        if block.left < 1 or self._clock_s() >= block.kept_until_s:
             return False
-        block.permits -= 1
+        block.left -= 1
         return True
 
-    async def _fetch(self, key: str, operation: str, limit: OperationLimit) -> Grant:
+    async def _fetch(self, block: _Block, key: str, operation: str, limit: OperationLimit) -> Grant:
+        """One permit to use now, and a new block, or none of both."""
         rate = Rate(limit.amount, self._limits.window_s)
-        wanted = min(max(1, limit.amount // BLOCKS_PER_WINDOW), BLOCK_MAX)
+        wanted = min(max(1, limit.amount // (BLOCKS_PER_WINDOW * self._replicas)), BLOCK_MAX)
+        block.claims += 1
+        claim = Claim(self._holder, block.claims, wanted, block.granted_by, block.granted - block.left)
+        # From before the claim: it is then used up, or given up, before those who granted it count on that.
+        kept_until_s = self._clock_s() + rate.window_s
         try:
-            return await self._shared.take_permits(key, operation, rate, wanted)
+            grant = await self._shared.take_permits(key, operation, rate, claim)
         except ServiceUnavailable:
             logger.warning("The shared rate limits did not answer; this replica counts %s by itself", operation)
-            return self._alone.take(key, operation, rate, 1)
+            return self._alone.take(key, operation, rate, Claim(self._holder, block.claims, 1))
+        block.granted_by, block.kept_until_s = claim.number, kept_until_s
+        block.granted = block.left = max(0, grant.permits - 1)
+        return grant
 
 
 class RateLimit:

@@ -185,7 +185,10 @@ class RunpodJobs:
 
     async def _record(self, tenant: str, runpod_id: str) -> JobRecord:
         """Raises RunpodJobNotFound: unknown, another tenant's, or no longer kept."""
-        record = await find_record(self._services.jobs, tenant, runpod_id)
-        if record is None or is_expired(record, self._services.clock(), self._services.limits):
+        services = self._services
+        record = await find_record(services.jobs, tenant, runpod_id)
+        if record is None:
+            raise RunpodJobNotFound
+        if is_expired(record, services.clock(), services.limits) and not await services.jobs.is_keyed(record.id):
             raise RunpodJobNotFound
         return record

@@ -42,6 +42,10 @@ HANDLERS: dict[str, Handler] = {
 STARTS_WORK = frozenset({"train", "train_with_yaml", "generate", "upload_training_data", "upload_training_files"})
 """Types for which the same body, sent twice within a short time, is taken for one request."""
 
+CHANGES_THINGS = STARTS_WORK | {"finalize_upload", "cancel", "delete_results"}
+"""Types whose reply is kept as long as the Idempotency-Key that came with it. Those of the others may hold URLs, which
+are good for less, and to do them once more does no harm."""
+
 
 def job_type_of(payload: dict[str, Any]) -> str:
     """The name of the job type. Raises UnknownJobType, InvalidRequest where nothing tells the type."""

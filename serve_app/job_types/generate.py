@@ -35,7 +35,7 @@ class WaitChoice(BaseModel):
 
 async def generate(services: Services, context: JobContext, payload: dict[str, Any]) -> Following:
     """Raises QueueFull, InvalidRequest, ConfigInvalid, ModelNotServed, LoraNotUsable, StorageError, JobError."""
-    await _check_queue(services)
+    await _check_queue(services, context.tenant)
     wait = parse_payload(WaitChoice, payload).wait
     process_id = new_job_id(JobKind.GENERATION)
     plan = await services.validation.generation(context.tenant, process_id, payload)
@@ -109,12 +109,16 @@ async def _discard(services: Services, start: StartingPoint | None) -> None:
         note_cleanup_failure("start_pictures", error.code)
 
 
-async def _check_queue(services: Services) -> None:
-    """Refuses early, before anything is looked up. A few more may slip in at the same moment."""
-    counts = await services.jobs.counts(kind=JobKind.GENERATION)
-    waiting = counts.get(JobState.QUEUED, 0)
-    if waiting >= services.defaults.generation_queue_max:
-        raise QueueFull(waiting, QUEUE_RETRY_AFTER_S)
+async def _check_queue(services: Services, tenant: str) -> None:
+    """Refuses early, before anything is looked up. A few more may slip in at the same moment.
+
+    A tenant may have as many waiting as there are places left: alone it fills half of them, and as long as there is
+    a place, a tenant that has none waiting gets it (Choudhury and Hahne's dynamic queue length thresholds).
+    """
+    queued = await services.jobs.queued(JobKind.GENERATION)
+    left, own = services.defaults.generation_queue_max - sum(queued.values()), queued.get(tenant, 0)
+    if left <= own:
+        raise QueueFull(own, QUEUE_RETRY_AFTER_S)
 
 
 async def _lora_by_id(services: Services, tenant: str, lora_id: str, scale: float) -> ResolvedLora:

@@ -21,6 +21,7 @@ from storage.older_layout import readable_kinds, readable_manifest
 from train_jobs.config_check import not_accepted
 from train_jobs.errors import DatasetEmpty, Problem
 from train_jobs.spec import TrainSpec
+from train_jobs.spec_datasets import dataset_names, pinned
 
 IMAGE_CONTENT = "image/"
 NO_ADAPTER = "is not a .safetensors file of yours"
@@ -140,18 +141,12 @@ async def _with_datasets(services: Services, tenant: str, plan: TrainingPlan) ->
     if pretrained is not None and not keys.may_read(pretrained):
         at = "network.pretrained"
         raise InvalidRequest([Problem(plan.places.get(at, at), NO_ADAPTER, "not_found")])
-    used = [name for dataset in spec.all_datasets for name in (dataset.dataset, dataset.mask_dataset)]
-    names = list(dict.fromkeys(name for name in used if name is not None))
     now = services.clock()
-    manifests = await asyncio.gather(*(readable_manifest(services.store, keys, name, now=now) for name in names))
+    manifests = await asyncio.gather(
+        *(readable_manifest(services.store, keys, name, now=now) for name in dataset_names(spec))
+    )
     for manifest in manifests:
         if not _has_pictures([file.content_type for file in manifest.files]):
             raise DatasetEmpty(manifest.folder)
     newest = {manifest.folder: manifest.upload_id for manifest in manifests}
-    datasets = tuple(
-        dataset.model_copy(update={"upload_id": dataset.upload_id or newest[dataset.dataset]})
-        if dataset.dataset is not None
-        else dataset
-        for dataset in spec.datasets
-    )
-    return spec.model_copy(update={"datasets": datasets}).model_dump(mode="json")
+    return pinned(spec, newest).model_dump(mode="json")

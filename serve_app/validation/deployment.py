@@ -32,6 +32,7 @@ class Validation(ValidationService):
             clock=_now,
             outbound=Outbound(any_address=settings.webhooks.any_address, timeout_s=FETCH_TIMEOUT_S),
             url_expires_s=settings.limits.url_expires_s,
+            models=settings.models,
         )
 
 

@@ -16,6 +16,7 @@ from train_jobs.errors import Problem
 MIB = 1024 * 1024
 FILE_BYTES_MAX = 100 * MIB
 TOTAL_BYTES_MAX = 500 * MIB
+OVER_TOTAL = f"are over {TOTAL_BYTES_MAX // MIB} MB in all"
 IMAGE_TYPES = {
     "jpg": "image/jpeg",
     "jpeg": "image/jpeg",

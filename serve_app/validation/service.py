@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from serve_app.collaborators import Clock, GenerationPlan, TrainingPlan
@@ -21,7 +21,8 @@ from storage.objects import ObjectStore
 
 
 class ValidationService:
-    """Implements `serve_app.collaborators.Validation`. `keys_of` gives a tenant's keys."""
+    """Implements `serve_app.collaborators.Validation`. `keys_of` gives a tenant's keys, `models` the models' folders by
+    alias."""
 
     def __init__(
         self,
@@ -33,9 +34,10 @@ class ValidationService:
         clock: Clock,
         outbound: Outbound,
         url_expires_s: int,
+        models: Mapping[str, str],
     ) -> None:
         self._validator = validator
-        self._loras = LoraImports(store, keys_of)
+        self._loras = LoraImports(store, keys_of, models)
         self._generations = Generations(validator, StartPictures(store, keys_of, bucket, outbound))
         self._uploads = DatasetUploads(store, keys_of, bucket, clock, outbound)
         self._bundles = Bundles(store, keys_of, clock)

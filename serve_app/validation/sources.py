@@ -29,10 +29,31 @@ def decoded_content(content: str) -> bytes:
         raise FileProblem("content", "is not valid base64", "invalid_value") from None
 
 
-async def fetch_file(outbound: Outbound, url: str, path: Path) -> None:
-    """The file at `url`, complete where this returns. Raises FileProblem."""
+class OverTotal(Exception):
+    """The files of one request are more than they may be together."""
+
+
+class Total:
+    """The bytes of all files of one request, as they arrive."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self._left_bytes = bytes_max
+
+    def count(self, size_bytes: int) -> None:
+        """Raises OverTotal."""
+        self._left_bytes -= size_bytes
+        self.check()
+
+    def check(self) -> None:
+        """Raises OverTotal where it was passed before."""
+        if self._left_bytes < 0:
+            raise OverTotal
+
+
+async def fetch_file(outbound: Outbound, url: str, path: Path, total: Total | None = None) -> None:
+    """The file at `url`, complete where this returns. Raises FileProblem, and OverTotal where `total` is passed."""
     try:
-        await outbound.fetch(url, path, bytes_max=FILE_BYTES_MAX)
+        await outbound.fetch(url, path, bytes_max=FILE_BYTES_MAX, count=None if total is None else total.count)
     except AddressRefused:
         raise FileProblem("url", "must be an https URL that leads to a public address", "invalid_value") from None
     except OutboundFailed as failed:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from pydantic import ValidationError
 
@@ -25,6 +26,7 @@ from serve_app.validation.file_checks import (
     EXTENSIONS,
     FILE_BYTES_MAX,
     IMAGE_TYPES,
+    OVER_TOTAL,
     TEXT_TYPES,
     TOTAL_BYTES_MAX,
     CheckedFile,
@@ -71,6 +73,8 @@ class StagedUploads:
         self._clock = clock
         self._uploads = uploads
         self._url_expires_s = url_expires_s
+        # Kept by those that finalize.
+        self._at_work: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     async def create(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
         """A URL for each file, and the token to finalize with. Raises InvalidRequest, StorageError.
@@ -104,12 +108,9 @@ class StagedUploads:
         token = parse_payload(FinalizePayload, payload).token
         keys = self._keys_of(tenant)
         request = await self._promised(keys, token)
-        try:
-            manifest = await latest_manifest(self._store, keys, request.folder, upload_id=token)
-        except DatasetNotFound:
-            reply = await self._make(tenant, keys, request, token)
-        else:
-            reply = dataset_reply(manifest, keys, self._bucket)
+        # Two at once would write the same objects, the second while a training may be reading the first's.
+        async with self._at_work.setdefault((tenant, token), asyncio.Lock()):
+            reply = await self._made(keys, request, token) or await self._make(tenant, keys, request, token)
         try:
             await self._store.delete_many([keys.staging_file(token, file.filename) for file in request.files])
         except StorageError as error:
@@ -117,13 +118,26 @@ class StagedUploads:
             note_cleanup_failure("staging", error.code)
         return reply
 
+    async def _made(self, keys: Keys, request: CreateUploadPayload, token: str) -> dict[str, Any] | None:
+        """The reply of a data set that exists already; None where it does not."""
+        try:
+            manifest = await latest_manifest(self._store, keys, request.folder, upload_id=token)
+        except DatasetNotFound:
+            return None
+        return dataset_reply(manifest, keys, self._bucket)
+
     async def _make(self, tenant: str, keys: Keys, request: CreateUploadPayload, token: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="raylora-staged-") as name:
             folder = Path(name)
             arrived, problems = await self._fetch(keys, request, token, folder)
-            if problems:
+            checked = None if problems else await asyncio.to_thread(_checked, arrived, folder)
+            # The same request at another replica may have made it meanwhile, and removed what was staged.
+            made = await self._made(keys, request, token)
+            if made is not None:
+                return made
+            if checked is None:
                 raise InvalidRequest(problems)
-            files, notes = await asyncio.to_thread(_checked, arrived, folder)
+            files, notes = checked
             return await self._uploads.commit(tenant, request, token, files, [*notes, *notes_on(files)])
 
     async def _fetch(
@@ -197,7 +211,7 @@ def _check_promises(files: Sequence[StagedFile]) -> None:
         if problem is not None
     ]
     if sum(file.size for file in files) > TOTAL_BYTES_MAX:
-        problems.append(Problem("files", f"are over {TOTAL_BYTES_MAX // 2**20} MB in all", "too_large"))
+        problems.append(Problem("files", OVER_TOTAL, "too_large"))
     for index, file in enumerate(files):
         if is_over_size(file.filename, file.size):
             problems.append(Problem(f"files[{index}].size", OVER_SIZE, "too_large"))

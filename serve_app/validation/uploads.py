@@ -15,6 +15,8 @@ from serve_app.errors import InvalidRequest
 from serve_app.outbound import Outbound
 from serve_app.validation.dataset_reply import dataset_reply
 from serve_app.validation.file_checks import (
+    OVER_TOTAL,
+    TOTAL_BYTES_MAX,
     CheckedFile,
     FileProblem,
     FoundFile,
@@ -22,7 +24,7 @@ from serve_app.validation.file_checks import (
     notes_on,
 )
 from serve_app.validation.payloads import DatasetFields, UploadFile, UploadPayload
-from serve_app.validation.sources import decoded_content, fetch_file
+from serve_app.validation.sources import OverTotal, Total, decoded_content, fetch_file
 from serve_app.validation.validator import parse_payload, unknown_fields
 from storage.datasets import DatasetManifest, DatasetNotFound, latest_manifest, new_upload_id, write_dataset
 from storage.keys import Keys
@@ -113,20 +115,32 @@ class DatasetUploads:
             return await self.commit(tenant, upload.request, upload_id, upload.files, upload.warnings)
 
     async def _fetch(self, request: UploadPayload, folder: Path) -> dict[int, FileProblem | None]:
-        """Get the files that are named by URL, into `folder` under their numbers; what went wrong with each."""
-        places = asyncio.Semaphore(FETCHES_AT_ONCE)
+        """Get the files that are named by URL, into `folder` under their numbers; what went wrong with each.
+
+        Raises InvalidRequest as soon as they are too much together, with nothing under way any more.
+        """
+        places, total = asyncio.Semaphore(FETCHES_AT_ONCE), Total(TOTAL_BYTES_MAX)
 
         async def fetch(index: int, url: str) -> FileProblem | None:
             async with places:
+                total.check()
                 try:
-                    await fetch_file(self._outbound, url, folder / str(index))
+                    await fetch_file(self._outbound, url, folder / str(index), total)
                 except FileProblem as problem:
                     return problem
             return None
 
         named = {index: item.url for index, item in enumerate(request.files) if item.url is not None}
-        outcomes = await asyncio.gather(*(fetch(index, url) for index, url in named.items()))
-        return dict(zip(named, outcomes, strict=True))
+        fetches = [asyncio.create_task(fetch(index, url)) for index, url in named.items()]
+        try:
+            return dict(zip(named, await asyncio.gather(*fetches), strict=True))
+        except OverTotal:
+            raise InvalidRequest([Problem("files", OVER_TOTAL, "too_large")]) from None
+        finally:
+            for task in fetches:
+                task.cancel()
+            # The folder goes next.
+            await asyncio.gather(*fetches, return_exceptions=True)
 
     async def commit(
         self,

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from diffusion.errors import SettingNotSupported
-from diffusion.images import CONTENT_TYPES, EXTENSIONS, ImageFormat, encode_image, read_settings
+from diffusion.images import CONTENT_TYPES, EXTENSIONS, ImageFormat, encode_image, read_image, read_settings
 
 FORMATS = get_args(ImageFormat)
 SETTINGS: dict[str, Any] = {"prompt": "ein grünes Ei, 卵 🥚", "seed": 2**60, "guidance": 7.5, "loras": [{"id": "x"}]}
@@ -78,3 +78,55 @@ def test_another_programs_comment_is_not_taken_for_settings(picture: Image.Image
 def test_bytes_that_are_no_picture_are_an_error() -> None:
     with pytest.raises(ValueError, match="not a picture"):
         read_settings(b"hello")
+
+
+def _read(image: Image.Image, suffix: str = "png", **options: Any) -> Image.Image:
+    data = io.BytesIO()
+    image.save(data, suffix, **options)
+    data.seek(0)
+    return read_image(data)
+
+
+def test_grey_of_16_bits_keeps_its_shades() -> None:
+    read = _read(Image.fromarray(np.array([[0, 257, 20_000, 32_768, 65_535]], dtype=np.uint16)))
+    assert read.mode == "L"
+    assert np.asarray(read).tolist() == [[0, 1, 78, 128, 255]]
+
+
+def test_a_clear_shade_of_16_bits_stays_clear() -> None:
+    read = _read(Image.fromarray(np.array([[0, 20_000, 65_535]], dtype=np.uint16)), transparency=20_000)
+    assert np.asarray(read.convert("RGBA"))[0, :, 3].tolist() == [255, 0, 255]
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_numbers_without_a_range_are_refused(kind: Any) -> None:
+    with pytest.raises(ValueError, match="no known range"):
+        _read(Image.fromarray(np.array([[0, 1]], dtype=kind)), "tiff")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "I;16"])
+def test_a_photograph_that_lies_on_its_side_is_turned(mode: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert _read(Image.new(mode, (4, 2)), exif=exif).size == (2, 4)
+
+
+def test_of_an_animation_the_first_picture_is_read() -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    for suffix in ("gif", "webp", "png"):
+        read = _read(frames[0], suffix, save_all=True, append_images=frames[1:], lossless=True)
+        assert read.convert("RGB").getpixel((0, 0)) == (255 if suffix != "webp" else pytest.approx(255, abs=2), 0, 0)
+
+
+def test_inks_become_colours() -> None:
+    red, green, blue = np.asarray(_read(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "jpeg").convert("RGB"))[4, 4]
+    assert red > 240 > 15 > max(green, blue)
+
+
+def test_a_palettes_clear_colour_stays_clear() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    image.putpixel((1, 0), 1)
+    read = _read(image, "gif", transparency=0).convert("RGBA")
+    assert read.getpixel((0, 0))[3] == 0  # type: ignore[index]
+    assert read.getpixel((1, 0)) == (255, 0, 0, 255)

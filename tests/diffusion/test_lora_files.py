@@ -16,8 +16,10 @@ from torch import Tensor
 from diffusion.engine import Engine, GenerateRequest, LoraRef
 from diffusion.errors import LoraInvalid
 from diffusion.families import StableDiffusion1
-from diffusion.lora import fit_layers, read_lora, save_lora
-from diffusion.lora_names import ADAPTER_METADATA_KEY
+from diffusion.lora import read_lora, save_lora
+from diffusion.lora_fit import fit_layers
+from diffusion.lora_keys import LOHA
+from diffusion.lora_settings import ADAPTER_METADATA_KEY
 
 WriteLora = Callable[..., Path]
 PAIR = {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(8, 2, 1, 1)}
@@ -87,6 +89,24 @@ def test_peft_settings_decide_alpha_per_layer_and_rank_stabilised_scale(tmp_path
     assert read_lora(path).alphas["unet.conv_in"] == pytest.approx(8 * math.sqrt(2))
 
 
+@pytest.mark.parametrize(
+    ("prefix", "settings"),
+    [
+        ("diffusion_model.", {"transformer.lora_alpha": 8}),
+        ("base_model.model.", {"unet.lora_alpha": 8}),
+        ("", {"r": 2, "lora_alpha": 8}),
+        ("lora_unet_", {"unet.lora_alpha": 3, "unet.alpha_pattern": {"conv_in": 8}}),
+    ],
+)
+def test_peft_settings_are_found_for_names_that_tell_no_component(
+    prefix: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "one.safetensors"
+    state = {key.replace("unet.", prefix): tensor for key, tensor in PAIR.items()}
+    save_lora(path, state, metadata={ADAPTER_METADATA_KEY: json.dumps(settings)})
+    assert list(read_lora(path).alphas.values()) == [8.0]
+
+
 @pytest.mark.parametrize("targets", ["attention", "all"])
 def test_a_kohya_file_is_read_with_every_layer_and_its_own_alpha(
     targets: str, write_lora: WriteLora, family: StableDiffusion1, tmp_path: Path
@@ -121,13 +141,15 @@ def test_a_kohya_picture_equals_the_stock_pipelines(
     assert float((made.pixels_CHW - expected).abs().max()) < 1e-4
 
 
-def test_what_diffusers_converts_to_kohya_reads_back(write_lora: WriteLora, tmp_path: Path) -> None:
+def test_what_diffusers_converts_to_kohya_reads_back(
+    write_lora: WriteLora, family: StableDiffusion1, tmp_path: Path
+) -> None:
     source = read_lora(write_lora("one"))
     path = tmp_path / "kohya.safetensors"
     save_file(convert_state_dict_to_kohya(dict(source.state)), path)
-    lora = read_lora(path)
-    assert set(lora.state) == set(source.state)
-    assert lora.alphas == source.alphas
+    expected, found = (fit_layers(lora, family.lora_components)["unet"] for lora in (source, read_lora(path)))
+    assert found.keys() == expected.keys()
+    assert {name: layer.alpha for name, layer in found.items()} == {n: layer.alpha for n, layer in expected.items()}
 
 
 @pytest.mark.parametrize("is_decomposed", [False, True])
@@ -196,13 +218,23 @@ def test_a_truncated_file_is_refused(kept: int, tmp_path: Path) -> None:
         (PAIR | {"unet.conv_in.lora_A.weight": torch.ones(2)}, "finite"),
         (PAIR | {"unet.conv_in.dora_scale": torch.ones(2)}, "DoRA magnitude"),
         (PAIR | {"unet.conv_in.dora_scale": torch.full((8,), math.inf)}, "finite"),
-        (PAIR | {"unet.other.dora_scale": torch.ones(8)}, "DoRA magnitude"),
+        (PAIR | {"unet.other.dora_scale": torch.ones(8)}, "no pair of weights for 'unet.other'"),
+        (PAIR | {"unet.conv_in.dora_scale": torch.ones(1, 4, 1, 1)}, "one number per input.*wd_on_output=True"),
+        (PAIR | {"unet.conv_in.lora_A.default.weight": torch.ones(2, 4, 3, 3)}, "a weight twice"),
+        (PAIR | {f"base_model.model.{key}": tensor.clone() for key, tensor in PAIR.items()}, "a layer twice"),
+        (PAIR | {"unet.conv_in.alpha": torch.ones(2)}, "alpha of 'unet.conv_in' is not one number"),
+        (PAIR | {"unet.conv_in.alpha": torch.tensor(math.nan)}, "alpha of 'unet.conv_in' is not one number"),
+        (PAIR | {"unet.conv_in.lokr_w1": torch.ones(2, 2)}, "mixed with those of another kind"),
+        (PAIR | {f"unet.conv_in.{name}": torch.ones(2, 2) for name in LOHA}, "mixed with those of another kind"),
+        (PAIR | {"unet.conv_in.scalar": torch.ones(())}, "scalar is not supported: 'unet.conv_in.scalar'"),
+        (PAIR | {"unet.conv_norm_out.diff_b": torch.ones(8)}, "difference of a weight.*'unet.conv_norm_out.diff_b'"),
+        (PAIR | {"unet.conv_in.lora_B.bias": torch.ones(8)}, "with biases.*'unet.conv_in.lora_B.bias'"),
         ({"lora_unet_mid_block.lokr_w1": torch.ones(2, 2)}, "LoKr.*incomplete"),
         ({"lora_unet_mid_block.hada_w1_a": torch.ones(2, 2)}, "LoHa.*incomplete"),
         ({"lora_unet_mid_block.hada_t1": torch.ones(2, 2, 3, 3)}, "Tucker LoHa"),
         ({"lora_unet_mid_block.oft_blocks": torch.ones(2, 2)}, "OFT"),
         (
-            {"lora_unet_x.lokr_w1": torch.ones(30, 30), "lora_unet_x.lokr_w2": torch.ones(60, 60)},
+            {"x.lokr_w1": torch.ones(30, 30), "x.lokr_w2": torch.ones(60, 60), "x.dora_scale": torch.ones(1800)},
             "1800; 1536 is the most",
         ),
         ({"x.y.lokr_w1": torch.ones(4), "x.y.lokr_w2": torch.ones(6, 6)}, "not a matrix"),
@@ -212,9 +244,9 @@ def test_a_truncated_file_is_refused(kept: int, tmp_path: Path) -> None:
             "one number",
         ),
         ({"x.y.lokr_w1": torch.ones(2, 2), "x.y.lokr_w2": torch.ones(6, 6), "x.y.alpha": torch.ones(2)}, "one number"),
-        ({"lora_unet_mid_block.lora_down.weight": torch.ones(2, 2)}, "unknown weights"),
-        ({"lora_unet_mid_block.other": torch.ones(2, 2)}, "unknown weights"),
-        ({"lora_unet_mid_block.alpha": torch.ones(())}, "unknown weights"),
+        ({"lora_unet_mid_block.lora_down.weight": torch.ones(2, 2)}, "'lora_unet_mid_block'.*one is missing"),
+        ({"lora_unet_mid_block.other": torch.ones(2, 2)}, "unknown weight name 'lora_unet_mid_block.other'"),
+        ({"lora_unet_mid_block.alpha": torch.ones(())}, "no pair of weights for 'lora_unet_mid_block'"),
     ],
 )
 def test_a_file_without_usable_weights_is_refused_with_the_reason(
@@ -242,9 +274,18 @@ def test_the_names_diffusers_used_before_peft_are_read(tmp_path: Path) -> None:
         "unet.mid_block.attentions.0.attn1.processor.to_q_lora.up.weight": b,
         "text_encoder.text_model.encoder.layers.0.self_attn.k_proj.lora_linear_layer.down.weight": a.clone(),
         "text_encoder.text_model.encoder.layers.0.self_attn.k_proj.lora_linear_layer.up.weight": b.clone(),
+        "text_encoder.text_model.encoder.layers.0.self_attn.to_out_lora.down.weight": a.clone(),
+        "text_encoder.text_model.encoder.layers.0.self_attn.to_out_lora.up.weight": b.clone(),
+        "unet.mid_block.attentions.0.attn1.processor.to_out_lora.down.weight": a.clone(),
+        "unet.mid_block.attentions.0.attn1.processor.to_out_lora.up.weight": b.clone(),
+        "unet.mid_block.attentions.0.proj_in.lora.down.weight": a.clone(),
+        "unet.mid_block.attentions.0.proj_in.lora.up.weight": b.clone(),
     }
     save_file(old, tmp_path / "old.safetensors")
     assert set(read_lora(tmp_path / "old.safetensors").alphas) == {
+        "text_encoder.text_model.encoder.layers.0.self_attn.out_proj",
+        "unet.mid_block.attentions.0.attn1.to_out.0",
+        "unet.mid_block.attentions.0.proj_in",
         "unet.mid_block.attentions.0.attn1.to_q",
         "text_encoder.text_model.encoder.layers.0.self_attn.k_proj",
     }

@@ -40,7 +40,7 @@ ONE_AN_ATTEMPT: dict[str, frozenset[str]] = {
     "abort_upload": frozenset({"abort_multipart_upload"}),
     "health": frozenset({"head_bucket"}),
     "ensure_bucket": frozenset({"head_bucket"}),
-    "capabilities": frozenset({"list_multipart_uploads"}),
+    "capabilities": frozenset({"list_multipart_uploads", "delete_object"}),
     "presign_get": frozenset(),
     "presign_put": frozenset(),
 }

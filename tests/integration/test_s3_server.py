@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 from pydantic import SecretStr
 
+from storage.counters import CLEANUP_FAILURES
 from storage.embedded import EmbeddedS3
 from storage.errors import (
     IntegrityError,
@@ -83,6 +84,50 @@ async def test_what_the_server_can_do_is_tried_out_once_and_nothing_is_left_of_i
     assert (found.conditional_writes, found.ranged_reads, found.answers_with_etag) == (False, True, True)
     assert (found.tags, found.lifecycle, found.presigned_post) == (False, False, False)
     assert sum(proxy.requests.values()) == asked
+    assert await store.list("raylora/probes/") == []
+
+
+async def test_two_who_ask_at_once_what_the_server_can_do_try_it_out_once(store: S3Store, proxy: FaultProxy) -> None:
+    first, second = await asyncio.gather(store.capabilities(), store.capabilities())
+
+    assert first == second
+    assert proxy.requests["DELETE"] == 1
+
+
+@pytest.mark.parametrize("fault", [Fault.NOT_IMPLEMENTED, Fault.FORBIDDEN])
+async def test_a_server_that_refuses_a_condition_that_it_does_not_know_has_no_conditional_writes(
+    store: S3Store, proxy: FaultProxy, fault: Fault
+) -> None:
+    proxy.script("PUT", Fault.NONE, fault)
+    if fault is Fault.FORBIDDEN:
+        with pytest.raises(StorageAccessDenied):
+            await store.capabilities()
+
+    assert not (await store.capabilities()).conditional_writes
+    assert await store.list("raylora/probes/") == []
+
+
+async def test_nothing_is_left_of_a_trial_that_failed(store: S3Store, proxy: FaultProxy) -> None:
+    proxy.script("GET", Fault.FORBIDDEN)
+
+    with pytest.raises(StorageAccessDenied):
+        await store.capabilities()
+
+    assert await store.list("raylora/probes/") == []
+
+
+async def test_a_trial_that_cannot_be_cleared_away_counts_and_the_next_one_uses_its_object(
+    store: S3Store, proxy: FaultProxy
+) -> None:
+    proxy.script("GET", Fault.FORBIDDEN)
+    proxy.script("DELETE", Fault.FORBIDDEN)
+    with pytest.raises(StorageAccessDenied):
+        await store.capabilities()
+    assert (await store.counts())[CLEANUP_FAILURES] == {"probe": 1}
+    assert len(await store.list("raylora/probes/")) == 1
+
+    await store.capabilities()
+
     assert await store.list("raylora/probes/") == []
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from storage.counters import RETRIES
+from storage.breaker import BreakerMode
+from storage.counters import CLEANUP_FAILURES, HELD, RETRIES
 from storage.embedded import EmbeddedS3
 from storage.errors import (
     IntegrityError,
@@ -103,6 +106,37 @@ async def test_bytes_changed_on_the_server_are_noticed_after_the_write(
     with pytest.raises(IntegrityError):
         await store.put(key, b"12345678")
 
+    assert not await store.exists(key)
+
+
+@pytest.mark.parametrize("is_answer_lost", [False, True])
+async def test_parts_changed_on_the_server_are_noticed_and_no_object_is_left(
+    store: S3Store,
+    proxy: FaultProxy,
+    key: str,
+    large_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_answer_lost: bool,
+) -> None:
+    send = store._calls.send
+
+    async def send_other_bytes(operation: str, at: str | None, method: str, parameters: Mapping[str, Any]) -> Any:
+        if method == "upload_part" and parameters["PartNumber"] == 2:
+            parameters = {**parameters, "Body": bytes(len(parameters["Body"]))}
+        return await send(operation, at, method, parameters)
+
+    monkeypatch.setattr(store._calls, "send", send_other_bytes)
+    if is_answer_lost:
+        proxy.script("POST", Fault.NONE, Fault.LOSE_ANSWER)
+
+    with pytest.raises(IntegrityError):
+        await store.upload_file(large_file, key)
+    await store._files.aclose()
+
+    assert not await store.exists(key)
+    assert CLEANUP_FAILURES not in await store.counts()
+
 
 async def test_a_lost_answer_to_a_copy_does_not_fail_it(store: S3Store, proxy: FaultProxy, key: str) -> None:
     await store.put(key, b"12345678")
@@ -150,6 +184,46 @@ async def test_an_upload_that_fails_is_aborted_and_leaves_no_object(
 
     assert proxy.forwarded["DELETE"] == 1
     assert not await store.exists(key)
+
+
+async def test_an_upload_that_the_breaker_cuts_tells_that_it_was_tried(
+    store: S3Store, key: str, large_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = store._files._begin_upload
+
+    async def begin_then_open(*arguments: object) -> str:
+        upload_id = await begin(*arguments)
+        await store.set_breaker(BreakerMode.FORCED_OPEN)
+        return upload_id
+
+    monkeypatch.setattr(store._files, "_begin_upload", begin_then_open)
+    with pytest.raises(StorageUnavailable) as cut:
+        await store.upload_file(large_file, key)
+    with pytest.raises(StorageUnavailable) as refused:
+        await store.upload_file(large_file, key)
+
+    assert (cut.value.attempts, refused.value.attempts) == (1, 0)
+
+
+async def test_the_parts_of_a_file_are_held_until_they_are_sent_or_their_upload_is_cancelled(
+    store: S3Store, proxy: FaultProxy, key: str, large_file: Path
+) -> None:
+    proxy.script("PUT", *[Fault.BLACK_HOLE] * 3)
+    upload = asyncio.create_task(store.upload_file(large_file, key))
+    async with asyncio.timeout(20):
+        while True:
+            if proxy.requests["PUT"] == 3:
+                break
+            await asyncio.sleep(0.01)
+    during = (await store.counts())[HELD]
+
+    upload.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await upload
+    await store._files.aclose()
+
+    assert during == {"attempts": 3.0, "part_bytes": 2 * PART_BYTES + 1000, "read_bytes": 0.0}
+    assert set((await store.counts())[HELD].values()) == {0.0}
 
 
 async def test_a_file_that_changes_while_it_is_sent_is_noticed(

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import pickle
 import secrets
+import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import ray
 
+from storage import actor
 from storage.actor import BlockingStorage, StorageClient, storage_actor_name
 from storage.breaker import BreakerMode, Outcome, Permit
 from storage.breaker_actor import BREAKER_NAME
-from storage.counters import OPERATIONS, REQUESTS
+from storage.counters import HELD, OPERATIONS, REQUESTS
 from storage.embedded import EmbeddedS3
-from storage.errors import IntegrityError, ObjectNotFound, StorageFailed, StorageMisconfigured, StorageUnavailable
+from storage.errors import (
+    IntegrityError,
+    ObjectNotFound,
+    StorageFailed,
+    StorageMisconfigured,
+    StorageTimeout,
+    StorageUnavailable,
+)
 from storage.objects import ObjectStore, PutItem, StoreMaintenance
 from storage.settings import MIB, BreakerSettings, S3Settings
 from storage.shared_breaker import Report, SharedPermit
@@ -181,6 +191,27 @@ async def test_other_settings_than_the_actors_are_noticed(
     with pytest.raises(StorageMisconfigured):
         await other.exists(key)
     assert (await other.health()).detail == "storage_misconfigured"
+    (outcome,) = await other.put_many([PutItem(key, b"1")])
+    assert isinstance(outcome.error, StorageMisconfigured)
+
+
+async def test_a_call_to_an_actor_that_hangs_ends(
+    embedded_s3: EmbeddedS3, namespace: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = StorageClient(embedded_s3.settings().model_copy(update={"deadline_s": 1.0}), namespace=namespace)
+    await client.put(key, b"1")
+    monkeypatch.setattr(actor, "DEADLINE_GRACE_S", 0.2)
+    monkeypatch.setattr(actor, "PULSE_WITHIN_S", 0.2)
+    pid = await this_nodes_actor(namespace).__ray_call__.remote(lambda _: os.getpid())
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for call in (client.head(key), client.list(key.rpartition("/")[0] + "/")):
+            with pytest.raises(StorageTimeout):
+                await call
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+    assert await client.get(key) == b"1"
 
 
 def dead_settings(embedded_s3: EmbeddedS3) -> S3Settings:
@@ -196,7 +227,12 @@ async def test_a_dead_backend_opens_the_breaker_and_health_says_so(
         await client.get(key)
     health = await client.health()
 
+    # It was tried, and the breaker opened before the retry.
+    assert rejected.value.attempts == 1
     assert 0 < rejected.value.retry_after_s <= 60
+    with pytest.raises(StorageUnavailable) as refused:
+        await client.get(key)
+    assert refused.value.attempts == 0
     assert (health.ok, health.breaker, health.detail) == (False, "open", "storage_unavailable")
     assert health.retry_after_s is not None
 
@@ -250,6 +286,30 @@ async def test_health_does_not_wait_behind_transfers(embedded_s3: EmbeddedS3, na
     assert health.ok
     assert not all(write.done() for write in writes)
     await asyncio.gather(*writes)
+
+
+async def test_what_is_held_for_calls_is_told_and_free_when_they_have_ended(
+    embedded_s3: EmbeddedS3, namespace: str, key: str
+) -> None:
+    settings = embedded_s3.settings().model_copy(update={"max_concurrency": 1})
+    client = StorageClient(settings, namespace=namespace)
+    await client.exists(key)
+    before = (await client.counts())[HELD]
+    writes = [asyncio.create_task(client.put(f"{key}{number}", bytes(3 * MIB))) for number in range(20)]
+
+    async def they_are_held() -> bool:
+        held = (await client.counts())[HELD]
+        return held["attempts"] == 1 and held["request_bytes"] >= 3 * MIB and held["tasks"] > before["tasks"]
+
+    async def all_is_free() -> bool:
+        held = (await client.counts())[HELD]
+        return (held["attempts"], held["request_bytes"], held["tasks"]) == (0, 0, before["tasks"])
+
+    await eventually(they_are_held)
+    for write in writes[::2]:
+        write.cancel()
+    await asyncio.gather(*writes, return_exceptions=True)
+    await eventually(all_is_free)
 
 
 async def test_an_operator_decides_for_the_whole_cluster_and_lets_it_decide_again(

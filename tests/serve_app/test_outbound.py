@@ -51,7 +51,15 @@ class Net:
         "fc00::1",
         "::ffff:10.0.0.1",
         "64:ff9b::a00:1",
+        "64:ff9b:1::7f00:1",
+        "64:ff9b:1:ffff::1",
         "2002:a00:1::",
+        "2001:0:7f00:1::",
+        "::7f00:1",
+        "::10.0.0.1",
+        "::ffff:0:10.0.0.1",
+        "fec0::1",
+        "feff::1",
     ],
 )
 async def test_a_name_that_leads_inside_is_refused(address: str) -> None:
@@ -61,6 +69,17 @@ async def test_a_name_that_leads_inside_is_refused(address: str) -> None:
         with pytest.raises(AddressRefused):
             await net.outbound().post("https://example.com/", b"", {})
         assert net.requests == []
+
+
+@pytest.mark.parametrize("address", ["2606:4700::1111", "64:ff9c::1", "2001:4860:4860::8888"])
+def test_a_public_address_of_version_6_is_one(address: str) -> None:
+    assert is_public(address)
+
+
+@given(st.ip_addresses(v=4))
+@pytest.mark.parametrize("start", ["::", "::ffff:0:", "64:ff9b::", "64:ff9b:1::"])
+def test_an_address_that_a_gateway_turns_into_another_is_not_public(start: str, address: object) -> None:
+    assert not is_public(f"{start}{address}")
 
 
 @given(st.ip_addresses(v=4))
@@ -90,6 +109,34 @@ async def test_a_name_without_an_address_is_a_failure_without_the_name() -> None
     with pytest.raises(OutboundFailed, match="name") as caught:
         await Net().outbound().post("https://secret.example.com/", b"", {})
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [UnicodeError("secret"), UnicodeEncodeError("idna", "secret", 0, 1, "x"), OSError()])
+async def test_a_name_that_cannot_be_looked_up_is_a_failure_without_the_name(error: Exception) -> None:
+    async def resolve(host: str, port: int) -> list[str]:
+        raise error
+
+    outbound = Outbound(any_address=False, timeout_s=5, resolve=resolve)
+    with pytest.raises(OutboundFailed, match="name") as caught:
+        await outbound.post("https://secret.example.com/", b"", {})
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://straße.example/", "xn--strae-oqa.example"),
+        ("https://xn--a/", "xn--a"),
+        ("https://" + "a" * 63 + ".example.com./", "a" * 63 + ".example.com."),
+        ("https://my_host.example.com/", "my_host.example.com"),
+    ],
+)
+async def test_the_name_that_is_looked_up_is_the_one_that_is_sent(url: str, name: str) -> None:
+    net = Net(PUBLIC)
+    assert url_problem(url, any_address=False) is None
+    await net.outbound().post(url, b"", {})
+    assert net.looked_up == [(name, 443)]
+    assert (net.requests[0].headers["host"], net.requests[0].extensions["sni_hostname"]) == (name, name)
 
 
 async def test_a_connection_that_fails_is_told_without_its_address() -> None:
@@ -125,6 +172,14 @@ async def test_a_setting_allows_what_is_beside_the_server() -> None:
         "https://169.254.169.254/latest",
         "https://example.com/" + "x" * 2048,
         "https://exa mple.com/",
+        "https://a..b/",
+        "https://.example.com/",
+        "https://example.com../",
+        "https://" + "a" * 64 + ".example.com/",
+        "https://" + "a." * 127 + "com/",
+        "https://a:b@/",
+        "https://[::7f00:1]/",
+        "https://[64:ff9b:1::1]/",
         "",
     ],
 )

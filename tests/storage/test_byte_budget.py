@@ -3,6 +3,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from storage.byte_budget import ByteBudget
 
@@ -88,3 +90,75 @@ async def test_one_that_is_cancelled_as_its_turn_comes_gives_its_place_back() ->
         await waiting
 
     assert holders.budget.held_bytes == 0
+
+
+async def test_places_of_all_that_are_cancelled_at_once_are_free_again() -> None:
+    holders = Holders(1)
+    tasks = [holders.start(name, 1) for name in "abc"]
+    await settle()
+    for task in tasks:
+        task.cancel()
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert [type(end) for end in ends] == [asyncio.CancelledError] * 3
+    assert holders.budget.held_bytes == 0
+    holders.start("d", 1)
+    await settle()
+    assert holders.holding[-1] == "d"
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("start"), st.integers(1, 12)),
+        st.tuples(st.sampled_from(("cancel", "let go")), st.integers(0, 3)),
+        st.tuples(st.just("resize"), st.integers(0, 12)),
+        st.tuples(st.sampled_from(("turn", "cancel all")), st.just(0)),
+    ),
+    max_size=40,
+)
+
+
+@given(STEPS)
+@settings(deadline=None)
+def test_what_is_held_is_what_the_holders_hold_whatever_is_cancelled(steps: list[tuple[str, int]]) -> None:
+    asyncio.run(_play(steps))
+
+
+async def _play(steps: list[tuple[str, int]]) -> None:
+    budget = ByteBudget(10)
+    inside: dict[int, int] = {}
+    tasks: list[tuple[asyncio.Task[None], asyncio.Event]] = []
+
+    async def hold(number: int, size_bytes: int, let_go: asyncio.Event) -> None:
+        async with budget.hold(size_bytes):
+            inside[number] = size_bytes
+            try:
+                await let_go.wait()
+            finally:
+                del inside[number]
+
+    for step, value in steps:
+        if step == "start":
+            let_go = asyncio.Event()
+            tasks.append((asyncio.create_task(hold(len(tasks), value, let_go)), let_go))
+            await asyncio.sleep(0)
+        elif step == "resize":
+            budget.resize(value)
+        elif step == "turn":
+            await asyncio.sleep(0)
+        elif step == "cancel all":
+            for task, _ in tasks:
+                task.cancel()
+        elif tasks:
+            task, let_go = tasks[value % len(tasks)]
+            if step == "cancel":
+                task.cancel()
+            else:
+                let_go.set()
+    await settle()
+    assert budget.held_bytes == sum(inside.values())
+    for _, let_go in tasks:
+        let_go.set()
+    ends = await asyncio.gather(*(task for task, _ in tasks), return_exceptions=True)
+    assert all(end is None or isinstance(end, asyncio.CancelledError) for end in ends)
+    assert budget.held_bytes == 0

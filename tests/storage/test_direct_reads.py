@@ -220,6 +220,7 @@ def test_what_is_read_directly_never_writes(world: JobsWorld) -> None:
         "get": (record.id,),
         "get_by_runpod_id": ("r",),
         "list": ("default",),
+        "queued": (JobKind.TRAINING,),
         "events": (record.id,),
         "issued_keys": (),
     }

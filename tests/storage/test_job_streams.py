@@ -1,6 +1,7 @@
 """Events of a job, and webhooks about its end: kept with the records, given out once."""
 
 import pytest
+import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,6 +10,7 @@ from storage.job_record import NewWebhook
 from storage.job_state import JobKind
 from storage.job_streams import DRAIN_MAX, progress_events
 from storage.jobs_testing import JobsWorld
+from storage.records import RecordsTx
 from storage.records_streams import EVENTS_MAX
 from storage.webhook_record import WEBHOOK_ATTEMPTS_MAX, WEBHOOK_LEASE_S, retry_delay_s
 
@@ -182,3 +184,51 @@ def test_a_job_without_a_record_is_told_at_once(world: JobsWorld):
     world.jobs.add_webhook(tenant="default", url=URL, input={"type": "health"}, body={"status": "COMPLETED"})
     [webhook] = world.jobs.take_webhooks()
     assert (webhook.job_id, webhook.body) == (None, {"status": "COMPLETED"})
+
+
+def due(world: JobsWorld, tenant: str, count: int) -> None:
+    for place in range(count):
+        world.jobs.add_webhook(tenant=tenant, url=URL, input={}, body={"of": f"{tenant}{place}"})
+        world.clock.advance(1)
+
+
+def taken(world: JobsWorld, limit: int, **options: object) -> list[str]:
+    return [webhook.body["of"] for webhook in world.jobs.take_webhooks(limit, **options)]
+
+
+def test_tenants_take_turns_and_each_ones_webhooks_go_in_order(world: JobsWorld):
+    due(world, "a", 5)
+    due(world, "b", 2)
+    due(world, "c", 1)
+    assert taken(world, 5) == ["a0", "b0", "c0", "a1", "b1"]
+    assert taken(world, 5) == ["a2", "a3", "a4"]
+
+
+def test_a_tenant_has_no_more_under_way_than_it_may_and_who_has_least_comes_first(world: JobsWorld):
+    due(world, "a", 5)
+    due(world, "b", 5)
+    due(world, "c", 5)
+    assert taken(world, 16, limit_of_tenant=3, under_way={"a": 2, "b": 3, "gone": 9}) == ["c0", "c1", "a0", "c2"]
+    assert taken(world, 16, limit_of_tenant=3, under_way={"a": 3, "b": 3, "c": 3}) == []
+    assert taken(world, 1, limit_of_tenant=3, under_way={"a": 2}) == ["b0"]
+
+
+def test_what_was_given_up_takes_no_place_for_long(world: JobsWorld):
+    due(world, "a", 1)
+    for _ in range(WEBHOOK_ATTEMPTS_MAX):
+        assert taken(world, 1) == ["a0"]
+        world.clock.advance(WEBHOOK_LEASE_S)
+    due(world, "a", 1)
+    assert [taken(world, 1), taken(world, 1)] == [[], ["a0"]]
+
+
+def test_a_database_from_before_gets_the_indexes_that_it_lacks(world: JobsWorld):
+    def names(tx: RecordsTx) -> set[str]:
+        return {index["name"] for index in sa.inspect(tx._connection).get_indexes("webhooks")}
+
+    with world.records.write("drop") as tx:
+        tx._connection.exec_driver_sql("DROP INDEX webhooks_due")
+        assert "webhooks_due" not in names(tx)
+    world.restart()
+    with world.records.read("look") as tx:
+        assert "webhooks_due" in names(tx)

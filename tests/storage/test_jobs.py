@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from storage.errors import (
     IdempotencyConflict,
@@ -174,6 +175,27 @@ def test_counts_are_true_by_tenant_and_kind(world: JobsWorld):
     assert world.jobs.counts("other") == dict.fromkeys(JobState, 0) | {JobState.QUEUED: 1}
     assert world.jobs.counts(kind=TRAINING)[JobState.QUEUED] == 1
     assert world.jobs.retried() == 0
+
+
+def test_what_waits_is_known_by_tenant(world: JobsWorld):
+    for tenant in ("default", "default", "other"):
+        world.create(tenant=tenant)
+    world.create(TRAINING, tenant="other")
+    world.jobs.claim(GENERATION, "w1")
+    assert world.jobs.queued(GENERATION) == {"default": 1, "other": 1}
+    assert world.jobs.queued(TRAINING) == {"other": 1}
+
+
+def test_what_waits_is_counted_without_a_look_at_any_other_job(tmp_path: Path):
+    world = JobsWorld(tmp_path)
+    statements = []
+    with world.records.read("plan") as tx:
+        sa.event.listen(tx._connection.engine, "after_cursor_execute", lambda *seen: statements.append(seen[2:4]))
+        tx.queued(GENERATION)
+        sql, values = statements[0]
+        plan = str(tx._connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", values).all())
+    world.close()
+    assert "USING COVERING INDEX jobs_queued" in plan
 
 
 # --- queue

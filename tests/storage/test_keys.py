@@ -204,6 +204,8 @@ def test_the_place_of_a_key_is_what_it_was_made_for(tenant: str, name: str, file
         assert place_of("some/raylora", key) == Place("processes", tenant, name)
     assert place_of("some/raylora", keys.staging_file(name, filename)) == Place("staging", tenant, name)
     assert place_of("some/raylora", keys.dataset_manifest("f", name)) == Place("datasets", tenant, name, "f")
+    for key in (keys.imported_lora_file(name, filename), keys.imported_lora_manifest(name)):
+        assert place_of("some/raylora", key) == Place("loras", tenant, name)
     assert place_of("some/raylora", keys.kept("latents", SHA)) == Place("kept", tenant, SHA)
 
 

@@ -21,17 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage import node_channel
+from storage.channel_connection import BODY_BYTES_MIN, HEAD, SHARED_BYTES, ChannelClosedError
 from storage.errors import ObjectNotFound
-from storage.node_channel import (
-    BODY_BYTES_MIN,
-    HEAD,
-    SHARED_BYTES,
-    ChannelClient,
-    ChannelClosedError,
-    ChannelMissingError,
-    ChannelServer,
-    Serve,
-)
+from storage.node_channel import ChannelClient, ChannelMissingError, ChannelServer, Serve
 
 WAIT_S = 10
 
@@ -333,3 +325,49 @@ async def test_the_socket_lies_where_nobody_else_can_enter() -> None:
 
 def test_the_errors_survive_pickle() -> None:
     assert pickle.loads(pickle.dumps(ChannelMissingError(2))).errno == 2  # noqa: S301
+
+
+async def test_work_whose_caller_left_is_cancelled_once_and_cleans_up() -> None:
+    begun, cleaned = asyncio.Event(), asyncio.Event()
+
+    async def serve(*_: object) -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            for _ in range(20):
+                await asyncio.sleep(0)
+            cleaned.set()
+
+    async with serving(serve) as client:
+        call = asyncio.create_task(client.call("m", (), {}))
+        await begun.wait()
+        call.cancel()
+        async with asyncio.timeout(WAIT_S):
+            await cleaned.wait()
+
+
+async def test_a_burst_that_fills_the_backlog_is_answered_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_channel, "BACKLOG", 1)
+    async with serving(echo) as client:
+        assert await asyncio.gather(*(client.call("first", (n,), {}) for n in range(200))) == list(range(200))
+
+
+async def test_a_client_that_may_open_no_more_files_does_not_take_the_server_for_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    async with serving(echo) as client:
+        monkeypatch.setattr(node_channel.Connection, "offer_memory", refuse)
+        with pytest.raises(ChannelClosedError):
+            await client.call("first", (1,), {})
+
+
+async def test_where_no_socket_can_be_made_there_is_no_channel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    monkeypatch.setattr(node_channel.tempfile, "gettempdir", lambda: str(folder))
+
+    assert await ChannelServer(echo, bytes_max=1).start() is None

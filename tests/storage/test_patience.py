@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,12 @@ from storage.errors import (
     ObjectNotFound,
     StorageError,
     StorageFailed,
+    StorageMisconfigured,
     StorageRefused,
     StorageTimeout,
     StorageUnavailable,
 )
-from storage.objects import ObjectStore, PutItem
+from storage.objects import ObjectStore, PutItem, PutOutcome
 from storage.patience import PatientStore
 from storage.settings import S3Settings
 from storage.testing import InMemoryStore
@@ -161,3 +163,17 @@ async def test_asked_to_stop_it_gives_up_and_raises_what_went_wrong(store: InMem
 
 def test_one_without_callbacks_survives_pickle() -> None:
     assert isinstance(pickle.loads(pickle.dumps(PatientStore(StorageClient(S3Settings())))), PatientStore)  # noqa: S301
+
+
+class Unreachable(InMemoryStore):
+    """Its whole `put_many` fails, as that of a store whose process is gone."""
+
+    async def put_many(self, items: Sequence[PutItem]) -> list[PutOutcome]:
+        raise StorageMisconfigured("created with other settings")
+
+
+async def test_no_object_is_taken_for_stored_where_the_whole_call_failed() -> None:
+    outcomes = await PatientStore(Unreachable()).put_many([PutItem(name, b"") for name in "ab"])
+
+    assert [outcome.key for outcome in outcomes] == ["a", "b"]
+    assert all(isinstance(outcome.error, StorageMisconfigured) for outcome in outcomes)

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from storage.breaker import BreakerState, CircuitBreaker, Outcome
+from storage.deadlines import within
 from storage.errors import (
     IntegrityError,
     ObjectNotFound,
@@ -161,10 +162,11 @@ async def test_on_a_dead_backend_twenty_operations_make_five_calls() -> None:
     for _ in range(20):
         with pytest.raises((StorageFailed, StorageUnavailable)) as failed:
             await bench.resilience.call("get", dead)
-        results.append(failed.type)
+        results.append((failed.type, failed.value.attempts))
 
     assert len(bench.attempts) == 5
-    assert results == [StorageFailed] + [StorageUnavailable] * 19
+    # The second call was tried once, and the breaker opened before its retry.
+    assert results == [(StorageFailed, 4), (StorageUnavailable, 1)] + [(StorageUnavailable, 0)] * 18
 
 
 async def test_an_open_breaker_rejects_without_calling_and_is_not_retried() -> None:
@@ -175,7 +177,7 @@ async def test_an_open_breaker_rejects_without_calling_and_is_not_retried() -> N
     with pytest.raises(StorageUnavailable) as rejected:
         await bench.resilience.call("get", bench.script("bytes"))
 
-    assert rejected.value.retry_after_s == 40
+    assert (rejected.value.retry_after_s, rejected.value.attempts) == (40, 0)
     assert bench.attempts == []
     assert bench.waits_s == []
 
@@ -300,3 +302,27 @@ async def test_no_more_run_at_once_than_there_are_slots_but_health_does_not_queu
     release.set()
     await asyncio.gather(*tasks)
     assert running == 5
+
+
+async def test_a_wait_of_our_own_costs_an_attempt_no_time_but_the_deadline_goes_on() -> None:
+    bench = Bench(short(attempt_timeout_s=0.05, deadline_s=0.3))
+
+    async def waits(state: Attempt, *, for_s: float) -> str:
+        async with state.standing_still():
+            await asyncio.sleep(for_s)
+        return "done"
+
+    assert await bench.resilience.call("get", lambda state: waits(state, for_s=0.1)) == "done"
+    with pytest.raises(StorageTimeout):
+        await bench.resilience.call("get", lambda state: waits(state, for_s=10))
+
+
+async def test_an_attempt_that_the_deadline_of_a_whole_operation_cuts_counts_as_a_failure() -> None:
+    bench = Bench()
+
+    with pytest.raises(StorageTimeout) as timed_out:
+        async with within("list", 0.01):
+            await bench.resilience.call("list", hang())
+
+    assert (timed_out.value.operation, timed_out.value.deadline_s) == ("list", 0.01)
+    assert bench.failures == 1

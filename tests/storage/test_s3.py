@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 from pydantic import SecretStr
 
 from storage import counters
 from storage.breaker import BreakerMode, BreakerOpenError, BreakerSnapshot, BreakerState, Outcome
-from storage.errors import InvalidKey, StorageMisconfigured, StorageTimeout, StorageUnavailable
+from storage.errors import (
+    InvalidKey,
+    StorageAccessDenied,
+    StorageError,
+    StorageFailed,
+    StorageMisconfigured,
+    StorageRefused,
+    StorageTimeout,
+    StorageUnavailable,
+)
 from storage.objects import ObjectStore, PutItem, StoreMaintenance
 from storage.s3 import S3Store
 from storage.settings import MIB, S3Settings
@@ -41,6 +52,8 @@ OPERATIONS: dict[str, Operation] = {
     "abort_upload": lambda store, _: store.abort_upload("a", "1"),
     "capabilities": lambda store, _: store.capabilities(),
 }
+# Beside the operation's own calls, one that clears away what it leaves.
+CLEAN_UPS = {"capabilities": 1}
 # They ask no server.
 WITHOUT_CALLS = {"aclose", "set_breaker", "counts"}
 
@@ -159,7 +172,7 @@ async def test_every_operation_has_timed_attempts_that_are_retried_and_counted(
         else:
             with pytest.raises(StorageTimeout):
                 await OPERATIONS[name](store, small_file)
-    assert gate.outcomes == [Outcome.FAILURE, Outcome.FAILURE]
+    assert gate.outcomes == [Outcome.FAILURE, Outcome.FAILURE] * (1 + CLEAN_UPS.get(name, 0))
 
 
 @pytest.mark.parametrize("name", ASKING)
@@ -175,7 +188,7 @@ async def test_every_operation_has_a_deadline(name: str, small_file: Path, silen
         else:
             with pytest.raises(StorageTimeout):
                 await OPERATIONS[name](store, small_file)
-    assert gate.outcomes == [Outcome.FAILURE]
+    assert gate.outcomes == [Outcome.FAILURE] * (1 + CLEAN_UPS.get(name, 0))
 
 
 @pytest.mark.parametrize(
@@ -250,6 +263,73 @@ async def test_an_operator_opens_and_closes_the_breaker_without_asking_the_serve
     assert (closed.state, closed.mode) == (BreakerState.CLOSED, BreakerMode.AUTOMATIC)
 
 
+class Deleting:
+    """A server that answers each call to delete many with `codes` of the keys `a`, `b` and so on, one answer after
+    another, and the last one for ever."""
+
+    def __init__(self, *answers: Sequence[str]) -> None:
+        self._answers = list(answers)
+        self.asked = 0
+
+    async def answer(self, request: web.Request) -> web.Response:
+        await request.read()
+        codes = self._answers[min(self.asked, len(self._answers) - 1)]
+        self.asked += 1
+        errors = "".join(
+            f"<Error><Key>{key}</Key><Code>{code}</Code></Error>"
+            for key, code in zip("abc", codes, strict=False)
+            if code
+        )
+        return web.Response(text=f"<DeleteResult>{errors}</DeleteResult>", content_type="text/xml")
+
+
+@asynccontextmanager
+async def served(deleting: Deleting) -> AsyncIterator[int]:
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", deleting.answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield int(runner.addresses[0][1])
+    await runner.cleanup()
+
+
+@pytest.mark.parametrize(
+    ("codes", "raised", "outcomes"),
+    [
+        (["AccessDenied"], StorageAccessDenied, [Outcome.SUCCESS]),
+        (["MethodNotAllowed"], StorageRefused, [Outcome.SUCCESS]),
+        (["NoSuchBucket"], StorageMisconfigured, [Outcome.SUCCESS]),
+        (["SlowDown"], StorageFailed, [Outcome.FAILURE] * 3),
+        (["InternalError"], StorageFailed, [Outcome.FAILURE] * 3),
+        (["AccessDenied", "InternalError"], StorageFailed, [Outcome.FAILURE] * 3),
+        (["OperationAborted", "SlowDown"], StorageFailed, [Outcome.FAILURE] * 3),
+    ],
+)
+async def test_a_key_that_is_not_deleted_fails_as_its_code_would_alone(
+    codes: list[str], raised: type[StorageError], outcomes: list[Outcome]
+) -> None:
+    gate, deleting = RecordingGate(is_open=False), Deleting(codes)
+    async with served(deleting) as port, store_at(port, gate, attempts_max=3) as store:
+        with pytest.raises(StorageError) as error:
+            await store.delete_many(["a", "b", "c"])
+
+    assert type(error.value) is raised
+    assert gate.outcomes == outcomes
+    assert deleting.asked == len(outcomes)
+
+
+@pytest.mark.parametrize("answers", [[["NoSuchKey", ""]], [["", "SlowDown"], []]])
+async def test_many_are_deleted_where_none_is_left_or_another_attempt_deletes_the_rest(
+    answers: list[list[str]],
+) -> None:
+    deleting = Deleting(*answers)
+    async with served(deleting) as port, store_at(port, RecordingGate(is_open=False)) as store:
+        assert await store.delete_many(["a", "b"]) == 2
+
+    assert deleting.asked == len(answers)
+
+
 async def test_what_happens_is_counted(silent_port: int) -> None:
     gate = RecordingGate(is_open=False)
     async with store_at(silent_port, gate, attempts_max=2, attempt_timeout_s=0.05) as store:
@@ -265,3 +345,65 @@ async def test_what_happens_is_counted(silent_port: int) -> None:
     assert counts[counters.OPERATIONS] == {"head,storage_timeout": 1, "head,storage_unavailable": 1}
     assert counts[counters.REQUESTS] == {"head,head_object": 2}
     assert counts[counters.BREAKER_STATE] == {"": 2}
+
+
+class Pages:
+    """A server of pages that each take a while: of keys, of uploads, of removals."""
+
+    def __init__(self, pause_s: float) -> None:
+        self.pause_s = pause_s
+
+    async def send(self, _: str, __: str | None, method: str, ___: object) -> dict[str, object]:
+        await asyncio.sleep(self.pause_s)
+        if method == "delete_objects":
+            return {}
+        if method == "list_multipart_uploads":
+            return {"IsTruncated": True, "NextKeyMarker": "a", "NextUploadIdMarker": "1"}
+        return {"IsTruncated": True, "NextContinuationToken": "a"}
+
+
+@pytest.mark.parametrize(
+    ("name", "operation"),
+    {
+        "list": lambda store: store.list("a/"),
+        "list_uploads": lambda store: store.list_uploads("a/"),
+        "delete_many": lambda store: store.delete_many([f"a/{n}" for n in range(200_000)]),
+    }.items(),
+)
+async def test_an_operation_of_many_calls_has_one_deadline(
+    name: str, operation: Callable[[S3Store], Coroutine[Any, Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.s3.KEYS_PER_S_MIN", 10**9)
+    pages = Pages(0.1)
+    async with store_at(9, RecordingGate(is_open=False), deadline_s=0.5) as store:
+        monkeypatch.setattr(store._calls, "send", pages.send)
+        with pytest.raises(StorageTimeout) as timed_out:
+            await operation(store)
+
+    assert timed_out.value.operation == name
+
+
+async def test_small_files_wait_for_room_before_they_are_read(tmp_path: Path, silent_port: int) -> None:
+    (tmp_path / "file").write_bytes(bytes(MIB))
+    reads: list[int] = []
+    is_full = asyncio.Event()
+
+    async def note(_: str, __: str, data: bytes, *___: object) -> dict[str, str]:
+        reads.append(len(data))
+        if len(reads) == 3:
+            is_full.set()
+        await asyncio.Event().wait()
+        return {}
+
+    async with store_at(silent_port, RecordingGate(is_open=False), bytes_in_flight_max=3 * MIB) as store:
+        store._calls.put = note  # type: ignore[method-assign, assignment]
+        uploads = [asyncio.create_task(store.upload_file(tmp_path / "file", f"a/{n}")) for n in range(8)]
+        async with asyncio.timeout(10):
+            await is_full.wait()
+        held = store._in_flight.held_bytes
+        for upload in uploads:
+            upload.cancel()
+        await asyncio.gather(*uploads, return_exceptions=True)
+
+        assert (len(reads), held) == (3, 3 * MIB)
+        assert store._in_flight.held_bytes == 0

@@ -184,6 +184,40 @@ async def test_what_trainings_share_goes_by_its_own_age_and_each_object_by_itsel
     assert await world.store.exists(young)
 
 
+async def test_a_file_of_an_adapter_without_a_manifest_goes_a_day_later_and_a_whole_adapter_stays(world: World) -> None:
+    whole, half = "lora_0123456789ab", "lora_0123456789ac"
+    for lora_id in (whole, half):
+        await world.store.put(KEYS.imported_lora_file(lora_id, "a.safetensors"), b"12345")
+    await world.store.put(KEYS.imported_lora_manifest(whole), b"{}")
+    world.clock.advance(DAY_S - 1)
+    assert (await world.sweep()).swept == ()
+    world.clock.advance(1)
+
+    [swept] = (await world.sweep()).swept
+
+    assert (swept.kind, swept.resource, swept.objects, swept.size_bytes) == (SweepKind.UNFINISHED, half, 1, 5)
+    world.clock.advance(1000 * DAY_S)
+    assert (await world.sweep()).swept == ()
+    assert len(world.store.keys()) == 2
+
+
+async def test_an_adapter_that_becomes_whole_while_it_is_swept_stays(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.store.put(KEYS.imported_lora_file("lora_0123456789ab", "a.safetensors"), b"12345")
+    world.clock.advance(DAY_S)
+    listed = world.store.list
+
+    async def list_then_finish(*arguments: Any, **keywords: Any) -> Any:
+        found = await listed(*arguments, **keywords)
+        await world.store.put(KEYS.imported_lora_manifest("lora_0123456789ab"), b"{}")
+        return found
+
+    monkeypatch.setattr(world.store, "list", list_then_finish)
+
+    assert (await world.sweep()).swept == ()
+
+
 async def test_an_unused_upload_goes_a_day_after_its_newest_file(world: World) -> None:
     await world.store.put(KEYS.staging_file("u1", "a.zip"), b"1")
     world.clock.advance(DAY_S - 1)

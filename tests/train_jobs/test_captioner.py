@@ -224,6 +224,18 @@ def test_pictures_without_a_text_get_one_and_the_others_keep_theirs(
     assert progress == [(0, 2), (1, 2), (2, 2)]
 
 
+def test_a_regularisation_picture_is_captioned_without_the_trigger_word(
+    pictures: Pictures, kept: Kept, models: dict[str, str]
+) -> None:
+    [(dataset, found)] = pictures
+    regularisation = dataset.model_copy(update={"is_regularisation": True})
+    [(_, captioned)], _ = _caption(
+        CaptioningSpec(model="blip2", prefix="photo of ", max_new_tokens=4), ((regularisation, found),), kept, models
+    )
+    assert captioned[0].caption == captioned[0].text
+    assert captioned[0].text.startswith("photo of ")
+
+
 def test_the_question_is_not_part_of_the_answer(pictures: Pictures, models: dict[str, str]) -> None:
     for name in models:
         spec = CaptioningSpec(model=name, prompt="zzzz zzzz", max_new_tokens=4)
@@ -278,8 +290,8 @@ def test_a_captioning_model_is_named_as_a_base_model_is() -> None:
         spec_from_json(TrainSpec, smallest | {"captioning": {"model": "/models/blip"}})
     assert [problem.path for problem in caught.value.problems] == ["captioning.model"]
     local = spec_from_json(TrainSpec, smallest | {"captioning": {"model": "/models/blip"}}, paths_allowed=True)
-    assert not local.is_remote_safe()
-    assert spec_from_json(TrainSpec, smallest | {"captioning": {"model": "org/blip"}}).is_remote_safe()
+    assert local.captioning is not None
+    assert spec_from_json(TrainSpec, smallest | {"captioning": {"model": "org/blip"}}).captioning is not None
 
 
 def test_captioning_is_asked_for_in_the_process_of_a_config() -> None:

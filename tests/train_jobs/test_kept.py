@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -91,6 +92,55 @@ def test_a_store_that_takes_nothing_is_no_reason_to_stop(
         make().keep("texts", {NAME: b"data"})
     assert "could not be kept" in caplog.text
     assert make().fetch("texts", [NAME]) == {NAME: b"data"}
+
+
+def test_a_disk_that_takes_nothing_is_no_reason_to_stop(
+    make: Callable[..., Kept], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "disk").write_text("a file where the folder should be")
+    kept = make()
+    with caplog.at_level(logging.WARNING):
+        kept.keep("texts", {NAME: b"data", name_of("b"): b"more"})
+        assert kept.fetch("texts", [NAME]) == {NAME: b"data"}
+        kept.prune()
+    assert kept.disk_failures >= 3
+    assert len(caplog.records) == 1
+    assert str(tmp_path) not in caplog.text
+
+
+def test_a_file_that_cannot_be_finished_leaves_nothing_behind(
+    make: Callable[..., Kept], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    kept = make()
+    monkeypatch.setattr(os, "replace", full)
+    kept.keep("texts", {NAME: b"data"})
+    assert kept.disk_failures == 1
+    assert not [path for path in (tmp_path / "disk").rglob("*") if path.is_file()]
+    assert make(None).fetch("texts", [NAME]) == {NAME: b"data"}
+
+
+@pytest.mark.parametrize("moment", ["before it is read", "after it was read"])
+def test_a_file_that_another_training_prunes_meanwhile_is_no_fault(
+    make: Callable[..., Kept], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    kept = make()
+    kept.keep("texts", {NAME: b"data"})
+    [path] = [p for p in (tmp_path / "disk").rglob("*") if p.is_file()]
+    if moment == "before it is read":
+        path.unlink()
+    else:
+        real = os.utime
+
+        def utime(gone: Path) -> None:
+            gone.unlink()
+            real(gone)
+
+        monkeypatch.setattr(os, "utime", utime)
+    assert kept.fetch("texts", [NAME]) == {NAME: b"data"}
+    assert kept.disk_failures == 0
 
 
 def test_the_folder_keeps_what_was_used_last(make: Callable[..., Kept], tmp_path: Path, store: InMemoryStore) -> None:

@@ -10,18 +10,9 @@ import pytest
 from storage.testing import InMemoryStore
 from tests.train_jobs.training_runs import KEYS, NOW
 from train_jobs.errors import ConfigInvalid, DatasetEmpty
-from train_jobs.local_datasets import upload_local_datasets, upload_names
+from train_jobs.local_datasets import upload_local_datasets
 from train_jobs.spec import TrainSpec
 from train_jobs.spec_json import spec_from_json
-
-
-def test_files_of_a_local_folder_get_plain_names_and_stay_in_pairs(tmp_path: Path) -> None:
-    for name in ("a.PNG", "a.txt", "sub/a.png", "ü ß.jpg", "ü ß.txt", "sub/b.txt"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"x")
-    names = [name for name, _ in upload_names(tmp_path, ".txt")]
-    assert sorted(names) == ["_ _.jpg", "_ _.txt", "a.png", "a.txt", "sub_a.png"]
 
 
 async def test_local_folders_are_uploaded_and_pinned(
@@ -29,10 +20,11 @@ async def test_local_folders_are_uploaded_and_pinned(
 ) -> None:
     folder = write_pictures((8, 8), name="my cats")
     held = {"dataset": {"local_path": str(write_pictures((8, 8), name="held"))}}
+    (folder / "p0_mask.png").write_bytes((folder / "p0.png").read_bytes())
     change = {"datasets": [{"local_path": str(folder)}], "validation": held}
     local = spec_from_json(TrainSpec, spec.model_dump() | change, paths_allowed=True)
     uploaded = await upload_local_datasets(store, KEYS, local, now=NOW)
-    assert uploaded.is_remote_safe()
+    assert spec_from_json(TrainSpec, uploaded.model_dump()) == uploaded
     assert uploaded.datasets[0].dataset == "my_cats"
     assert uploaded.validation is not None
     assert uploaded.validation.dataset is not None
@@ -42,6 +34,7 @@ async def test_local_folders_are_uploaded_and_pinned(
         "manifest.json",
         "p0.png",
         "p0.txt",
+        "p0_mask.png",
     ]
 
 

@@ -70,6 +70,7 @@ def test_a_long_list_of_problems_is_cut() -> None:
         (StorageTimeout("get", 1.0), errors.StorageFailed),
         (torch.OutOfMemoryError("of a device"), errors.OutOfMemory),
         (OutOfGpuMemory(1, 8, 8, None, None), errors.OutOfMemory),
+        (MemoryError(), errors.OutOfMemory),
         (ModelNotFound("unet"), errors.ModelNotAvailable),
         (UnsupportedModel("a path"), errors.ModelNotAvailable),
         (SizeNotSupported(3, 3, 8), errors.ConfigInvalid),
@@ -79,6 +80,15 @@ def test_a_long_list_of_problems_is_cut() -> None:
 )
 def test_a_foreign_error_becomes_one_of_ours(foreign: Exception, expected: type[errors.TrainingError]) -> None:
     assert type(as_training_error(foreign, model="tiny")) is expected
+
+
+def test_a_machine_that_has_not_the_memory_says_what_to_change() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**14)
+    found = as_training_error(caught.value)
+    assert isinstance(found, errors.OutOfMemory)
+    assert "batch size" in found.public_message
+    assert as_training_error(RuntimeError("shapes cannot be multiplied")) is None
 
 
 def test_an_unknown_error_is_not_given_a_meaning() -> None:

@@ -71,7 +71,6 @@ def test_paths_are_for_the_command_line_only() -> None:
     value = SMALLEST | {"model": "/models/a", "datasets": [{"local_path": "/pictures/cats"}]}
     assert _problems(value) == {"model": "invalid_value", "datasets[0].local_path": "not_allowed"}
     spec = spec_from_json(TrainSpec, value, paths_allowed=True)
-    assert not spec.is_remote_safe()
     assert spec.datasets[0].label == "cats"
 
 

@@ -21,6 +21,7 @@ from storage.loop_thread import LoopThread
 from storage.patience import PatientStore
 from storage.testing import InMemoryStore
 from tests.train_jobs.training_runs import JOB, KEYS, NOW, Told, get, keys
+from train_jobs.previews import Previews
 from train_jobs.progress import Progress
 from train_jobs.spec import TrainSpec
 from train_jobs.spec_json import spec_from_json
@@ -202,3 +203,15 @@ def test_half_a_checkpoint_is_not_continued_from(
     told = Told()
     assert "output" in train(spec, told)
     assert told.steps == [1, 2, 3, 4]
+
+
+def test_previews_for_which_a_machine_has_not_the_memory_are_left_out(
+    train: Callable[..., dict[str, Any]], spec: TrainSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: Any) -> None:
+        torch.empty(10**14)
+
+    monkeypatch.setattr(Previews, "make", exhausted)
+    output = train(spec)["output"]
+    assert output["steps"] == 4
+    assert output["warnings"][0] == "There was not enough memory for the previews at step 0."

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffusion.families import Family
+from diffusion.families import ALL_LEVELS, Family
 from train_jobs.cache import build_cache
+from train_jobs.captions import varied, with_trigger
 from train_jobs.data import (
     BatchPlan,
     Picture,
@@ -20,13 +22,12 @@ from train_jobs.data import (
     bucket_size,
     load_mask,
     load_pixels,
-    picture_files,
     plan_uses,
     read_folder,
-    with_trigger,
 )
 from train_jobs.errors import DatasetEmpty, ImageUnreadable
-from train_jobs.spec import DatasetSpec
+from train_jobs.samples import Sampler
+from train_jobs.spec import DatasetSpec, OptimizeSpec
 
 Write = Callable[..., Path]
 
@@ -67,6 +68,18 @@ def test_a_picture_without_caption_has_the_default_one(write_pictures: Write) ->
 )
 def test_the_trigger_word_is_always_in_the_caption(text: str, word: str | None, caption: str) -> None:
     assert with_trigger(text, word) == caption
+
+
+def test_a_regularisation_picture_has_the_trigger_word_only_where_its_text_asks_for_it(write_pictures: Write) -> None:
+    folder = write_pictures((8, 8), (8, 8))
+    (folder / "p0.txt").write_text("a man, red")
+    (folder / "p1.txt").write_text("a [trigger], red")
+    spec = _spec(is_regularisation=True, trigger_word="ohwx")
+    pictures = read_folder(folder, spec)
+    assert [picture.caption for picture in pictures] == ["a man, red", "a ohwx, red"]
+    rules = plan_uses(pictures, spec, size_multiple=8)[0].rules
+    assert varied(pictures[0].text, rules, torch.Generator()) == "a man, red"
+    assert read_folder(folder, _spec(trigger_word="ohwx"))[0].caption == "ohwx a man, red"
 
 
 def test_every_broken_picture_is_named_at_once(write_pictures: Write) -> None:
@@ -148,6 +161,23 @@ def test_transparency_is_put_on_white(tmp_path: Path) -> None:
     assert load_pixels(Use(_picture(tmp_path / "a.png", 8, 8), 8, 8, False, 1, 0.0)).min() == 1.0
 
 
+def test_a_picture_and_a_mask_of_16_bits_keep_their_shades(tmp_path: Path) -> None:
+    shades = np.full((64, 64), 13_107, dtype=np.uint16)
+    for name in ("a.png", "a_mask.png"):
+        Image.fromarray(shades).save(tmp_path / name)
+    spec = _spec(resolutions_px=(64,))
+    [use] = plan_uses(read_folder(tmp_path, spec), spec, size_multiple=8)
+    assert load_pixels(use) == pytest.approx(0.2 * 2 - 1, abs=1e-6)
+    assert load_mask(use) == pytest.approx(0.2)
+
+
+def test_a_picture_whose_white_is_unknown_is_named_before_anything_is_trained(tmp_path: Path) -> None:
+    Image.fromarray(np.ones((8, 8), dtype=np.float32)).save(tmp_path / "a.png", "tiff")
+    with pytest.raises(ImageUnreadable) as caught:
+        read_folder(tmp_path, _spec())
+    assert caught.value.names == ("a.png",)
+
+
 def test_a_picture_that_vanished_is_named(tmp_path: Path) -> None:
     with pytest.raises(ImageUnreadable):
         load_pixels(Use(_picture(tmp_path / "gone.png"), 8, 8, False, 1, 0.0))
@@ -192,15 +222,22 @@ def test_latents_and_texts_are_computed_once_for_each_use(family: Family, write_
     assert len(set(cache.buckets())) == 2
 
 
+@torch.no_grad()
+def test_a_dropped_caption_is_what_the_data_set_says(family: Family, write_pictures: Write) -> None:
+    folder = write_pictures((32, 32))
+    for dropped in ("", "ohwx"):
+        spec = _spec(caption_dropout_rate=1.0, dropped_caption=dropped)
+        cache = build_cache(family, plan_uses(read_folder(folder, spec), spec, size_multiple=8))
+        assert cache is not None
+        drawn = Sampler(family, cache, OptimizeSpec(dtype="fp32"))._draw(0, 0, ALL_LEVELS, 0.0)
+        assert drawn.caption == dropped
+        assert drawn.text is not None
+        assert torch.equal(drawn.text.hidden_BLD, family.encode_prompts([dropped]).hidden_BLD)
+
+
 def test_caching_stops_when_asked(family: Family, write_pictures: Write) -> None:
     uses = plan_uses(read_folder(write_pictures((32, 32)), _spec()), _spec(), size_multiple=8)
     assert build_cache(family, uses, should_stop=lambda: True) is None
-
-
-def test_a_mask_beside_its_picture_is_not_trained_on(tmp_path: Path) -> None:
-    for name in ("a.jpg", "a_mask.png", "lone_mask.png", "_mask.png"):
-        (tmp_path / name).touch()
-    assert [path.name for path in picture_files(tmp_path)] == ["_mask.png", "a.jpg", "lone_mask.png"]
 
 
 def test_a_mask_beside_its_picture_weighs_its_loss(tmp_path: Path) -> None:

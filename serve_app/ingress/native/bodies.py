@@ -278,7 +278,8 @@ class UploadCreate(Body):
 
 
 class LoraImportCreate(Body):
-    """An adapter file to come: safetensors, in diffusers' or kohya's names. `sha256` in hex, checked where given."""
+    """An adapter file to come: safetensors, under the names of diffusers, peft, kohya, ai-toolkit, ComfyUI or LyCORIS.
+    `sha256` in hex, checked where given. The file is checked against `base_model` where that is a model served here."""
 
     model_config = ConfigDict(
         json_schema_extra={

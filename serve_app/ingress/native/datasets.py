@@ -15,6 +15,8 @@ from serve_app.job_types.context import Services
 from storage.datasets import DatasetManifest, dataset_folders, latest_manifest
 from storage.job_state import TERMINAL_STATES, JobKind, JobState
 from storage.keys import MANIFEST_NAME
+from train_jobs.spec import TrainSpec
+from train_jobs.spec_datasets import dataset_names
 
 PAGE_RECORDS = 200
 ACTIVE = tuple(state for state in JobState if state not in TERMINAL_STATES)
@@ -66,7 +68,7 @@ async def _refuse_in_use(services: Services, tenant: str, name: str) -> None:
     while True:
         page = await services.jobs.list(tenant, kind=JobKind.TRAINING, states=ACTIVE, limit=PAGE_RECORDS, cursor=cursor)
         for record in page.records:
-            if any(dataset.get("dataset") == name for dataset in record.request.get("datasets", [])):
+            if name in dataset_names(TrainSpec.model_validate(record.request)):
                 raise DatasetInUse(name)
         cursor = page.next_cursor
         if cursor is None:

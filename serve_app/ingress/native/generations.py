@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response, StreamingResponse
@@ -11,6 +11,7 @@ from fastapi.routing import APIRoute
 from serve_app.ingress.native.bodies import GenerationCreate, reads, takes
 from serve_app.ingress.native.calls import check_id, context_of, record_of, tenant_of
 from serve_app.ingress.native.events import EventStream, last_event_id, version_of
+from serve_app.ingress.native.once import Renew
 from serve_app.ingress.native.trainings import EVENT_STREAM, NO_MORE, Cursor, Limit, Replies
 from serve_app.ingress.native.views import Generation, Image, Page, State, generation_view
 from serve_app.ingress.native.waiting import Waited
@@ -84,11 +85,25 @@ async def _waited(services: Services, record: JobRecord, wait_s: float) -> JobRe
 
 
 async def _view(services: Services, record: JobRecord) -> Generation:
-    images = None
-    if record.state is JobState.COMPLETED:
-        stored = [item for item in (record.output or {}).get("images", []) if item.get("key")]
-        images = [await _image(services, item) for item in stored]
+    images = await _images(services, record) if record.state is JobState.COMPLETED else None
     return generation_view(record, services.clock(), images)
+
+
+async def _images(services: Services, record: JobRecord) -> list[Image]:
+    stored = [item for item in (record.output or {}).get("images", []) if item.get("key")]
+    return [await _image(services, item) for item in stored]
+
+
+def renewed_generation(services: Services) -> Renew:
+    """A reply that came before the pictures has no URLs, and stays what it was."""
+
+    async def renew(tenant: str, kept: dict[str, Any], _: dict[str, Any]) -> dict[str, Any]:
+        if kept["images"] is None:
+            return kept
+        record = await services.jobs.get(kept["id"], tenant=tenant)
+        return kept | {"images": [image.model_dump(mode="json") for image in await _images(services, record)]}
+
+    return renew
 
 
 async def _image(services: Services, stored: dict[str, object]) -> Image:

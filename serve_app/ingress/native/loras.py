@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 
 from serve_app.ingress.native.bodies import LoraImportCreate, reads, takes
 from serve_app.ingress.native.calls import tenant_of
+from serve_app.ingress.native.once import Renew
 from serve_app.ingress.native.trainings import Cursor, Limit
 from serve_app.ingress.native.views import (
     Download,
@@ -83,13 +84,7 @@ def loras_router(services: Services, route_class: type[APIRoute]) -> APIRouter:
         keys, now = services.keys_of(tenant_of(request)), services.clock()
         started = LoraImport(id=new_lora_id(), created_at=now, **asked.model_dump())
         await write_import(services.store, keys, started)
-        expires_s = services.limits.url_expires_s
-        url = await services.store.presign_put(
-            staged_file(keys, started), expires_s=expires_s, content_type=CONTENT_TYPE
-        )
-        upload = LoraUpload(
-            url=url, headers={"Content-Type": CONTENT_TYPE}, expires_at=now + timedelta(seconds=expires_s)
-        )
+        upload = await _upload_to(services, staged_file(keys, started))
         return LoraImportStarted(id=started.id, upload=upload)
 
     @router.post("/{lora_id}/finish", status_code=201)
@@ -137,6 +132,22 @@ def loras_router(services: Services, route_class: type[APIRoute]) -> APIRouter:
         await services.store.delete_many(keys)
 
     return router
+
+
+async def _upload_to(services: Services, key: str) -> LoraUpload:
+    expires_s = services.limits.url_expires_s
+    url = await services.store.presign_put(key, expires_s=expires_s, content_type=CONTENT_TYPE)
+    expires_at = services.clock() + timedelta(seconds=expires_s)
+    return LoraUpload(url=url, headers={"Content-Type": CONTENT_TYPE}, expires_at=expires_at)
+
+
+def renewed_lora_import(services: Services) -> Renew:
+    async def renew(tenant: str, kept: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+        key = services.keys_of(tenant).staging_file(kept["id"], asked["filename"])
+        upload = await _upload_to(services, key)
+        return kept | {"upload": upload.model_dump(mode="json")}
+
+    return renew
 
 
 def _place(lora: ImportedLora) -> tuple[datetime, str]:
@@ -219,6 +230,7 @@ def _imported(lora: ImportedLora) -> Lora:
         rank=lora.rank,
         created_at=lora.created_at,
         files=_file_views([lora.model_dump()]),
+        warnings=list(lora.warnings),
     )
 
 

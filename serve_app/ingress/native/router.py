@@ -5,20 +5,25 @@ from fastapi import APIRouter
 from serve_app.ingress.auth import KeyRing
 from serve_app.ingress.huggingface import huggingface_router
 from serve_app.ingress.native.datasets import datasets_router
-from serve_app.ingress.native.generations import generations_router
+from serve_app.ingress.native.generations import generations_router, renewed_generation
 from serve_app.ingress.native.keys import keys_router
-from serve_app.ingress.native.loras import loras_router
+from serve_app.ingress.native.loras import loras_router, renewed_lora_import
 from serve_app.ingress.native.once import OnceOnly, once_route
 from serve_app.ingress.native.training_files import training_files_router
 from serve_app.ingress.native.trainings import trainings_router
-from serve_app.ingress.native.uploads import uploads_router
+from serve_app.ingress.native.uploads import renewed_upload, uploads_router
 from serve_app.ingress.native.webhooks import webhooks_router
 from serve_app.ingress.openai_images import openai_router
 from serve_app.job_types.context import Services
 
 
 def native_router(services: Services, keys: KeyRing) -> APIRouter:
-    route_class = once_route(OnceOnly(services))
+    renewals = {
+        "/v1/generations": renewed_generation(services),
+        "/v1/loras/import": renewed_lora_import(services),
+        "/v1/uploads": renewed_upload(services),
+    }
+    route_class = once_route(OnceOnly(services, renewals))
     router = APIRouter()
     router.include_router(trainings_router(services, route_class))
     router.include_router(training_files_router(services))

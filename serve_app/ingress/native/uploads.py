@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import Annotated
+from datetime import datetime, timedelta
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.routing import APIRoute
@@ -11,6 +11,7 @@ from fastapi.routing import APIRoute
 from serve_app.ingress.native.bodies import UploadCreate, reads, takes
 from serve_app.ingress.native.calls import tenant_of
 from serve_app.ingress.native.datasets import dataset_view
+from serve_app.ingress.native.once import Renew
 from serve_app.ingress.native.views import DatasetStored, UploadPlace, UploadStarted
 from serve_app.job_types.context import Services
 from storage.datasets import latest_manifest
@@ -45,3 +46,25 @@ def uploads_router(services: Services, route_class: type[APIRoute]) -> APIRouter
         return DatasetStored(dataset=dataset_view(manifest), warnings=[str(note) for note in stored["warnings"]])
 
     return router
+
+
+def renewed_upload(services: Services) -> Renew:
+    async def renew(tenant: str, kept: dict[str, Any], _: dict[str, Any]) -> dict[str, Any]:
+        keys, expires_s = services.keys_of(tenant), services.limits.url_expires_s
+        started = UploadStarted.model_validate(kept)
+        places = [
+            place.model_copy(
+                update={
+                    "url": await services.store.presign_put(
+                        keys.staging_file(started.id, place.filename),
+                        expires_s=expires_s,
+                        content_type=place.headers["Content-Type"],
+                    )
+                }
+            )
+            for place in started.files
+        ]
+        expires_at = services.clock() + timedelta(seconds=expires_s)
+        return UploadStarted(id=started.id, expires_at=expires_at, files=places).model_dump(mode="json")
+
+    return renew

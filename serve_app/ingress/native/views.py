@@ -273,7 +273,8 @@ class LoraFileView(View):
 
 
 class Lora(View):
-    """An adapter that generations can name. `training_id` is null for one that was imported."""
+    """An adapter that generations can name. `training_id` is null for one that was imported, `warnings` are what was
+    taken for granted of an imported file."""
 
     id: str
     name: str
@@ -284,6 +285,7 @@ class Lora(View):
     rank: int | None = None
     created_at: datetime
     files: list[LoraFileView]
+    warnings: list[str] = Field(default_factory=list)
 
 
 class LoraUpload(View):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusion.engine import Engine, GenerateRequest
-from diffusion.engine.admission import HEADROOM, Admission, Cost, PeakMemory
+from diffusion.engine.admission import HEADROOM, TRIED_EVERY, Admission, Cost, PeakMemory, Shortage
 from diffusion.engine.lora_slots import LoraSlots
 from diffusion.engine.memory import HostMemory
 from diffusion.errors import InsufficientMemory
@@ -266,6 +266,28 @@ def test_the_latest_call_of_a_size_counts_and_memory_of_sizes_is_bounded() -> No
         peaks.learn(size, 100 * size)
     assert len(peaks._peaks) <= 256
     assert peaks.least_bytes(1) == 0
+
+
+def test_a_peak_that_others_took_part_in_refuses_for_a_while_only() -> None:
+    memory = ScriptedMemory(100)
+    admission = Admission(memory)
+    with admission.learning("k", 10), memory.holding(60):  # of which others took 55
+        pass
+    memory.held_bytes = 50
+    refusals = [admission.refusal("k", lambda _: Cost(10)) for _ in range(TRIED_EVERY)]
+    assert refusals == [Shortage(60, 50, 100)] * (TRIED_EVERY - 1) + [None]
+    with admission.learning("k", 10), memory.holding(5):
+        pass
+    assert admission.refusal("k", lambda _: Cost(10)) is None
+
+
+def test_remembered_prompts_hold_their_own_rows_only(family: StableDiffusion1) -> None:
+    engine = Engine(family)
+    engine.render([dataclasses.replace(PLAIN, prompt=f"number {seed}", steps=1) for seed in range(3)])
+    prompts = engine._prompts._cache.values()
+    assert len(prompts) == 4
+    for tensor in (tensor for embeds in prompts for tensor in embeds.tensors().values()):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def test_a_call_that_failed_teaches_nothing() -> None:

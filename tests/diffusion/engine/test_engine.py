@@ -291,8 +291,28 @@ def test_a_call_with_many_pictures_does_not_shut_out_one_with_few(family: Stable
     engine.wait(many)
 
 
+def test_an_error_of_the_denoiser_ends_only_the_call_that_meets_it(family: StableDiffusion1) -> None:
+    engine = Engine(family)
+    expected = pixels(engine, PLAIN)[0]
+    predict = family.predict
+
+    def failing(*args: Any, guidance_B: Tensor, **kwargs: Any) -> Tensor:
+        if 9.0 in guidance_B:
+            raise RuntimeError("this one cannot be drawn")
+        return predict(*args, guidance_B=guidance_B, **kwargs)
+
+    family.predict = failing  # type: ignore[method-assign]
+    beside, small = engine.submit([PLAIN]), engine.submit([dataclasses.replace(PLAIN, width=32, height=32)])
+    with pytest.raises(RuntimeError, match="cannot be drawn"):
+        engine.render([dataclasses.replace(PLAIN, guidance_scale=9.0)])
+    for ticket in (beside, small):
+        engine.wait(ticket)
+    assert len(small.images()) == 1
+    assert difference(beside.images()[0].pixels_CHW, expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("error", [RuntimeError("broken kernel"), KeyboardInterrupt()])
-def test_an_error_of_the_denoiser_ends_every_call_and_the_engine_goes_on(
+def test_an_error_of_the_denoiser_for_everyone_ends_every_call_and_the_engine_goes_on(
     error: BaseException, family: StableDiffusion1
 ) -> None:
     engine = Engine(family)

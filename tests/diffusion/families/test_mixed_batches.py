@@ -75,6 +75,37 @@ def test_different_loras_share_a_batch_and_each_picture_is_its_solo_picture(
     assert difference(together[0], together[1]) > 10 * TOLERANCE
 
 
+def write_caption_lora(family: Family, path: Path, seed: int) -> LoraRef:
+    """On the layer that Z-Image gives the prompts of a batch as one row of tokens."""
+    generator, layer = torch.Generator().manual_seed(seed), family.denoiser.get_submodule("cap_embedder.1")
+    shapes = {"lora_A": (4, layer.in_features), "lora_B": (layer.out_features, 4)}
+    state = {
+        f"transformer.cap_embedder.1.{part}.weight": torch.randn(shape, generator=generator)
+        for part, shape in shapes.items()
+    }
+    save_lora(path, state, metadata={})
+    return LoraRef(path)
+
+
+@pytest.mark.parametrize("long", ["much longer", "much longer " * 4, "much longer " * 12])
+def test_prompts_of_different_lengths_keep_their_own_loras_of_z_images_captions(
+    long: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    family = load_family(folders["z_image"], device="cpu", dtype=torch.float32)
+    one, two = (write_caption_lora(family, tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2))
+    requests = [
+        dataclasses.replace(PLAIN, loras=(one,)),
+        dataclasses.replace(PLAIN, loras=(two,), prompt=long),
+        dataclasses.replace(PLAIN, prompt="x " * 30),
+    ]
+    engine = Engine(family)
+    together = [rendered.pixels_CHW for rendered in engine.render(requests)]
+    for request, made in zip(requests, together, strict=True):
+        assert difference(made, engine.render([request])[0].pixels_CHW) < TOLERANCE
+    plain = engine.render([dataclasses.replace(requests[0], loras=())])[0].pixels_CHW
+    assert difference(together[0], plain) > 10 * TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("name", "mask"), [("sdxl", None), ("sdxl", MASK), ("sd3", None), ("flux1", None), ("flux1", MASK)]
 )

@@ -161,6 +161,23 @@ def test_a_config_is_checked_without_a_server(
     assert "not checked: the server's models, data sets and limits. No API key" in plain.stderr
 
 
+def test_folders_that_have_one_name_are_data_sets_of_their_own(tmp_path: Path) -> None:
+    folders = [tmp_path / above / "cats" / "images" for above in ("mine", "yours")]
+    for number, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        (folder / f"{number}.png").write_bytes(b"png")
+    datasets = [{"folder_path": str(folder)} for folder in (*folders, folders[0])]
+    file = tmp_path / "train.yaml"
+    file.write_text(yaml.safe_dump({"job": "extension", "config": {"name": "n", "process": [{"datasets": datasets}]}}))
+    server = RecordingServer()
+    with client_of(server) as client:
+        body = trainings.prepare_training(client, file, on_upload=lambda _: None)
+    first, second, again = [d["folder_path"] for d in body["config"]["process"][0]["datasets"]]
+    assert (first == again, first == second) == (True, False)
+    sent = {request["dataset_folder"]: [f["filename"] for f in request["files"]] for request in server.inputs}
+    assert sent == {first: ["0.png"], second: ["1.png"]}
+
+
 def test_masks_and_validation_pictures_beside_the_configuration_are_uploaded_too(tmp_path: Path) -> None:
     for name in ("images", "masks", "held"):
         (tmp_path / "pets" / name).mkdir(parents=True)
@@ -236,6 +253,16 @@ def test_names_that_the_server_does_not_take_are_made_plain_and_stay_apart(tmp_p
         "a _1.txt": "a _1", "a _1_2.txt": "a #1", "caf\xe9.txt": "cafe\u0301", "_.txt": "\U0001f525"
     }  # fmt: skip
     assert sent.keys() == {name.removesuffix(".txt") + end for name in captions for end in (".txt", ".png")}
+
+
+def test_masks_and_pictures_in_subfolders_are_uploaded_too(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("a.png", "a_mask.png", "a.txt", "sub/b.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    server = RecordingServer()
+    with client_of(server) as client:
+        trainings.upload_folder(client, tmp_path, "d", on_upload=lambda _: None)
+    assert [f["filename"] for f in server.inputs[0]["files"]] == ["a.png", "a.txt", "a_mask.png", "sub_b.jpg"]
 
 
 def test_a_list_of_problems_is_not_shown_twice() -> None:

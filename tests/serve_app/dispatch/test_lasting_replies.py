@@ -84,14 +84,24 @@ async def test_what_is_under_way_ends_in_the_next_one_or_is_lost_with_its_proces
 
 async def test_a_clients_key_means_the_same_job_after_a_restart(world: JobsWorld) -> None:
     first = await fresh(world)
-    assert await opened(first, "a", fingerprint=KEYED) == "a"
+    assert await opened(first, "a", fingerprint=KEYED, kept_s=KEYED.kept_s) == "a"
     await settled(first, "a", {})
     world.clock.advance(23 * 3600)
     second = await fresh(world)
-    assert second.table.get("matt", "a") is None
+    assert second.table.get("matt", "a") == first.table.get("matt", "a")
     assert await opened(second, "b", fingerprint=KEYED) == "a"
     with pytest.raises(IdempotencyKeyReused):
         await opened(second, "c", fingerprint=Fingerprint("key:k", "sha-2", 3600.0, named_by_client=True))
+    world.clock.advance(3601)
+    assert await opened(await fresh(world), "d", fingerprint=KEYED) == "d"
+
+
+async def test_a_key_whose_reply_was_not_kept_means_no_job_after_a_restart(world: JobsWorld) -> None:
+    first = await fresh(world)
+    await opened(first, "a", fingerprint=KEYED)
+    await settled(first, "a", {})
+    world.clock.advance(1801)
+    assert await opened(await fresh(world), "b", fingerprint=KEYED) == "b"
 
 
 async def test_a_job_that_a_record_takes_over_is_not_noted(world: JobsWorld) -> None:

@@ -142,6 +142,46 @@ def test_a_record_takes_over_with_its_own_id() -> None:
     assert opened(replies, "b", BY_KEY) == "older"
 
 
+def test_a_key_goes_with_its_reply_and_not_before() -> None:
+    replies, clock = table()
+    opened(replies, "a", BY_KEY)
+    settle(replies, "a", output={})
+    clock.advance(59)
+    assert opened(replies, "b", BY_KEY) == "a"
+    clock.advance(1)
+    assert opened(replies, "c", BY_KEY) == "c"
+    assert opened(replies, "d", BY_KEY) == "c"
+
+
+def test_a_key_goes_with_a_reply_that_the_bounds_drop() -> None:
+    replies, _ = table(entries_max=1)
+    opened(replies, "a", BY_KEY)
+    settle(replies, "a", output={})
+    opened(replies, "other")
+    assert opened(replies, "b", BY_KEY) == "b"
+
+
+def test_a_key_that_a_record_answers_for_stays_when_the_reply_goes() -> None:
+    replies, clock = table()
+    opened(replies, "a", BY_KEY)
+    replies.cancel("matt", "a")
+    replies.hand_over("matt", "a", to="a")
+    clock.advance(3599)
+    assert opened(replies, "b", BY_KEY) == "a"
+
+
+def test_an_old_reply_that_goes_takes_no_newer_ones_key_with_it() -> None:
+    replies, clock = table()
+    replies.open("matt", "a", Opening(7200.0, BY_KEY))
+    settle(replies, "a", output={})
+    clock.advance(3601)
+    replies.open("matt", "b", Opening(7200.0, BY_KEY))
+    settle(replies, "b", output={})
+    clock.advance(3599.5)
+    assert replies.get("matt", "a") is None
+    assert replies.open("matt", "c", Opening(7200.0, BY_KEY)) == "b"
+
+
 def test_the_table_is_bounded_by_number_and_by_bytes() -> None:
     replies, _ = table(entries_max=2)
     for name in "abc":

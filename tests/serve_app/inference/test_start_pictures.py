@@ -122,6 +122,23 @@ async def test_a_photograph_is_seen_upright(replica: Replica) -> None:
     assert (image["width"], image["height"]) == (48, 64)
 
 
+async def test_a_mask_of_16_bits_is_dark_where_it_is_dark(replica: Replica) -> None:
+    """Half of it is a grey that counts as dark; 16 bits read as 8 would make all of it light."""
+    shades = np.asarray(MASK.convert("L")).astype(np.uint16) * 100 + 5000
+    start = StartingPoint(
+        init_image=await stored(replica.store, "init_image", png(PICTURE)),
+        mask=await stored(replica.store, "mask", png(Image.fromarray(shades))),
+        strength=0.6,
+    )
+    dark = StartingPoint(
+        init_image=start.init_image,
+        mask=await stored(replica.store, "mask", png(Image.new("L", MASK.size))),
+        strength=0.6,
+    )
+    found = await replica.pixels(await replica.made(start))
+    assert np.array_equal(found, await replica.pixels(await replica.made(dark)))
+
+
 async def test_a_picture_with_other_bytes_is_not_used(replica: Replica) -> None:
     start = StartingPoint(init_image=await stored(replica.store, "init_image", png(PICTURE)))
     await replica.store.put(start.init_image.key, png(MASK))

@@ -269,6 +269,8 @@ async def test_a_body_that_is_no_json_object_is_400(server: LocalServer, body: b
         ({"input": {}, "policy": {"ttl": 7 * 24 * 3600 * 1000 + 1}}, "policy.ttl"),
         ({"input": {}, "webhook": "http://example.com"}, "webhook"),
         ({"input": {}, "webhook": "https://127.0.0.1/"}, "webhook"),
+        ({"input": {}, "webhook": "https://a..b/hook"}, "webhook"),
+        ({"input": {}, "webhook": f"https://{'a' * 64}.example.com/"}, "webhook"),
         ({"input": {}, "s3Config": "a bucket"}, "s3Config"),
     ],
 )

@@ -33,6 +33,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "RequestTimedOut": (600.0,),
     "TooManyRequests": (2.5,),
     "TooManyAtOnce": (1.0,),
+    "TooManyUploads": (30.0,),
     "QueueFull": (1000, 10.0),
     "InsufficientMemory": (8 * 2**30, 2**20),
     "StorageUnavailable": ("get", 12.3),
@@ -116,6 +117,20 @@ def test_an_error_that_ray_wrapped_is_described_by_its_cause() -> None:
 
     public = describe(Wrapped(SECRET))
     assert (public.status, public.code, public.retry_after_s) == (503, "storage_unavailable", 13)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        storage.errors.JobsUnavailable("get"),
+        storage.errors.RecordsUnavailable("get"),
+        serve_app.errors.JobInterrupted(),
+        serve_app.errors.ServiceUnavailable("dispatch"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_part_that_is_away_for_a_moment_may_be_asked_again_after_one(error: Exception) -> None:
+    assert (describe(error).status, describe(error).retry_after_s) == (503, 1)
 
 
 @pytest.mark.parametrize("cls", EVERY_CLASS, ids=lambda cls: cls.__name__)

@@ -2,12 +2,16 @@
 
 import asyncio
 import itertools
+from collections import deque
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from serve_app.dispatch.rates import Grant, Rate, RateLedger
+from serve_app.dispatch.rates import Claim, Grant, Rate, RateLedger
 from serve_app.errors import ServiceUnavailable, TooManyAtOnce, TooManyRequests
 from serve_app.ingress.rate_limits import BLOCK_MAX, RateGate, operation_of
 from serve_app.settings import OperationLimit, RateLimitSettings
@@ -33,12 +37,12 @@ class Ledger:
         self.wanted: list[int] = []
         self.away = False
 
-    async def take_permits(self, key: str, operation: str, rate: Rate, wanted: int) -> Grant:
+    async def take_permits(self, key: str, operation: str, rate: Rate, claim: Claim) -> Grant:
         self.calls += 1
         if self.away:
             raise ServiceUnavailable("dispatch")
-        self.wanted.append(wanted)
-        return self.ledger.take(key, operation, rate, wanted)
+        self.wanted.append(claim.wanted)
+        return self.ledger.take(key, operation, rate, claim)
 
 
 def limited(**limits: OperationLimit) -> RateLimitSettings:
@@ -75,16 +79,46 @@ def test_a_path_is_counted_under_its_operation(path: str, operation: str) -> Non
 
 def test_a_window_holds_its_amount_and_opens_again(unix_time: list[float]) -> None:
     ledger, rate = RateLedger(), Rate(5, 10)
-    assert ledger.take("k", "run", rate, 3) == Grant(3)
+
+    def take(wanted: int, number: int, key: str = "k", operation: str = "run") -> Grant:
+        return ledger.take(key, operation, rate, Claim("a", number, wanted, number - 1, 100))
+
+    assert take(3, 1) == Grant(3)
     unix_time[0] += 4
-    assert ledger.take("k", "run", rate, 3) == Grant(2)
-    refused = ledger.take("k", "run", rate, 1)
+    assert take(3, 2) == Grant(2)
+    refused = take(1, 3)
     assert refused.permits == 0
     assert refused.retry_after_s == pytest.approx(6, abs=0.1)
-    assert ledger.take("other", "run", rate, 1).permits == 1
-    assert ledger.take("k", "cancel", rate, 1).permits == 1
+    assert take(1, 1, key="other").permits == 1
+    assert take(1, 1, operation="cancel").permits == 1
     unix_time[0] += refused.retry_after_s + 0.1
-    assert ledger.take("k", "run", rate, 9) == Grant(3)
+    assert take(9, 4) == Grant(1)
+
+
+def test_permits_that_were_not_used_go_back(unix_time: list[float]) -> None:
+    ledger, rate = RateLedger(), Rate(10, 10)
+    assert ledger.take("k", "run", rate, Claim("a", 1, 8)) == Grant(8)
+    assert ledger.take("k", "run", rate, Claim("b", 1, 8)) == Grant(2)
+    assert ledger.take("k", "run", rate, Claim("a", 2, 8, accounted=1, used=3)) == Grant(4)
+
+
+def test_what_a_lost_replica_holds_counts_until_it_can_matter_no_more(unix_time: list[float]) -> None:
+    ledger, rate = RateLedger(), Rate(10, 10)
+    ledger.take("k", "run", rate, Claim("lost", 1, 8))
+    unix_time[0] += 19.9
+    assert ledger.take("k", "run", rate, Claim("b", 1, 10)) == Grant(3)
+    unix_time[0] += 0.2
+    assert ledger.take("k", "run", rate, Claim("c", 1, 10)) == Grant(7)
+
+
+def test_permits_whose_grant_was_lost_on_its_way_go_back_and_a_late_claim_gets_none(unix_time: list[float]) -> None:
+    ledger, rate = RateLedger(), Rate(10, 10)
+    ledger.take("k", "run", rate, Claim("a", 1, 4))
+    ledger.take("k", "run", rate, Claim("a", 2, 4, accounted=1, used=3))
+    # Told of the first again, for the answer to the second never came; its own permit is gone.
+    assert ledger.take("k", "run", rate, Claim("a", 4, 10, accounted=1, used=3)) == Grant(5)
+    assert ledger.take("k", "run", rate, Claim("a", 3, 4, accounted=1, used=3)) == Grant(0)
+    assert ledger.take("k", "run", rate, Claim("a", 5, 10, accounted=4, used=0)) == Grant(4)
 
 
 async def test_two_replicas_share_one_limit_and_seldom_ask(unix_time: list[float]) -> None:
@@ -110,15 +144,110 @@ async def test_of_a_limit_that_is_none_no_more_is_counted_than_may_be_used() -> 
     assert shared.wanted == [BLOCK_MAX]
 
 
-async def test_permits_that_were_not_used_in_time_are_given_up() -> None:
+async def test_permits_that_were_not_used_within_a_window_are_given_up() -> None:
     shared, now = Ledger(), [0.0]
     gate = RateGate(shared, limited(status=OperationLimit(amount=400)), replicas=1, clock_s=lambda: now[0])
     await gate.enter("k", "status")
+    now[0] += 9.9
     await gate.enter("k", "status")
     assert shared.calls == 1
-    now[0] += 1.0
+    now[0] += 0.1
     await gate.enter("k", "status")
     assert shared.calls == 2
+
+
+TICK_S = 1 / 64
+READING_S = 2**-22
+"""By which each reading of the clock is later than the one before, as on a real machine. Sums of both are exact."""
+
+
+def calls_of(most_replicas: int) -> st.SearchStrategy[tuple[int, list[tuple[float, int, int]]]]:
+    """A number of replicas, and bursts: after so many seconds, at this replica, so many calls."""
+    pauses = st.sampled_from([0.0, TICK_S, 0.125, 0.5, 1.0, 2.5, 10.0 - TICK_S, 10.0, 10.0 + TICK_S])
+    return st.integers(1, most_replicas).flatmap(
+        lambda replicas: st.tuples(
+            st.just(replicas),
+            st.lists(st.tuples(pauses, st.integers(0, replicas - 1), st.integers(1, 150)), max_size=60),
+        )
+    )
+
+
+class Demand:
+    """Calls at replicas that share one limit; each is noted with its time if it was let through."""
+
+    def __init__(self, replicas: int, limit: int) -> None:
+        self.now, self.let_through = 1_800_000_000.0, deque[float]()
+        shared, limits = Ledger(), limited(status=OperationLimit(amount=limit))
+        self.gates = [RateGate(shared, limits, replicas=replicas, clock_s=self.clock) for _ in range(replicas)]
+
+    def clock(self) -> float:
+        self.now += READING_S
+        return self.now
+
+    def within(self, seconds: float) -> int:
+        """Calls let through since so many seconds ago. It forgets the others."""
+        while self.let_through and self.let_through[0] <= self.now - seconds:
+            self.let_through.popleft()
+        return len(self.let_through)
+
+    async def call(self, replica: int) -> bool:
+        try:
+            await self.gates[replica].enter("k", "status")
+        except TooManyRequests:
+            return False
+        self.gates[replica].leave("k", "status")
+        self.let_through.append(self.now)
+        return True
+
+
+@pytest.mark.parametrize("limit", [1, 2, 100, 400, 1000])
+@given(calls=calls_of(8))
+@settings(deadline=None)
+def test_whatever_is_asked_of_any_replica_no_window_lets_more_through_than_its_limit(
+    limit: int, calls: tuple[int, list[tuple[float, int, int]]]
+) -> None:
+    replicas, bursts = calls
+    demand = Demand(replicas, limit)
+
+    async def play() -> None:
+        for pause_s, replica, count in bursts:
+            demand.now += pause_s
+            for _ in range(count):
+                await demand.call(replica)
+                # Less than the window by the time that a call may take from its permit to being noted.
+                assert demand.within(10.0 - TICK_S / 2) <= limit
+
+    with patch("time.time", demand.clock):
+        asyncio.run(play())
+
+
+@pytest.mark.parametrize("limit", [1, 2, 100, 400, 1000])
+@given(calls=calls_of(8))
+@settings(deadline=None)
+def test_who_stays_a_twentieth_below_the_limit_is_never_refused_whichever_replicas_are_asked(
+    limit: int, calls: tuple[int, list[tuple[float, int, int]]]
+) -> None:
+    replicas, bursts = calls
+    demand = Demand(replicas, limit)
+
+    async def play() -> None:
+        for pause_s, replica, count in bursts:
+            demand.now += pause_s
+            for _ in range(count):
+                if demand.within(10.0 + TICK_S) < limit * 19 / 20:
+                    assert await demand.call(replica)
+
+    with patch("time.time", demand.clock):
+        asyncio.run(play())
+
+
+@pytest.mark.parametrize("replicas", [1, 4, 5, 8])
+async def test_a_call_a_second_at_each_of_many_replicas_is_far_from_a_limit_of_100_a_second(replicas: int) -> None:
+    demand = Demand(replicas, 1000)
+    with patch("time.time", demand.clock):
+        for _ in range(30):
+            assert all([await demand.call(replica) for replica in range(replicas)])
+            demand.now += 1.01
 
 
 async def test_a_replica_counts_alone_while_the_shared_place_is_away(unix_time: list[float]) -> None:

@@ -108,6 +108,10 @@ async def test_a_picture_by_url_goes_where_uploads_may_go(world: JobsWorld) -> N
     assert await server.services.store.get(request["start"]["init_image"]["key"]) == b64decode(PICTURE)
     output = await refused(server, {**INPUT, "init_image": "https://example.com/2"})
     assert [problem["code"] for problem in output["validation_errors"]] == ["unavailable"]
+    output = await refused(server, {**INPUT, "init_image": "https://a..b/1"})
+    assert [(problem["path"], problem["code"]) for problem in output["validation_errors"]] == [
+        ("init_image", "invalid_value")
+    ]
 
 
 async def test_a_generation_that_is_refused_later_leaves_no_pictures(server: LocalServer) -> None:

@@ -1,5 +1,6 @@
 """`create_upload` and `finalize_upload`: what arrives is looked at before a dataset exists."""
 
+import asyncio
 import hashlib
 import io
 import unicodedata
@@ -10,9 +11,11 @@ from urllib.parse import parse_qs, unquote, urlparse
 
 import pytest
 
-from serve_app.testing import OTHER_KEY, LocalServer, picture_base64
+from serve_app.testing import OTHER_KEY, LocalServer, LocalValidation, picture_base64
 from storage.datasets import DatasetNotFound, latest_manifest
 from storage.errors import StorageFailed, StorageUnavailable
+from storage.jobs_testing import JobsWorld
+from storage.testing import InMemoryStore
 from tests.serve_app.job_types.asking import cleanup_failures, done, refused
 
 PICTURE = b64decode(picture_base64(8, 8))
@@ -95,6 +98,48 @@ async def test_finalizing_again_gives_the_same_dataset(server: LocalServer) -> N
     again = await finalized(server, token)
     assert again["upload_id"] == first["upload_id"]
     assert again["uploaded_files"] == first["uploaded_files"]
+
+
+class HeldStore(InMemoryStore):
+    """`operation` waits before it does anything, and says so."""
+
+    def __init__(self, of: InMemoryStore, operation: str) -> None:
+        self.__dict__.update(of.__dict__)
+        self._operation = operation
+        self.waits, self.may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def _enter(self, operation: str, *keys: str) -> None:
+        if operation == self._operation:
+            self.waits.set()
+            await self.may_go_on.wait()
+        await super()._enter(operation, *keys)
+
+
+@pytest.mark.parametrize("operation", ["head", "download_file", "put"])
+async def test_a_repeated_finalize_at_another_replica_gets_the_reply_of_the_first(
+    server: LocalServer, world: JobsWorld, operation: str
+) -> None:
+    """Wherever the first is slow, the repetition is done before it goes on."""
+    token = await uploaded(server, {"1.png": PICTURE, "1.txt": CAPTION})
+    held = HeldStore(server.store, operation)
+    first = asyncio.create_task(LocalValidation(held, world.clock).finalize_upload("matt", {"token": token}))
+    await held.waits.wait()
+    again = await LocalValidation(server.store, world.clock).finalize_upload("matt", {"token": token})
+    held.may_go_on.set()
+    assert await first == again
+    keys = server.services.keys_of("matt")
+    manifest = await latest_manifest(server.store, keys, "cats", upload_id=token)
+    assert [await server.store.get(file.key) for file in manifest.files] == [PICTURE, CAPTION]
+
+
+async def test_a_finalize_that_is_repeated_meanwhile_waits_for_the_first_and_does_nothing_itself(
+    server: LocalServer,
+) -> None:
+    token = await uploaded(server, {"1.png": PICTURE})
+    before = server.store.calls.copy()
+    replies = await asyncio.gather(*(finalized(server, token) for _ in range(3)))
+    assert replies[0]["uploaded_files"] == replies[1]["uploaded_files"] == replies[2]["uploaded_files"]
+    assert (server.store.calls - before)["download_file"] == 1
 
 
 async def test_a_put_after_finalizing_changes_nothing(server: LocalServer) -> None:

@@ -1,5 +1,6 @@
 """Files that an upload names by URL: fetched from public addresses, and checked like any others."""
 
+import asyncio
 from base64 import b64decode
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from serve_app.errors import InvalidRequest
 from serve_app.outbound import Outbound
 from serve_app.testing import BUCKET, keys_of, picture_base64, text_base64
-from serve_app.validation import sources
+from serve_app.validation import sources, uploads
 from serve_app.validation.uploads import DatasetUploads
 from storage.datasets import latest_manifest
 from storage.jobs import utc_now
@@ -64,6 +65,7 @@ async def test_what_cannot_be_fetched_is_named_with_everything_else() -> None:
         {"filename": "4.png", "url": "https://example.com/redirect"},
         {"filename": "5.png"},
         {"filename": "6.txt", "url": "https://example.com/1.png"},
+        {"filename": "7.png", "url": "https://a..b/1.png"},
     ]
     with pytest.raises(InvalidRequest) as caught:
         await stored(store, files)
@@ -73,6 +75,7 @@ async def test_what_cannot_be_fetched_is_named_with_everything_else() -> None:
         ("files[3].url", "unavailable"),
         ("files[4].content", "missing"),
         ("files[5].content", "invalid_value"),
+        ("files[6].url", "invalid_value"),
     ]
     assert list(store.keys()) == []
 
@@ -101,6 +104,36 @@ async def test_a_file_with_bytes_and_a_url_is_refused_before_anything_is_fetched
 async def test_a_misspelt_field_of_a_file_is_warned_of() -> None:
     files = [{"filename": "1.png", "content": picture_base64(), "contentType": "image/png"}]
     assert "Unknown field 'files[0].contentType' was ignored" in (await stored(InMemoryStore(), files))["warnings"]
+
+
+async def test_files_that_are_too_much_together_end_every_fetch_of_the_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(uploads, "TOTAL_BYTES_MAX", 5 * len(PICTURE) - 1)
+    asked: list[str] = []
+    ended: list[str] = []
+
+    async def silent(name: str) -> AsyncIterator[bytes]:
+        try:
+            yield PICTURE[:1]
+            await asyncio.Event().wait()
+        finally:
+            ended.append(name)
+
+    def answers(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.path)
+        is_silent = request.url.path.startswith("/silent")
+        return httpx.Response(200, content=silent(request.url.path) if is_silent else arriving(PICTURE))
+
+    names = [f"silent{number}" for number in range(4)] + [str(number) for number in range(100 - 4)]
+    files = [{"filename": f"{name}.png", "url": f"https://example.com/{name}"} for name in names]
+    store = InMemoryStore()
+    with pytest.raises(InvalidRequest) as caught:
+        await stored(store, files, answers)
+    assert [(problem.path, problem.code) for problem in caught.value.problems] == [("files", "too_large")]
+    assert len(asked) <= 4 + 5 + uploads.FETCHES_AT_ONCE
+    assert sorted(ended) == [f"/silent{number}" for number in range(4)]
+    assert list(store.keys()) == []
 
 
 async def test_a_file_over_the_cap_is_left_off_while_it_arrives(monkeypatch: pytest.MonkeyPatch) -> None:

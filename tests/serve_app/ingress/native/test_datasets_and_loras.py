@@ -1,6 +1,8 @@
 """Data sets and adapters over /v1."""
 
 import hashlib
+import json
+import re
 import unicodedata
 from base64 import b64decode
 from io import BytesIO
@@ -10,7 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from serve_app.testing import OTHER_KEY, TENANT, LocalServer, keys_of, picture_base64
 from storage.errors import StorageError, StorageFailed, StorageTimeout, StorageUnavailable
@@ -19,13 +21,13 @@ from storage.job_state import JobKind
 from storage.jobs_testing import JobsWorld
 
 PICTURE = {"filename": "1.png", "content": picture_base64()}
-LAYER = "unet.down.0.to_q"
+LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"  # 160 by 160 in the tiny model
 
 
 def lora_bytes(**replaced: Any) -> bytes:
     tensors = {
-        f"{LAYER}.lora_A.weight": np.zeros((4, 8), np.float16),
-        f"{LAYER}.lora_B.weight": np.zeros((8, 4), np.float16),
+        f"{LAYER}.lora_A.weight": np.zeros((4, 160), np.float16),
+        f"{LAYER}.lora_B.weight": np.zeros((160, 4), np.float16),
     }
     return save({name: value for name, value in {**tensors, **replaced}.items() if value is not None})
 
@@ -113,13 +115,24 @@ async def test_a_data_set_is_its_tenants_own(server: LocalServer) -> None:
         assert (await http.get("/v1/datasets/cats")).status_code == 200
 
 
-async def test_a_data_set_that_a_training_reads_stays(server: LocalServer, world: JobsWorld) -> None:
+async def test_a_data_set_that_a_training_reads_stays_whatever_it_is_read_for(server: LocalServer) -> None:
+    spec = {
+        "name": "mine",
+        "model": "tiny",
+        "datasets": [{"dataset": "cats", "mask_dataset": "cat-masks"}],
+        "validation": {"dataset": {"dataset": "held", "mask_dataset": "held-masks"}},
+    }
+    names = ("cats", "cat-masks", "held", "held-masks", "dogs")
     async with server.client() as http:
-        await http.post("/v1/datasets", json={"name": "cats", "files": [PICTURE]})
-        world.create(JobKind.TRAINING, tenant=TENANT, request={"datasets": [{"dataset": "cats"}]})
-        reply = await http.delete("/v1/datasets/cats")
-        assert (reply.status_code, reply.json()["code"]) == (409, "dataset_in_use")
-        assert (await http.get("/v1/datasets/cats")).status_code == 200
+        for name in names:
+            await http.post("/v1/datasets", json={"name": name, "files": [PICTURE]})
+        training = (await http.post("/v1/trainings", json={"spec": spec})).json()["training"]
+        replies = {name: await http.delete(f"/v1/datasets/{name}") for name in names}
+        assert [reply.status_code for reply in replies.values()] == [409, 409, 409, 409, 204]
+        assert replies["held-masks"].json()["code"] == "dataset_in_use"
+        assert (await http.get("/v1/datasets/cat-masks")).status_code == 200
+        await server.jobs.request_cancel(training["id"], tenant=TENANT)
+        assert (await http.delete("/v1/datasets/cat-masks")).status_code == 204
 
 
 @pytest.mark.parametrize(
@@ -262,25 +275,91 @@ def pickled() -> bytes:
     return b"\x80\x04" + b"x" * 100
 
 
+def of(names: dict[str, tuple[int, ...]]) -> bytes:
+    return save({name: np.zeros(shape, np.float16) for name, shape in names.items()})
+
+
+def pair(name: str, outs: int = 160, ins: int = 160) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.lora_down.weight": (4, ins), f"{name}.lora_up.weight": (outs, 4)}
+
+
+DORA = "dora_scale"
+
+
 @pytest.mark.parametrize(
-    "data",
+    ("data", "reason"),
     [
-        pickled(),
-        b"",
-        lora_bytes()[:40],
-        lora_bytes(**{f"{LAYER}.lora_B.weight": None}),
-        lora_bytes(**{f"{LAYER}.bias": np.zeros(3, np.float16)}),
-        lora_bytes(**{f"{LAYER}.oft_blocks": np.zeros(3, np.float16)}),
-        lora_bytes(**{f"{LAYER}.lora_A.weight": np.zeros((4, 8), np.int8)}),
-        lora_bytes(**{f"{LAYER}.lora_A.weight": np.zeros((2000, 8), np.float16)}),
+        (pickled(), "not a safetensors file"),
+        (b" ", "not a safetensors file"),
+        (lora_bytes()[:40], "not a safetensors file"),
+        (lora_bytes(**{f"{LAYER}.lora_B.weight": None}), f"'{LAYER}' do not belong together"),
+        (lora_bytes(**{f"{LAYER}.lora_B.weight": np.zeros((160, 3), np.float16)}), f"'{LAYER}' do not belong together"),
+        (lora_bytes(**{f"{LAYER}.bias": np.zeros(3, np.float16)}), f"unknown weight name '{LAYER}.bias'"),
+        (lora_bytes(**{f"{LAYER}.oft_blocks": np.zeros(3, np.float16)}), f"OFT is not supported: '{LAYER}.oft_blocks'"),
+        (lora_bytes(**{f"{LAYER}.lokr_w1": np.zeros((2, 2), np.float16)}), "mixed with those of another kind"),
+        (lora_bytes(**{f"{LAYER}.alpha": np.zeros(2, np.float16)}), f"alpha of '{LAYER}' is not one number"),
+        (lora_bytes(**{f"{LAYER}.{DORA}": np.zeros((1, 160), np.float16)}), f"of '{LAYER}' is one number per input"),
+        (lora_bytes(**{f"{LAYER}.{DORA}": np.zeros((8, 1), np.float16)}), f"of '{LAYER}' is not one number per output"),
+        (lora_bytes(**{f"{LAYER}.lora_A.weight": np.zeros((4, 8), np.int8)}), "not floating-point"),
+        (of({f"{LAYER}.lora_A.weight": (2000, 8), f"{LAYER}.lora_B.weight": (8, 2000)}), "rank is not between"),
+        (of(pair("lora_unet_nowhere_0_to_q")), "none of the models .* 'lora_unet_nowhere_0_to_q'"),
+        (of(pair("strange.transformer_blocks.0.attn.to_q")), "'strange.transformer_blocks.0.attn.to_q'"),
+        (of(pair("lora_te3_encoder_block_0_layer_0_SelfAttention_q")), "T5 .*'lora_te3_encoder_block_0_layer_0_Self"),
+        (
+            of(pair("lora_unet_double_blocks_0_img_attn_proj") | pair("lora_unet_input_blocks_4_1_proj_in")),
+            "'lora_unet_double_blocks_0_img_attn_proj' and 'lora_unet_input_blocks_4_1_proj_in' .*different models",
+        ),
+        (
+            of(pair("diffusion_model.layers.0.attention.to_q") | pair("lora_unet_layers_0_attention_to_q")),
+            "are for one layer",
+        ),
     ],
-    ids=["pickle", "empty", "cut", "half", "other", "oft", "integers", "rank"],
 )
-async def test_a_file_that_is_no_lora_is_not_taken(server: LocalServer, data: bytes) -> None:
+async def test_a_file_that_no_model_could_take_is_refused_with_what_is_wrong_in_it(
+    server: LocalServer, data: bytes, reason: str
+) -> None:
     async with server.client() as http:
-        reply = await import_lora(server, http, data or b" ")
+        reply = await import_lora(server, http, data)
         assert (reply.status_code, reply.json()["code"]) == (400, "lora_file_invalid")
+        assert re.search(reason, reply.json()["detail"])
         assert (await http.get("/v1/loras")).json()["items"] == []
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (pair("lora_unet_double_blocks_0_img_attn_proj"), "no layer 'lora_unet_double_blocks_0_img_attn_proj'"),
+        (pair("lora_unet_down_blocks_9_resnets_0_time_emb_proj"), "no layer 'lora_unet_down_blocks_9"),
+        (pair("lora_te2_text_model_encoder_layers_0_mlp_fc1"), "adapts 'text_encoder_2' .'lora_te2_text_model"),
+        (pair(LAYER, ins=320), rf"'{LAYER}' is \(160, 160\), the LoRA was made for \(160, 320\)"),
+    ],
+)
+async def test_a_file_that_does_not_fit_the_base_model_that_it_names_is_refused(
+    server: LocalServer, names: dict[str, tuple[int, ...]], reason: str
+) -> None:
+    async with server.client() as http:
+        reply = await import_lora(server, http, of(names), base_model="tiny")
+        assert (reply.status_code, reply.json()["code"]) == (400, "lora_file_invalid")
+        assert re.search(f"does not fit its base model.*{reason}", reply.json()["detail"])
+        # A model that is not on this machine, or is none of this server's, says nothing against it.
+        for model in ("org/model", "somebody's SDXL", None):
+            assert (await import_lora(server, http, of(names), base_model=model)).status_code == 201
+
+
+async def test_an_import_says_where_it_took_the_rank_for_alpha(server: LocalServer) -> None:
+    told = np.asarray(8, np.float16)
+    settings = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 8})}
+    async with server.client() as http:
+        reply = await import_lora(server, http, lora_bytes(), base_model="tiny")
+        assert reply.status_code == 201
+        [warning] = reply.json()["warnings"]
+        assert LAYER in warning
+        assert (await http.get(f"/v1/loras/{reply.json()['id']}")).json()["warnings"] == [warning]
+        tensors = load(lora_bytes())
+        for data in (lora_bytes(**{f"{LAYER}.alpha": told}), save(tensors, metadata=settings)):
+            assert (await import_lora(server, http, data)).json()["warnings"] == []
+        reply = await import_lora(server, http, save(tensors, metadata={"lora_adapter_metadata": "{"}))
+        assert (reply.status_code, reply.json()["code"]) == (400, "lora_file_invalid")
 
 
 @pytest.mark.parametrize("promise", [{"size_bytes": 5}, {"sha256": "0" * 64}])
@@ -306,9 +385,9 @@ def test_a_kohya_file_is_known_by_its_names(tmp_path: Path) -> None:
     buffer = BytesIO(
         save(
             {
-                "lora_unet_x.lora_down.weight": np.zeros((2, 8), np.float32),
-                "lora_unet_x.lora_up.weight": np.zeros((8, 2), np.float32),
-                "lora_unet_x.alpha": np.ones((), np.float32),
+                "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": np.zeros((2, 8), np.float32),
+                "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": np.zeros((8, 2), np.float32),
+                "lora_unet_mid_block_attentions_0_proj_in.alpha": np.ones((), np.float32),
             }
         )
     )

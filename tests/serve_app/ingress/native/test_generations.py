@@ -8,7 +8,7 @@ import pytest
 
 from diffusion.errors import SizeNotSupported
 from serve_app.job_types.context import JobDefaults
-from serve_app.testing import OTHER_KEY, TENANT, LocalServer, local_server
+from serve_app.testing import KEY, OTHER_KEY, TENANT, LocalServer, local_server
 from storage.job_state import JobKind
 from storage.jobs_testing import JobsWorld
 
@@ -71,6 +71,26 @@ async def test_a_generation_beyond_the_queues_length_is_told_when_to_come_again(
         refused = await http.post("/v1/generations", json={"prompt": PROMPT})
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "10")
     assert "queue_full" in refused.text
+
+
+@pytest.mark.parametrize(("places", "filled"), [(1, [1, 0]), (2, [1, 1]), (8, [4, 2]), (9, [5, 2])])
+async def test_a_tenant_that_fills_the_queue_leaves_places_to_others(
+    world: JobsWorld, places: int, filled: list[int]
+) -> None:
+    server = local_server(world.jobs, world.clock, defaults=JobDefaults(generation_queue_max=places))
+    for key, accepted in zip((KEY, OTHER_KEY), filled, strict=True):
+        async with server.client(key) as http:
+            replies = [await http.post("/v1/generations", json={"prompt": PROMPT}) for _ in range(places + 1)]
+        assert [reply.status_code for reply in replies] == [202] * accepted + [429] * (places + 1 - accepted)
+        assert f"({accepted} of yours do)" in replies[-1].text
+
+
+async def test_trainings_and_generations_that_do_not_wait_fill_no_queue(world: JobsWorld) -> None:
+    server = local_server(world.jobs, world.clock, defaults=JobDefaults(generation_queue_max=1))
+    world.running("w", tenant=TENANT)
+    world.create(JobKind.TRAINING, tenant=TENANT)
+    async with server.client() as http:
+        assert (await http.post("/v1/generations", json={"prompt": PROMPT})).status_code == 202
 
 
 async def test_a_generation_is_cancelled_by_its_owner_only(server: LocalServer, world: JobsWorld) -> None:

@@ -1,15 +1,23 @@
 """Idempotency-Key on the routes of /v1."""
 
 import asyncio
+from base64 import b64decode
+from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+import sqlalchemy as sa
 
-from serve_app.testing import OTHER_KEY, LocalServer
+from serve_app.testing import OTHER_KEY, TENANT, LocalServer, keys_of, picture_base64
 from storage.jobs_testing import JobsWorld
+from storage.records_tables import replies
 
 BODY = {"prompt": "a red circle"}
 KEY = {"Idempotency-Key": "k-1"}
+PICTURE = b64decode(picture_base64())
+WITHOUT_RENEWAL = {"/v1/generations/{generation_id}/cancel", "/v1/images/generations"}
+"""One never has the URLs that its schema allows, of the other no reply is kept."""
 
 
 async def send(server: LocalServer, key: str | None = None, **options: Any) -> Any:
@@ -81,3 +89,103 @@ async def test_a_reply_outlives_a_restart_of_the_records(server: LocalServer, wo
 async def test_a_key_that_could_not_be_kept_is_refused(server: LocalServer, key: str) -> None:
     reply = await send(server, headers={"Idempotency-Key": key.encode()})
     assert (reply.status_code, reply.json()["code"]) == (400, "body_invalid")
+
+
+# --- replies that hold URLs
+
+UPLOAD = {"name": "cats", "files": [{"filename": "1.png", "size_bytes": 10}, {"filename": "a b.txt", "size_bytes": 3}]}
+IMPORT = {"name": "paper", "filename": "paper.safetensors", "size_bytes": 100}
+WITH_URLS = [
+    ("/v1/generations", {**BODY, "num_images": 1}, {"wait": "20"}),
+    ("/v1/uploads", UPLOAD, {}),
+    ("/v1/loras/import", IMPORT, {}),
+]
+
+
+def urls_of(value: Any) -> Iterator[str]:
+    if isinstance(value, list):
+        for item in value:
+            yield from urls_of(item)
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if name == "url":
+                yield item
+            else:
+                yield from urls_of(item)
+
+
+def without_what_a_renewal_changes(value: Any) -> Any:
+    if isinstance(value, list):
+        return [without_what_a_renewal_changes(item) for item in value]
+    if isinstance(value, dict):
+        return {
+            name: without_what_a_renewal_changes(item)
+            for name, item in value.items()
+            if name not in {"url", "expires_at"}
+        }
+    return value
+
+
+@pytest.mark.parametrize(("path", "body", "query"), WITH_URLS)
+async def test_a_reply_is_told_again_with_urls_made_anew_and_none_is_kept(
+    working: LocalServer, world: JobsWorld, path: str, body: dict[str, Any], query: dict[str, str]
+) -> None:
+    async with working.client() as http:
+        first = (await http.post(path, json=body, params=query, headers=KEY)).json()
+        with world.records.read("look") as tx:
+            [kept] = tx._connection.execute(sa.select(replies.c.body)).scalars()
+        world.clock.advance(7200)
+        second = await http.post(path, json=body, params=query, headers=KEY)
+    assert second.headers["idempotent-replayed"] == "true"
+    again = second.json()
+    assert without_what_a_renewal_changes(again) == without_what_a_renewal_changes(first)
+    old, new = list(urls_of(first)), list(urls_of(again))
+    assert [urlsplit(url).path for url in new] == [urlsplit(url).path for url in old]
+    assert new
+    assert "http" not in kept
+
+
+async def test_the_urls_of_an_upload_that_is_told_again_say_when_they_end(
+    server: LocalServer, world: JobsWorld
+) -> None:
+    async with server.client() as http:
+        for path, body in (("/v1/uploads", UPLOAD), ("/v1/loras/import", IMPORT)):
+            headers = {"Idempotency-Key": path}
+            before = (await http.post(path, json=body, headers=headers)).json()
+            world.clock.advance(7200)
+            after = (await http.post(path, json=body, headers=headers)).json()
+            old, new = [reply.get("expires_at") or reply["upload"]["expires_at"] for reply in (before, after)]
+            assert old < new
+            assert new.endswith("Z")
+
+
+async def test_an_upload_that_is_told_again_can_be_finished(server: LocalServer, world: JobsWorld) -> None:
+    body = {"name": "notes", "files": [{"filename": "1.png", "size_bytes": len(PICTURE)}]}
+    async with server.client() as http:
+        upload = (await http.post("/v1/uploads", json=body, headers=KEY)).json()
+        world.clock.advance(7200)
+        again = (await http.post("/v1/uploads", json=body, headers=KEY)).json()
+        assert again["id"] == upload["id"]
+        await server.store.put(keys_of(TENANT).staging_file(again["id"], "1.png"), PICTURE)
+        assert (await http.post(f"/v1/uploads/{again['id']}/finish")).status_code == 201
+
+
+def test_no_other_route_keeps_replies_that_may_hold_urls(server: LocalServer) -> None:
+    document = server.app.openapi()
+
+    def holds_url(schema: Any, seen: frozenset[str] = frozenset()) -> bool:
+        if isinstance(schema, list):
+            return any(holds_url(item, seen) for item in schema)
+        if not isinstance(schema, dict):
+            return False
+        name = str(schema.get("$ref", "")).rsplit("/", 1)[-1]
+        if name and name not in seen:
+            return holds_url(document["components"]["schemas"][name], seen | {name})
+        return "url" in schema.get("properties", {}) or any(holds_url(item, seen) for item in schema.values())
+
+    found = {
+        path
+        for path, methods in document["paths"].items()
+        if path.startswith("/v1/") and "post" in methods and holds_url(methods["post"]["responses"])
+    }
+    assert found == {path for path, _, _ in WITH_URLS} | WITHOUT_RENEWAL

@@ -12,6 +12,7 @@ from storage.job_state import JobKind
 from storage.jobs_testing import JobsWorld
 
 OWNER = "driver-1"
+PINS = {"dataset": "upload_id", "mask_dataset": "mask_upload_id"}
 SPEC = {"name": "mine", "model": "tiny", "datasets": [{"dataset": "cats", "resolutions_px": [64]}]}
 
 
@@ -43,6 +44,25 @@ async def test_a_training_of_a_plain_spec_is_queued_with_every_default_filled_in
         assert training["spec"]["train"]["steps"] == 1000
         assert training["spec"]["datasets"][0]["upload_id"]
         assert (await http.get(f"/v1/trainings/{training['id']}")).json() == training
+
+
+async def test_the_uploads_of_everything_that_a_training_reads_are_pinned_when_it_is_queued(
+    server: LocalServer,
+) -> None:
+    names = ("cats", "masks", "held", "held-masks")
+    asked = {
+        **SPEC,
+        "datasets": [{"dataset": "cats", "mask_dataset": "masks"}],
+        "validation": {"dataset": {"dataset": "held", "mask_dataset": "held-masks"}},
+    }
+    async with server.client() as http:
+        first = {}
+        for name in names:
+            await upload(http, name)
+            first[name] = (await http.get(f"/v1/datasets/{name}")).json()["upload_id"]
+        spec = (await create(http, spec=asked))["spec"]
+    [trained], held = spec["datasets"], spec["validation"]["dataset"]
+    assert {of[name]: of[upload_id] for of in (trained, held) for name, upload_id in PINS.items()} == first
 
 
 async def test_a_training_of_an_ai_toolkit_configuration_is_the_process_that_the_runpod_surface_shows(
