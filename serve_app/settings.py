@@ -7,6 +7,7 @@ Precedence: constructor arguments, then the environment (``RAYLORA_<FIELD>``), t
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +30,8 @@ from storage.jobs_config import JobsConfig
 from storage.settings import BreakerSettings, RecordsSettings, S3Settings, SweepSettings
 
 CONFIG_FILE_VARIABLE = "RAYLORA_CONFIG"
+# A name or an address; what has colons is one of IPv6.
+HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
 TENANT_KEY_LENGTH_MIN = 16
 TINY_MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny" / "model"
 MIB = 1024 * 1024
@@ -249,6 +252,13 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings, env_settings, *_file_source(settings_cls))
+
+    @field_validator("host")
+    @classmethod
+    def _is_a_host(cls, host: str) -> str:
+        if not HOST.fullmatch(host):
+            raise ValueError("must be a host's name or an IP address, without a port")
+        return host
 
     @field_validator("quantize", "quantize_text_encoders")
     @classmethod
