@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from diffusion.adapter import ConvLora, TrainableLora, attach_lora
 from diffusion.families import Family, load_family
-from diffusion.lora import fit_layers, read_lora, save_lora
+from diffusion.kohya import to_kohya
+from diffusion.lora import read_lora, save_lora
+from diffusion.lora_fit import fit_layers
 from diffusion.testing import MAKERS, write_tiny_model
 
 BLOCKS = {
@@ -78,3 +81,7 @@ def test_they_go_into_a_file_and_come_back(family: Family, tmp_path: Path) -> No
         assert torch.equal(layer.A, state[f"{name}.lora_A.weight"])
         assert torch.equal(layer.B, state[f"{name}.lora_B.weight"])
         assert layer.alpha == (6 if layer.rank == 3 else 1)
+    kohya = to_kohya(read_lora(path).layers(), family)
+    save_file({key: tensor.contiguous() for key, tensor in kohya.items()}, tmp_path / "kohya.safetensors")
+    again = fit_layers(read_lora(tmp_path / "kohya.safetensors"), family.lora_components)
+    assert {f"{component}.{name}" for component, layers in again.items() for name in layers} == adapted.keys()
