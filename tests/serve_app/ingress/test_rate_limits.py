@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -184,6 +185,12 @@ class Demand:
         self.now += READING_S
         return self.now
 
+    def at(self, bursts: list[tuple[float, int, int]]) -> Iterator[int]:
+        """The replica of each call, when its time has come."""
+        for pause_s, replica, count in bursts:
+            self.now += pause_s
+            yield from itertools.repeat(replica, count)
+
     def within(self, seconds: float) -> int:
         """Calls let through since so many seconds ago. It forgets the others."""
         while self.let_through and self.let_through[0] <= self.now - seconds:
@@ -210,12 +217,10 @@ def test_whatever_is_asked_of_any_replica_no_window_lets_more_through_than_its_l
     demand = Demand(replicas, limit)
 
     async def play() -> None:
-        for pause_s, replica, count in bursts:
-            demand.now += pause_s
-            for _ in range(count):
-                await demand.call(replica)
-                # Less than the window by the time that a call may take from its permit to being noted.
-                assert demand.within(10.0 - TICK_S / 2) <= limit
+        for replica in demand.at(bursts):
+            await demand.call(replica)
+            # Less than the window by the time that a call may take from its permit to being noted.
+            assert demand.within(10.0 - TICK_S / 2) <= limit
 
     with patch("time.time", demand.clock):
         asyncio.run(play())
@@ -231,11 +236,9 @@ def test_who_stays_a_twentieth_below_the_limit_is_never_refused_whichever_replic
     demand = Demand(replicas, limit)
 
     async def play() -> None:
-        for pause_s, replica, count in bursts:
-            demand.now += pause_s
-            for _ in range(count):
-                if demand.within(10.0 + TICK_S) < limit * 19 / 20:
-                    assert await demand.call(replica)
+        for replica in demand.at(bursts):
+            if demand.within(10.0 + TICK_S) < limit * 19 / 20:
+                assert await demand.call(replica)
 
     with patch("time.time", demand.clock):
         asyncio.run(play())
