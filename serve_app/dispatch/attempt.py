@@ -61,7 +61,7 @@ class GenerationAttempt:
             await self._attend(making)
         except asyncio.CancelledError:
             await _stopped(making)
-            await self._hand_back()
+            await hand_back(self._jobs, self._record, owner=self._owner)
             raise
         except BaseException:
             await _stopped(making)
@@ -147,12 +147,6 @@ class GenerationAttempt:
             )
         )
 
-    async def _hand_back(self) -> None:
-        try:
-            await self._jobs.hand_back(self._record.id, self._owner)
-        except JobError as error:
-            logger.warning("%s was not handed back: %s; its lease will run out", self._record.id, error.code)
-
     async def _surely(self, settle: Callable[[], Awaitable[JobRecord]]) -> None:
         """Settling repeats safely, and the pictures are stored already: worth more than one try."""
         for attempt in range(1, SETTLE_TRIES + 1):
@@ -166,6 +160,14 @@ class GenerationAttempt:
                 await self._sleep(self._heartbeat_s)
             else:
                 return
+
+
+async def hand_back(jobs: JobsApi, record: JobRecord, *, owner: str) -> None:
+    """To the queue, as the attempt that it was. Raises nothing: where it fails, the lease runs out."""
+    try:
+        await jobs.hand_back(record.id, owner)
+    except JobError as error:
+        logger.warning("%s was not handed back: %s; its lease will run out", record.id, error.code)
 
 
 async def _stopped(task: asyncio.Task[dict[str, Any]]) -> None:

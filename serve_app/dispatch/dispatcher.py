@@ -11,7 +11,7 @@ import asyncio
 import logging
 
 from serve_app.collaborators import DispatchLoad, Inference, JobsApi
-from serve_app.dispatch.attempt import GenerationAttempt, Sleep
+from serve_app.dispatch.attempt import GenerationAttempt, Sleep, hand_back
 from serve_app.dispatch.slots import Slots
 from storage.errors import JobError, LeaseLost
 from storage.job_record import JobRecord
@@ -66,13 +66,29 @@ class GenerationDispatcher:
         free = self._slots.free
         if free <= 0:
             return
+        claim = self._jobs.claim(JobKind.GENERATION, self._owner, limit=free, lease_s=self._lease_s)
+        claiming = asyncio.ensure_future(claim)
         try:
-            records = await self._jobs.claim(JobKind.GENERATION, self._owner, limit=free, lease_s=self._lease_s)
+            # What is asked for may be ours before the answer is here.
+            records = await asyncio.shield(claiming)
         except JobError as error:
             logger.warning("Generations could not be claimed: %s; trying again in %g s", error.code, self._slots.poll_s)
             return
+        except asyncio.CancelledError:
+            await self._hand_back(claiming)
+            raise
         for record in records:
             self._slots.start(self._attend(record))
+
+    async def _hand_back(self, claiming: asyncio.Future[list[JobRecord]]) -> None:
+        """To the queue what is still claimed after the loop was told to stop."""
+        try:
+            records = await claiming
+        except JobError as error:
+            logger.warning("What the last claim got is not known: %s; its leases will run out", error.code)
+            return
+        for record in records:
+            await hand_back(self._jobs, record, owner=self._owner)
 
     async def _attend(self, record: JobRecord) -> None:
         """One generation from its claim to its settled record. Raises nothing but CancelledError."""

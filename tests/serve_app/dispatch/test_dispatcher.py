@@ -306,6 +306,38 @@ async def test_told_to_stop_it_lets_what_runs_end_and_takes_nothing_new(world: J
     assert (await scene.jobs.get(late)).state is JobState.QUEUED
 
 
+class SlowToSay(AsyncJobs):
+    """Claims at once, and answers when it may."""
+
+    def __init__(self, world: JobsWorld) -> None:
+        super().__init__(world.jobs)
+        self.claimed = asyncio.Event()
+        self.may_answer = asyncio.Event()
+
+    async def claim(self, *args: Any, **options: Any) -> list[JobRecord]:
+        records = await super().claim(*args, **options)
+        if records:
+            self.claimed.set()
+            await self.may_answer.wait()
+        return records
+
+
+async def test_told_to_stop_while_it_claims_it_hands_back_what_it_gets(world: JobsWorld) -> None:
+    scene = Scene(world)
+    jobs = SlowToSay(world)
+    dispatcher = GenerationDispatcher(jobs, scene.inference, owner="dispatcher-2", slots=2, sleep=scene.ticks.sleep)
+    job_id = await scene.submit(attempts_max=1)
+    loop = asyncio.create_task(dispatcher.run())
+    await jobs.claimed.wait()
+    loop.cancel()
+    jobs.may_answer.set()
+    with pytest.raises(asyncio.CancelledError):
+        await loop
+    record = await scene.jobs.get(job_id)
+    assert (record.state, record.lease_owner) == (JobState.QUEUED, None)
+    assert scene.inference.begun == []
+
+
 async def test_what_does_not_end_in_time_is_stopped_and_another_dispatcher_makes_it_as_the_same_attempt(
     scene: Scene,
 ) -> None:
