@@ -374,7 +374,12 @@ async def _open(
     """On the loop that the store is to live on. The task reports to the shared breaker and has to be kept."""
     if remote is None:
         return S3Store(settings, breaker, tally=RayCounters()), None
-    gate = SharedGate(local_breaker(breaker), remote, sync_interval_s=breaker.sync_interval_s)
+    gate = SharedGate(
+        local_breaker(breaker),
+        remote,
+        sync_interval_s=breaker.sync_interval_s,
+        probe_timeout_s=breaker.probe_timeout_s,
+    )
     return S3Store(settings, breaker, gate=gate, tally=RayCounters()), asyncio.create_task(gate.run())
 
 

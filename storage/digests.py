@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,20 @@ class Digest:
         composite = f"{md5_of(joined)}-{len(self.part_md5s)}"
         whole = self.part_md5s if len(self.part_md5s) == 1 else ()
         return etag.strip('"') in {composite, *whole}
+
+
+class Crc32:
+    """Takes bytes as `hashlib`'s hashes do."""
+
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, data: bytes | memoryview, /) -> None:
+        self._value = zlib.crc32(data, self._value)
+
+    def base64(self) -> str:
+        """Of its four bytes, the first one first, as S3 takes it."""
+        return base64.b64encode(self._value.to_bytes(4, "big")).decode()
 
 
 def is_hash(etag: str) -> bool:

@@ -22,7 +22,7 @@ SHUTDOWN_S = 0.1
 
 
 class Fault(Enum):
-    """What happens to a request. The first three let it reach the server."""
+    """What happens to a request. Up to GARBLE, it reaches the server."""
 
     NONE = auto()
     LOSE_ANSWER = auto()

@@ -364,8 +364,9 @@ class S3Store:
 
     async def _create_bucket(self) -> None:
         region = self._settings.region
-        elsewhere = self._settings.backend == "aws" and region != "us-east-1"
-        where = {"CreateBucketConfiguration": {"LocationConstraint": region}} if elsewhere else {}
+        # The region that needs no naming, and must not be named.
+        is_first = region == "us-east-1"
+        where = {} if is_first else {"CreateBucketConfiguration": {"LocationConstraint": region}}
         try:
             await self._calls.send("ensure_bucket", None, "create_bucket", where)
         except StorageRefused as error:

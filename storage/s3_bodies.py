@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import obstore
 from obstore.store import S3Store as Bucket
 
-from storage.s3_client import LOOPBACK, NO_READ_TIMEOUT_S, USER_AGENT, static_credentials
+from storage.s3_client import LOOPBACK, NO_READ_TIMEOUT_S, USER_AGENT, sends_checksums, static_credentials
 from storage.settings import S3Settings
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _opened(settings: S3Settings, read_timeout_s: float) -> Bucket:
         # Hashing a body for its signature only costs time where TLS protects it or it does not leave the machine.
         "unsigned_payload": secure or host in LOOPBACK,
         **({} if url is None else {"endpoint": url}),
-        **({"checksum_algorithm": "SHA256"} if aws else {}),
+        **({"checksum_algorithm": "SHA256"} if sends_checksums(settings) else {}),
         **_credentials(settings),
     }
     return Bucket(settings.bucket, client_options=options, retry_config={"max_retries": 0}, **config)

@@ -101,17 +101,20 @@ class _OneRequestSession(AIOHTTPSession):  # type: ignore[misc]
         return session
 
 
+def sends_checksums(settings: S3Settings) -> bool:
+    """Whether the backend compares what it receives with a checksum; the others know few of them, or none."""
+    return settings.backend == "aws"
+
+
 def _signing(endpoint_url: str | None) -> dict[str, bool]:
     """Hashing a body for its signature only costs time where TLS protects it or it does not leave the machine."""
-    if endpoint_url is None:
-        return {}
-    url = urllib.parse.urlsplit(endpoint_url)
+    url = urllib.parse.urlsplit(endpoint_url or "https:")
     return {"payload_signing_enabled": url.scheme != "https" and url.hostname not in LOOPBACK}
 
 
 def _client_config(settings: S3Settings, endpoint_url: str | None, read_timeout_s: float) -> AioConfig:
     aws = settings.backend == "aws"
-    checksums = "when_supported" if aws else "when_required"
+    checksums = "when_supported" if sends_checksums(settings) else "when_required"
     return AioConfig(
         signature_version="s3v4",
         # botocore puts its own together anew for each request, which takes a twentieth of the time of a small one.

@@ -47,6 +47,8 @@ _THROTTLES = frozenset(
 )
 _DENIALS = frozenset({"AccessDenied", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"})
 _CONFLICTS = frozenset({"ConditionalRequestConflict", "OperationAborted"})
+# The server received other bytes than those that were hashed here.
+_MISMATCHES = frozenset({"BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"})
 
 # S3 gives the refusal of one key among many no status of its own.
 _OF_ONE_KEY = 400
@@ -95,8 +97,7 @@ def translate(error: Exception, operation: str, key: str | None) -> Exception | 
     if isinstance(error, _TRUNCATIONS):
         return TransientFaultError("truncated")
     if isinstance(error, _CORRUPTIONS):
-        final = IntegrityError(key or "", "the backend's checksum", "another one")
-        return TransientFaultError("corrupted", counts=False, final=final)
+        return _corrupted(key)
     if isinstance(error, ResponseParserError):
         return TransientFaultError("garbled")
     if isinstance(error, _CONNECTIONS):
@@ -139,6 +140,8 @@ def _translate_refusal(refusal: Refusal, operation: str, key: str | None) -> Exc
         return TransientFaultError(THROTTLED)
     if code == "RequestTimeout":
         return TransientFaultError("timeout", timed_out=True)
+    if code in _MISMATCHES:
+        return _corrupted(key)
     if code in _CONFLICTS:
         return TransientFaultError("conflict", counts=False)
     if status in {401, 403} or code in _DENIALS:
@@ -155,6 +158,11 @@ def _translate_refusal(refusal: Refusal, operation: str, key: str | None) -> Exc
     if code in {"InternalError", "ServiceUnavailable"} or (status >= 500 and status != 501):
         return TransientFaultError("server_error")
     return StorageRefused(operation, 1, _reason(status))
+
+
+def _corrupted(key: str | None) -> TransientFaultError:
+    final = IntegrityError(key or "", "the backend's checksum", "another one")
+    return TransientFaultError("corrupted", counts=False, final=final)
 
 
 def _reason(status: int) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 import secrets
+from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any, Protocol
 from storage.bounded import run_bounded
 from storage.byte_budget import ByteBudget
 from storage.counters import CLEANUP_FAILURES, Counters
-from storage.digests import Digest, sha256_file
+from storage.digests import Crc32, Digest, sha256_file
 from storage.errors import IntegrityError, StorageError, StorageRefused, StorageUnavailable
 from storage.file_parts import FilePart, PartWriter
 from storage.keys import owner_of
 from storage.objects import ObjectInfo
 from storage.resilience import Attempt, Resilience, TransientFaultError
 from storage.s3_calls import Answer, S3Calls, description
+from storage.s3_client import sends_checksums
 from storage.s3_maintenance import UNPROBED, Maintenance
 from storage.settings import MIB, S3Settings
 
@@ -47,11 +49,13 @@ class _Look:
 
 @dataclass(frozen=True)
 class _SentPart:
-    """`etag` is the server's answer, `md5` (hex) is of what was sent."""
+    """`etag` is the server's answer, `md5` (hex) is of what was sent. `checks` are the checksums sent with it, as S3
+    names them."""
 
     number: int
     etag: str
     md5: str
+    checks: Mapping[str, str]
 
 
 class FileTransfers:
@@ -137,7 +141,9 @@ class FileTransfers:
             await asyncio.gather(hashing, return_exceptions=True)
 
     async def _begin_upload(self, key: str, sha256: str | None, content_type: str | None) -> str:
-        parameters = {"Key": key, **description(sha256, content_type)}
+        # Parts with a checksum are refused by an upload that was begun without one.
+        checked = {"ChecksumAlgorithm": "CRC32"} if sends_checksums(self._settings) else {}
+        parameters = {"Key": key, **description(sha256, content_type), **checked}
 
         async def attempt(_: Attempt) -> str:
             answer = await self._calls.send("upload_file", key, "create_multipart_upload", parameters)
@@ -150,21 +156,31 @@ class FileTransfers:
 
         async def attempt(_: Attempt) -> _SentPart:
             part = FilePart(path, first, end - first)
+            checks = await self._checks_of(path, first, end)
             # What changes on its way is noticed when the upload is completed, by the ETag of the whole.
             try:
-                answer = await self._calls.send("upload_file", key, "upload_part", {**parameters, "Body": part})
+                sent = {**parameters, **checks, "Body": part}
+                answer = await self._calls.send("upload_file", key, "upload_part", sent)
             except Exception:
                 if part.problem is not None:
                     # No fault of the server's, and no better in another attempt.
                     raise part.problem from None
                 raise
-            return _SentPart(number, answer["ETag"], part.md5)
+            return _SentPart(number, answer["ETag"], part.md5, checks)
 
         try:
             async with self._in_flight.hold(end - first):
                 return await self._resilience.call("upload_file", attempt, size_bytes=end - first)
         except EOFError:
             raise IntegrityError(key, "one file", "a file that changes") from None
+
+    async def _checks_of(self, path: Path, first: int, end: int) -> Mapping[str, str]:
+        """In a thread: the client would read and hash the part on the event loop. Raises OSError."""
+        if not sends_checksums(self._settings):
+            return {}
+        crc32 = Crc32()
+        await asyncio.to_thread(_hash_part, path, first, end - first, crc32)
+        return {"ChecksumCRC32": crc32.base64()}
 
     async def _complete_upload(
         self,
@@ -174,7 +190,7 @@ class FileTransfers:
         parts: list[_SentPart],
         content_type: str | None,
     ) -> ObjectInfo:
-        named = [{"PartNumber": part.number, "ETag": part.etag} for part in parts]
+        named = [{"PartNumber": part.number, "ETag": part.etag, **part.checks} for part in parts]
         parameters = {"Key": key, "UploadId": upload_id, "MultipartUpload": {"Parts": named}}
         answer: Answer | None = None
 
@@ -267,12 +283,12 @@ async def _sha256_of(path: Path, size_bytes: int, *, known: str | None) -> str:
     return sha256.hexdigest()
 
 
-def _hash_part(path: Path, first: int, size_bytes: int, sha256: _Hash) -> None:
+def _hash_part(path: Path, first: int, size_bytes: int, hashed: _Hash) -> None:
     """Opens the file by its name: a thread cannot be cancelled, and a descriptor that is closed under it may be
     another file's by then."""
     buffer = memoryview(bytearray(READ_AT_ONCE_BYTES))
     with path.open("rb", buffering=0) as file:
         file.seek(first)
         while size_bytes > 0 and (read := file.readinto(buffer[:size_bytes])):
-            sha256.update(buffer[:read])
+            hashed.update(buffer[:read])
             size_bytes -= read

@@ -115,7 +115,7 @@ class Remote(Protocol):
 class SharedGate:
     """Implements `storage.gate.Gate`. Belongs to one event loop, on which `run` has to run as a task.
 
-    `timeout_s` bounds each call to the remote.
+    `timeout_s` bounds each call to the remote. `probe_timeout_s` is the lease of the shared breaker's probes.
     """
 
     def __init__(
@@ -125,6 +125,7 @@ class SharedGate:
         *,
         sync_interval_s: float,
         timeout_s: float = 2.0,
+        probe_timeout_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -134,14 +135,20 @@ class SharedGate:
         self._setting = OperatorSetting()
         self._sync_interval_s = sync_interval_s
         self._timeout_s = timeout_s
+        self._probe_timeout_s = probe_timeout_s
         self._clock = clock
         self._state: SharedState | None = None
         self._closed_until = 0.0
         self._reports: deque[Report] = deque(maxlen=REPORTS_MAX)
         self._urgent = asyncio.Event()
+        # A task that nothing refers to may be collected before it ends.
+        self._late_asks: set[asyncio.Task[SharedPermit | SharedState]] = set()
 
     async def admit(self) -> SharedAdmission:
-        """Raises BreakerOpenError when either breaker is open."""
+        """Raises BreakerOpenError when either breaker is open.
+
+        Cancelled while the shared breaker is asked, it gives back what that grants.
+        """
         local = self._local.admit()
         try:
             shared = await self._admitted_by_shared()
@@ -194,7 +201,10 @@ class SharedGate:
                 continue
 
     async def sync(self) -> None:
-        """One report, and the state that comes back."""
+        """One report, and the state that comes back.
+
+        Probes' outcomes stay until they have arrived: the whole cluster waits for them.
+        """
         self._urgent.clear()
         reports = list(self._reports)
         self._reports.clear()
@@ -202,6 +212,9 @@ class SharedGate:
             async with asyncio.timeout(self._timeout_s):
                 self._apply(await self._remote.report(reports, self._setting))
         except (RemoteUnreachableError, TimeoutError):
+            # It may have arrived, and only its answer was lost. A probe's outcome counts once however often it comes;
+            # any other call's would count again, so that one failure could open the breaker.
+            self._reports.extendleft(report for report in reversed(reports) if report.permit.permit.probe is not None)
             self._lose_remote()
 
     async def _admitted_by_shared(self) -> SharedPermit | None:
@@ -214,8 +227,7 @@ class SharedGate:
         if wait_s > 0:
             raise BreakerOpenError(wait_s)
         try:
-            async with asyncio.timeout(self._timeout_s):
-                answer = await self._remote.admit()
+            answer = await self._asked()
         except (RemoteUnreachableError, TimeoutError):
             self._lose_remote()
             return None
@@ -223,6 +235,36 @@ class SharedGate:
             return answer
         self._apply(answer)
         raise BreakerOpenError(answer.breaker.retry_after_s)
+
+    async def _asked(self) -> SharedPermit | SharedState:
+        """Raises RemoteUnreachableError, TimeoutError.
+
+        The question outlives whoever asks it: an answer that nobody heard would keep the probe's place taken in the
+        whole cluster until its lease has run out.
+        """
+        asking = asyncio.create_task(self._ask())
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await asyncio.shield(asking)
+        except (asyncio.CancelledError, TimeoutError):
+            self._late_asks.add(asking)
+            asking.add_done_callback(self._give_back)
+            raise
+
+    async def _ask(self) -> SharedPermit | SharedState:
+        """After the lease there is nothing left to give back."""
+        async with asyncio.timeout(self._probe_timeout_s):
+            return await self._remote.admit()
+
+    def _give_back(self, asked: asyncio.Task[SharedPermit | SharedState]) -> None:
+        self._late_asks.discard(asked)
+        if asked.cancelled() or isinstance(asked.exception(), RemoteUnreachableError | TimeoutError):
+            # No permit, or none that anybody here has heard of.
+            return
+        answer = asked.result()
+        if isinstance(answer, SharedPermit):
+            self._reports.append(Report(answer, Outcome.NEUTRAL))
+            self._urgent.set()
 
     def _apply(self, state: SharedState) -> None:
         """Replies can overtake one another: an older generation of the same epoch is no news."""

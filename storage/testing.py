@@ -136,8 +136,8 @@ class InMemoryStore:
         try:
             await self._enter("health")
         except StorageError as error:
-            return StorageHealth(False, "closed", "memory", detail=error.code)
-        return StorageHealth(True, "closed", "memory", latency_ms=0.0)
+            return self._health(ok=False, detail=error.code)
+        return self._health(ok=True, latency_ms=0.0)
 
     async def ensure_bucket(self) -> None:
         await self._enter("ensure_bucket")
@@ -156,7 +156,7 @@ class InMemoryStore:
         return Capabilities(False, True, True, True, False, False, False, True)
 
     async def set_breaker(self, mode: BreakerMode) -> BreakerSnapshot:
-        """Kept and shown; nothing in memory is ever unreachable."""
+        """Kept, and shown by `health`. It holds no call back: nothing in memory is ever unreachable."""
         self._breaker.force(mode)
         return self._breaker.snapshot()
 
@@ -181,6 +181,12 @@ class InMemoryStore:
             raise self._scripted[operation].popleft()
         if self._broken is not None:
             raise self._broken
+
+    def _health(self, *, ok: bool, latency_ms: float | None = None, detail: str | None = None) -> StorageHealth:
+        breaker = self._breaker.snapshot()
+        return StorageHealth(
+            ok, breaker.state.value, "memory", latency_ms, detail=detail, breaker_mode=breaker.mode.value
+        )
 
     def _find(self, key: str) -> _Stored:
         if key not in self._objects:

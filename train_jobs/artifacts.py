@@ -14,6 +14,7 @@ from storage.errors import ObjectNotFound
 from storage.keys import Keys
 from storage.objects import ObjectStore
 from train_jobs import checkpoint
+from train_jobs.checkpoint_state import STATE
 from train_jobs.errors import ConfigInvalid, Problem
 from train_jobs.kept import Kept, Runner
 from train_jobs.spec import DatasetSpec
@@ -111,7 +112,7 @@ class Artifacts:
             key = self._keys.checkpoint_file(holder, step, name)
             digest = expected.get(name)
             self._runner.run_blocking(self._store.download_file(key, folder / name, expected_sha256=digest))
-            if name == checkpoint.STATE:
+            if name == STATE:
                 expected = checkpoint.digests(folder)
         return folder
 
@@ -158,15 +159,18 @@ class Artifacts:
             "format": "diffusers",
         }
 
-    def fetch_lora(self, key: str) -> Path:
-        """Download an adapter that this tenant may read, to begin from. Raises ConfigInvalid for another's or a
-        missing key."""
+    def fetch_lora(self, key: str, *, expected_sha256: str | None) -> Path:
+        """Download an adapter that this tenant may read, to begin from.
+
+        `expected_sha256` (hex) is what was recorded of it, None where nothing was. Raises ConfigInvalid for another's
+        or a missing key, IntegrityError for other bytes.
+        """
         problem = Problem("network.pretrained", "is not a .safetensors file of yours", "not_found")
         if not self._keys.may_read(key) or not key.endswith(".safetensors"):
             raise ConfigInvalid([problem])
         target = self._scratch / "pretrained.safetensors"
         try:
-            self._runner.run_blocking(self._store.download_file(key, target))
+            self._runner.run_blocking(self._store.download_file(key, target, expected_sha256=expected_sha256))
         except ObjectNotFound:
             raise ConfigInvalid([problem]) from None
         return target

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from train_jobs.checkpoint_state import STATE, digests_in
 from train_jobs.errors import CheckpointInvalid
 from train_jobs.loop import LoopState
 
@@ -26,7 +27,6 @@ VERSION = 2
 AVERAGE = "average."
 ADAPTER = "adapter.safetensors"
 OPTIMIZER = "optimizer.safetensors"
-STATE = "state.json"
 FILES = (ADAPTER, OPTIMIZER, STATE)
 """In the order they are stored: a checkpoint whose last file exists is whole."""
 
@@ -95,10 +95,10 @@ def digests(folder: Path) -> dict[str, str]:
     Raises CheckpointInvalid.
     """
     try:
-        found = json.loads((folder / STATE).read_text()).get("sha256", {})
-        return {str(name): str(digest) for name, digest in found.items()}
-    except (OSError, ValueError, AttributeError):
-        raise CheckpointInvalid("its state is missing or damaged") from None
+        state = (folder / STATE).read_bytes()
+    except OSError:
+        raise CheckpointInvalid("its state is missing") from None
+    return digests_in(state)
 
 
 def steps_to_prune(steps: Sequence[int], *, keep: int, best: int | None = None) -> list[int]:

@@ -306,7 +306,8 @@ class Preparation:
         if checkpoint_folder is not None:
             checkpoint = read_checkpoint(checkpoint_folder, expected=dict(lora.named_parameters()))
         elif spec.network.pretrained is not None:
-            begin_from(lora, family, self._pretrained(spec.network.pretrained))
+            pretrained = self._pretrained(spec.network.pretrained, spec.network.pretrained_sha256)
+            begin_from(lora, family, pretrained)
         return _Loaded(family, lora, previews, uses, checkpoint, self._encodings(family))
 
     def _captioned(self, pictures: Pictures) -> Pictures | None:
@@ -342,11 +343,11 @@ class Preparation:
         texts = digest_of_files(folder, ["text_encoder*/*", "tokenizer*/*", "model_index.json"])
         return Encodings(self._kept, latents_by, name_of(*model, rounded, texts))
 
-    def _pretrained(self, name: str) -> Path:
+    def _pretrained(self, name: str, sha256: str | None) -> Path:
         """A file on this machine only where a config of this machine's command line may name one."""
         if self._paths_allowed and Path(name).is_file():
             return Path(name)
-        return self._artifacts.fetch_lora(name)
+        return self._artifacts.fetch_lora(name, expected_sha256=sha256)
 
 
 def facts_of(folder: Path | None) -> Mapping[str, Any]:

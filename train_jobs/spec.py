@@ -92,8 +92,9 @@ class NetworkSpec(Spec):
     `targets`: the attention's layers, or `all` that trainers usually adapt (the feed-forward networks' too, and
     FLUX.1's modulations), or those of ai-toolkit (see `diffusion.families.base.LoraTargets`); of these the layers whose
     name holds a part in `only_if_contains` (when there is one) and none in `ignore_if_contains`. `conv_rank` adapts the
-    convolutions of a UNet too. `pretrained` is the key of an adapter to begin from, `initial` what else it begins with
-    (see `diffusion.adapter.attach_lora`).
+    convolutions of a UNet too. `pretrained` is the key of an adapter to begin from and `pretrained_sha256` (hex) what
+    its bytes must have, by default what was recorded of them; `initial` is what else it begins with (see
+    `diffusion.adapter.attach_lora`).
 
     `lokr` and `loha` (Yeh et al. 2023) take no dropout. `lokr_factor` is the side of LoKr's smaller matrix, -1 for
     about the square root of the layer's; with `lokr_full_rank` the larger one is whole, a UNet's convolutions are
@@ -112,6 +113,7 @@ class NetworkSpec(Spec):
         default=(), max_length=64
     )
     pretrained: str | None = Field(default=None, max_length=1024, pattern=r"\.safetensors$")
+    pretrained_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     lokr_factor: Annotated[int, Field(ge=-1, le=65_536)] = -1
     lokr_full_rank: bool = True
     initial: Literal["gaussian", "uniform"] = "gaussian"

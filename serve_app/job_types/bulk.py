@@ -132,6 +132,7 @@ def _files(record: JobRecord, request: BulkDownload) -> list[dict[str, Any]]:
             "key": item["key"],
             "filename": str(item.get("filename") or item["key"].rsplit("/", 1)[-1]),
             "size_bytes": item.get("size_bytes"),
+            "sha256": item.get("sha256"),
             "type": kind,
             "process_id": record.id,
         }

@@ -9,11 +9,9 @@ from storage.job_record import JobRecord
 from storage.job_state import JobState
 from storage.keys import Keys
 from storage.objects import ObjectInfo, ObjectStore
+from train_jobs.checkpoint_state import STATE
 from train_jobs.errors import Problem
 from train_jobs.spec import TrainSpec
-
-CHECKPOINT_LAST_FILE = "state.json"
-"""Written last: a checkpoint that has it is whole."""
 
 
 async def whole_checkpoints(store: ObjectStore, keys: Keys, process_id: str) -> dict[int, list[tuple[str, ObjectInfo]]]:
@@ -24,7 +22,7 @@ async def whole_checkpoints(store: ObjectStore, keys: Keys, process_id: str) -> 
         step, _, name = info.key.removeprefix(prefix).partition("/")
         if step.isdigit():
             steps.setdefault(int(step), []).append((name, info))
-    return {step: files for step, files in sorted(steps.items()) if CHECKPOINT_LAST_FILE in {name for name, _ in files}}
+    return {step: files for step, files in sorted(steps.items()) if STATE in {name for name, _ in files}}
 
 
 async def continue_from(services: Services, context: JobContext, record: JobRecord, steps: int | None) -> Following:

@@ -14,6 +14,7 @@ from serve_app.inference.plan import GenerationRequest, ResolvedLora, StartingPo
 from serve_app.job_types.context import Following, JobContext, Services, runpod_id_of, webhook_of
 from serve_app.job_types.files import latest_lora
 from serve_app.job_types.loras import stored_loras
+from serve_app.job_types.recorded import recorded_sha256
 from serve_app.validation.start_pictures import is_inline
 from serve_app.validation.validator import parse_payload
 from storage.errors import JobNotFound, JobsUnavailable, ObjectNotFound, StorageError
@@ -169,4 +170,5 @@ async def _lora_by_path(services: Services, tenant: str, path: str, scale: float
         info = await services.store.head(key)
     except ObjectNotFound:
         raise LoraNotUsable(path, "there is no such file") from None
-    return ResolvedLora(id=None, path=path, key=key, sha256=info.sha256, scale=scale)
+    sha256 = await recorded_sha256(services, tenant, key) or info.sha256
+    return ResolvedLora(id=None, path=path, key=key, sha256=sha256, scale=scale)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app.job_types.context import Finished, JobContext, Services
 from serve_app.job_types.files import redirect_item, url_item
+from serve_app.job_types.recorded import recorded_sha256
 from serve_app.validation.validator import parse_payload
 from storage.errors import InvalidKey, ObjectNotFound
 from storage.keys import Keys, check_key
@@ -57,15 +58,16 @@ async def download_by_key(services: Services, context: JobContext, payload: dict
 
 async def download_file(services: Services, context: JobContext, payload: dict[str, Any]) -> Finished:
     """The bytes themselves where they are few, else where to get them. Raises InvalidRequest, ObjectNotFound,
-    StorageError.
+    CheckpointInvalid, JobError, StorageError.
     """
     key = readable_key(services, context.tenant, parse_payload(FileChoice, payload).file_path)
     info = await services.store.head(key)
     content_type = info.content_type or mimetypes.guess_type(key)[0] or DEFAULT_CONTENT_TYPE
+    recorded = await recorded_sha256(services, context.tenant, key) if key.endswith(LORA_SUFFIX) else None
     if info.size_bytes > INLINE_BYTES_MAX:
-        stored = {**_stored(info), "sha256": info.sha256, "content_type": content_type}
+        stored = {**_stored(info), "sha256": recorded or info.sha256, "content_type": content_type}
         return Finished(await redirect_item(services.store, stored, expires_s=services.limits.url_expires_s))
-    data = await services.store.get(key)
+    data = await services.store.get(key, expected_sha256=recorded)
     return Finished(
         {
             "type": "file_data",

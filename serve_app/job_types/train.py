@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from serve_app.collaborators import TrainingPlan
 from serve_app.errors import InvalidRequest
 from serve_app.job_types.context import Finished, Following, JobContext, Outcome, Services, runpod_id_of, webhook_of
+from serve_app.job_types.recorded import recorded_sha256
 from serve_app.validation.validator import parse_payload, unknown_fields
 from storage.datasets import DatasetNotFound
 from storage.job_record import NewJob
@@ -20,7 +21,7 @@ from storage.keys import Keys
 from storage.older_layout import readable_kinds, readable_manifest
 from train_jobs.config_check import not_accepted
 from train_jobs.errors import DatasetEmpty, Problem
-from train_jobs.spec import TrainSpec
+from train_jobs.spec import NetworkSpec, TrainSpec
 from train_jobs.spec_datasets import dataset_names, pinned
 
 IMAGE_CONTENT = "image/"
@@ -149,4 +150,13 @@ async def _with_datasets(services: Services, tenant: str, plan: TrainingPlan) ->
         if not _has_pictures([file.content_type for file in manifest.files]):
             raise DatasetEmpty(manifest.folder)
     newest = {manifest.folder: manifest.upload_id for manifest in manifests}
-    return pinned(spec, newest).model_dump(mode="json")
+    network = await _with_digest(services, tenant, spec.network)
+    return pinned(spec.model_copy(update={"network": network}), newest).model_dump(mode="json")
+
+
+async def _with_digest(services: Services, tenant: str, network: NetworkSpec) -> NetworkSpec:
+    """With what the adapter that it begins from must be, where that was recorded."""
+    if network.pretrained is None or network.pretrained_sha256 is not None:
+        return network
+    recorded = await recorded_sha256(services, tenant, network.pretrained)
+    return network.model_copy(update={"pretrained_sha256": recorded})

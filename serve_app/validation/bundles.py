@@ -27,9 +27,11 @@ class Bundles:
         self._clock = clock
 
     async def make(self, tenant: str, files: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-        """`files` have key, process_id and filename. Returns the zip's key, filename and size_bytes.
+        """`files` have key, process_id, filename, and sha256 where it was recorded. Returns the zip's key, filename and
+        size_bytes.
 
-        None where the files are more than BUNDLE_BYTES_MAX. Raises StorageError.
+        None where the files are more than BUNDLE_BYTES_MAX. Raises StorageError, of which IntegrityError for a file
+        whose bytes are not those that were recorded.
         """
         sizes = [file.get("size_bytes") or (await self._store.head(file["key"])).size_bytes for file in files]
         if sum(sizes) > BUNDLE_BYTES_MAX:
@@ -46,6 +48,6 @@ class Bundles:
         # Adapters and pictures are compressed already or do not compress.
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
             for file in files:
-                await self._store.download_file(file["key"], scratch)
+                await self._store.download_file(file["key"], scratch, expected_sha256=file.get("sha256"))
                 await asyncio.to_thread(archive.write, scratch, f"{file['process_id']}/{file['filename']}")
                 await asyncio.to_thread(scratch.unlink)

@@ -108,7 +108,10 @@ class StagedUploads:
         token = parse_payload(FinalizePayload, payload).token
         keys = self._keys_of(tenant)
         request = await self._promised(keys, token)
-        # Two at once would write the same objects, the second while a training may be reading the first's.
+        # Two at once would write the same objects, the second while a training may be reading the first's. Those at two
+        # replicas still can. Of the same staged bytes they make the same objects, so that whichever manifest stays is
+        # true; where a file was sent anew between them it may not be, and every read of the data set, which is held to
+        # the manifest's digests, refuses the bytes that are not its own.
         async with self._at_work.setdefault((tenant, token), asyncio.Lock()):
             reply = await self._made(keys, request, token) or await self._make(tenant, keys, request, token)
         try:

@@ -20,6 +20,7 @@ from storage.loop_thread import LoopThread
 from storage.s3 import S3Store
 from storage.settings import BreakerSettings
 from tests.integration.instance import REPOSITORY, Running, temporary_home, training_config
+from tests.integration.moto_server import moto_server
 from tests.integration.s3_stores import PART_BYTES, no_wait
 
 PICTURES = REPOSITORY / "examples" / "zib" / "images"
@@ -30,6 +31,13 @@ def embedded_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedS3
     """A running `storage.embedded.EmbeddedS3` on a free port; `.settings()` reaches it."""
     with EmbeddedS3(tmp_path_factory.mktemp("s3"), 0) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def moto_url() -> Iterator[str]:
+    """Where moto's server answers."""
+    with moto_server() as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
-from storage.settings import MIB
+from pydantic import SecretStr
+
+from storage.settings import MIB, S3Settings
 
 PART_BYTES = 5 * MIB
 
@@ -15,3 +18,13 @@ async def no_wait(_: float) -> None:
 
 def read(path: Path) -> bytes:
     return path.read_bytes()
+
+
+def moto_settings(url: str, backend: Literal["moto", "aws"]) -> S3Settings:
+    """For moto's server, which takes any credentials, as itself or as if it were AWS."""
+    return S3Settings(
+        endpoint_url=url,
+        backend=backend,
+        access_key_id=SecretStr("moto-key"),
+        secret_access_key=SecretStr("moto-secret"),
+    )

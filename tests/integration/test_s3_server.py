@@ -46,8 +46,12 @@ async def test_a_wrong_secret_is_denied_and_opens_nothing(embedded_s3: EmbeddedS
     assert (health.ok, health.breaker, health.detail) == (False, "closed", "storage_access_denied")
 
 
-async def test_a_missing_bucket_is_a_misconfiguration_that_ensure_bucket_mends(embedded_s3: EmbeddedS3) -> None:
-    settings = embedded_s3.settings().model_copy(update={"bucket": f"b{secrets.token_hex(6)}"})
+@pytest.mark.parametrize("region", ["us-east-1", "eu-central-1"])
+async def test_a_missing_bucket_is_a_misconfiguration_that_ensure_bucket_mends(
+    embedded_s3: EmbeddedS3, region: str
+) -> None:
+    bucket = f"b{secrets.token_hex(6)}"
+    settings = embedded_s3.settings().model_copy(update={"bucket": bucket, "region": region})
     async with S3Store(settings) as store:
         assert (await store.health()).detail == "storage_misconfigured"
         with pytest.raises(StorageMisconfigured):

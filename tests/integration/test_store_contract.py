@@ -1,4 +1,7 @@
-"""What any object store does, held against the one in memory and against S3 on a real server."""
+"""What any object store does, held against the one in memory and against S3 on real servers.
+
+`rclone` is the embedded server; `moto` and `aws` are moto's, spoken to with the settings of either backend.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,21 @@ from storage.errors import IntegrityError, InvalidKey, ObjectNotFound
 from storage.objects import ObjectStore, PutItem
 from storage.s3 import S3Store
 from storage.testing import InMemoryStore
+from tests.integration.s3_stores import moto_settings
 
 
-@pytest.fixture(params=["memory", "s3"])
+@pytest.fixture(params=["memory", "rclone", "moto", "aws"])
 async def store(request: pytest.FixtureRequest) -> AsyncIterator[ObjectStore]:
     if request.param == "memory":
         yield InMemoryStore()
         return
-    server: EmbeddedS3 = request.getfixturevalue("embedded_s3")
-    async with S3Store(server.settings()) as s3:
+    if request.param == "rclone":
+        server: EmbeddedS3 = request.getfixturevalue("embedded_s3")
+        settings = server.settings()
+    else:
+        settings = moto_settings(request.getfixturevalue("moto_url"), request.param)
+    async with S3Store(settings) as s3:
+        await s3.ensure_bucket()
         yield s3
 
 

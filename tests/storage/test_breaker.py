@@ -147,6 +147,7 @@ class BreakerMachine(RuleBasedStateMachine):
     """Against a model written from the sentences of the design, with the history of permits instead of counters."""
 
     permits = Bundle("permits")
+    settled_probes = Bundle("settled_probes")
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,10 +182,21 @@ class BreakerMachine(RuleBasedStateMachine):
             self.probe = (permit, self.clock.now)
         return (permit, self.era)
 
-    @rule(given=consumes(permits), outcome=st.sampled_from(Outcome))
-    def settle(self, given: tuple[Permit, int], outcome: Outcome) -> None:
+    @rule(target=settled_probes, given=consumes(permits), outcome=st.sampled_from(Outcome))
+    def settle(self, given: tuple[Permit, int], outcome: Outcome) -> object:
         permit, era = given
         self.breaker.settle(permit, outcome)
+        self._settle_in_model(permit, era, outcome)
+        return multiple() if permit.probe is None else permit
+
+    @rule(permit=settled_probes, outcome=st.sampled_from(Outcome))
+    def settle_a_probe_again(self, permit: Permit, outcome: Outcome) -> None:
+        """Changes nothing: a report that may not have arrived is sent again."""
+        before = self.breaker.snapshot()
+        self.breaker.settle(permit, outcome)
+        assert self.breaker.snapshot() == before
+
+    def _settle_in_model(self, permit: Permit, era: int, outcome: Outcome) -> None:
         if self.opened_at is not None:
             if self.probe is None or self.probe[0] is not permit:
                 return

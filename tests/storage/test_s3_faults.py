@@ -8,6 +8,7 @@ from botocore import exceptions as botocore_errors
 from botocore.parsers import ResponseParserError
 
 from storage.errors import (
+    IntegrityError,
     ObjectNotFound,
     StorageAccessDenied,
     StorageError,
@@ -55,6 +56,8 @@ def test_every_error_of_the_libraries_is_mapped(error: type[Exception]) -> None:
         (400, "ThrottlingException", True),
         (409, "ConditionalRequestConflict", False),
         (409, "OperationAborted", False),
+        (400, "BadDigest", False),
+        (400, "XAmzContentSHA256Mismatch", False),
     ],
 )
 def test_a_passing_trouble_is_retried(status: int, code: str, counts: bool) -> None:
@@ -62,6 +65,13 @@ def test_a_passing_trouble_is_retried(status: int, code: str, counts: bool) -> N
 
     assert isinstance(ours, TransientFaultError)
     assert ours.counts is counts
+
+
+def test_bytes_that_do_not_arrive_as_they_were_sent_are_an_integrity_error_in_the_end() -> None:
+    ours = translate(answer(400, "BadDigest"), "upload_file", "k")
+
+    assert isinstance(ours, TransientFaultError)
+    assert isinstance(ours.final, IntegrityError)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from storage.shared_breaker import (
     OperatorSetting,
     RemoteUnreachableError,
     Report,
+    SharedAdmission,
     SharedBreaker,
     SharedGate,
     SharedPermit,
@@ -21,30 +22,43 @@ THRESHOLD, RECOVERY_S, PROBE_TIMEOUT_S = 3, 60.0, 20.0
 
 
 class Cluster:
-    """A shared breaker and the way to it, which can be cut."""
+    """A shared breaker and the way to it, which can be cut, and on which answers can be lost or kept waiting."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self.reachable = True
+        self.answers_reports = True
+        self.answers_asks = asyncio.Event()
+        self.answers_asks.set()
         self.admissions_asked = 0
         self.shared = SharedBreaker(self.breaker(), "first")
 
     def breaker(self) -> CircuitBreaker:
         return CircuitBreaker(THRESHOLD, RECOVERY_S, PROBE_TIMEOUT_S, clock=lambda: self.now)
 
-    def gate(self) -> SharedGate:
+    def gate(self, *, sync_interval_s: float = 1, timeout_s: float = 2) -> SharedGate:
         return SharedGate(
-            self.breaker(), self, sync_interval_s=1, clock=lambda: self.now, wall_clock=lambda: 1e9 + self.now
+            self.breaker(),
+            self,
+            sync_interval_s=sync_interval_s,
+            timeout_s=timeout_s,
+            clock=lambda: self.now,
+            wall_clock=lambda: 1e9 + self.now,
         )
 
     async def report(self, reports: Sequence[Report], setting: OperatorSetting | None = None) -> SharedState:
         self._check()
-        return self.shared.report(reports, setting)
+        state = self.shared.report(reports, setting)
+        if not self.answers_reports:
+            raise RemoteUnreachableError
+        return state
 
     async def admit(self) -> SharedPermit | SharedState:
         self._check()
         self.admissions_asked += 1
-        return self.shared.admit()
+        answer = self.shared.admit()
+        await self.answers_asks.wait()
+        return answer
 
     def _check(self) -> None:
         if not self.reachable:
@@ -54,6 +68,12 @@ class Cluster:
 @pytest.fixture
 def cluster() -> Cluster:
     return Cluster()
+
+
+async def passes() -> None:
+    """What is ready on the event loop has its turn."""
+    for _ in range(10):
+        await asyncio.sleep(0)
 
 
 async def fail(gate: SharedGate, times: int) -> None:
@@ -147,6 +167,101 @@ async def test_a_cancelled_probe_leaves_its_place_to_another_node(cluster: Clust
     assert (await other.admit()).is_probe
 
 
+async def test_who_is_cancelled_while_it_asks_for_the_probe_leaves_it_to_another_node_at_once(
+    cluster: Cluster,
+) -> None:
+    one, other = cluster.gate(sync_interval_s=3600), cluster.gate()
+    await open_everywhere(cluster, one, other)
+    reporting = asyncio.create_task(one.run())
+    cluster.now += RECOVERY_S
+    cluster.answers_asks.clear()
+    asking = asyncio.create_task(one.admit())
+    await passes()
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+
+    cluster.answers_asks.set()
+    await passes()
+
+    assert (await other.admit()).is_probe
+    reporting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reporting
+
+
+async def test_a_probe_that_was_granted_too_late_is_left_to_another_node(cluster: Cluster) -> None:
+    hasty, other = cluster.gate(timeout_s=0), cluster.gate()
+    await open_everywhere(cluster, hasty, other)
+    cluster.now += RECOVERY_S
+    cluster.answers_asks.clear()
+    alone = await hasty.admit()
+
+    cluster.answers_asks.set()
+    await passes()
+    await hasty.sync()
+
+    assert isinstance(alone, SharedAdmission)
+    assert alone.shared is None
+    assert (await other.admit()).is_probe
+
+
+async def test_who_is_cancelled_while_it_asks_frees_no_place_of_anothers_probe(cluster: Cluster) -> None:
+    gate = cluster.gate()
+    await open_everywhere(cluster, gate)
+    cluster.now += RECOVERY_S
+    cluster.shared.admit()
+    cluster.answers_asks.clear()
+    asking = asyncio.create_task(gate.admit())
+    await passes()
+    asking.cancel()
+    cluster.answers_asks.set()
+    await passes()
+
+    await gate.sync()
+
+    with pytest.raises(BreakerOpenError):
+        await gate.admit()
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+@pytest.mark.parametrize("is_heard", [True, False])
+async def test_a_probes_outcome_that_was_not_delivered_is_delivered_with_the_next_report(
+    cluster: Cluster, outcome: Outcome, *, is_heard: bool
+) -> None:
+    one, other = cluster.gate(), cluster.gate()
+    await open_everywhere(cluster, one, other)
+    cluster.now += RECOVERY_S
+    (await one.admit()).settle(outcome)
+    cluster.reachable, cluster.answers_reports = is_heard, False
+    await one.sync()
+    cluster.reachable, cluster.answers_reports = True, True
+
+    await one.sync()
+    await other.sync()
+
+    if outcome is Outcome.FAILURE:
+        with pytest.raises(BreakerOpenError) as rejected:
+            await other.admit()
+        assert rejected.value.retry_after_s == RECOVERY_S
+    else:
+        assert (await other.admit()).is_probe == (outcome is Outcome.NEUTRAL)
+
+
+async def test_a_failure_whose_report_was_not_answered_counts_once(cluster: Cluster) -> None:
+    gate = cluster.gate()
+    await gate.sync()
+    await fail(gate, 1)
+    cluster.answers_reports = False
+    for _ in range(THRESHOLD):
+        await gate.sync()
+    cluster.answers_reports = True
+
+    await gate.sync()
+
+    assert cluster.shared.report([]).breaker.consecutive_failures == 1
+
+
 async def test_without_the_shared_breaker_the_local_one_decides(cluster: Cluster) -> None:
     cluster.reachable = False
     gate = cluster.gate()
@@ -217,8 +332,7 @@ async def test_failures_are_reported_without_waiting_for_the_interval(cluster: C
     await asyncio.sleep(0)
 
     await fail(gate, THRESHOLD)
-    for _ in range(10):
-        await asyncio.sleep(0)
+    await passes()
 
     assert cluster.shared.report([]).breaker.state is BreakerState.OPEN
     reporting.cancel()

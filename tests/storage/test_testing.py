@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from storage.breaker import BreakerMode
 from storage.errors import StorageFailed, StorageUnavailable
 from storage.objects import ObjectStore, StoreMaintenance
 from storage.testing import InMemoryStore
@@ -51,3 +52,13 @@ async def test_a_held_operation_waits() -> None:
     held.set()
     await task
     assert store.keys() == ["a"]
+
+
+async def test_its_health_shows_what_an_operator_set() -> None:
+    store = InMemoryStore()
+    before = await store.health()
+    await store.set_breaker(BreakerMode.FORCED_OPEN)
+    forced = await store.health()
+
+    assert (before.breaker, before.breaker_mode) == ("closed", "automatic")
+    assert (forced.breaker, forced.breaker_mode) == ("open", "forced_open")

@@ -14,6 +14,7 @@ from storage.loop_thread import LoopThread
 from storage.testing import InMemoryStore
 from train_jobs import checkpoint
 from train_jobs.artifacts import Artifacts
+from train_jobs.checkpoint_state import STATE as STATE_FILE
 from train_jobs.errors import ConfigInvalid
 from train_jobs.loop import LoopState
 
@@ -54,9 +55,9 @@ def test_weights_that_were_changed_in_the_store_are_noticed(
 def test_a_checkpoint_of_before_there_were_digests_is_still_read(
     artifacts: Artifacts, store: InMemoryStore, runner: LoopThread
 ) -> None:
-    state = json.loads(runner.run_blocking(store.get(key_of(checkpoint.STATE))))
+    state = json.loads(runner.run_blocking(store.get(key_of(STATE_FILE))))
     del state["sha256"]
-    runner.run_blocking(store.put(key_of(checkpoint.STATE), json.dumps(state).encode()))
+    runner.run_blocking(store.put(key_of(STATE_FILE), json.dumps(state).encode()))
 
     assert checkpoint.read_checkpoint(artifacts.fetch_checkpoint(5), expected=STATE.parameters).state.step == 5
 
@@ -68,6 +69,20 @@ def test_an_adapter_of_the_older_layout_comes_for_the_tenant_whose_it_is(
     runner.run_blocking(store.put(key, b"weights"))
     own, other = Keys("raylora", "matt", reads_older=True), Keys("raylora", "matt2")
 
-    assert Artifacts(store, runner, own, JOB, tmp_path).fetch_lora(key).read_bytes() == b"weights"
+    fetched = Artifacts(store, runner, own, JOB, tmp_path).fetch_lora(key, expected_sha256=None)
+    assert fetched.read_bytes() == b"weights"
     with pytest.raises(ConfigInvalid):
-        Artifacts(store, runner, other, JOB, tmp_path).fetch_lora(key)
+        Artifacts(store, runner, other, JOB, tmp_path).fetch_lora(key, expected_sha256=None)
+
+
+def test_an_adapter_to_begin_from_is_the_one_that_was_recorded(
+    store: InMemoryStore, runner: LoopThread, tmp_path: Path
+) -> None:
+    key = KEYS.lora_file(JOB, "a.safetensors")
+    recorded = runner.run_blocking(store.put(key, b"weights")).sha256
+    artifacts = Artifacts(store, runner, KEYS, JOB, tmp_path)
+    assert artifacts.fetch_lora(key, expected_sha256=recorded).read_bytes() == b"weights"
+    runner.run_blocking(store.put(key, b"changed"))
+
+    with pytest.raises(IntegrityError):
+        artifacts.fetch_lora(key, expected_sha256=recorded)
