@@ -21,10 +21,12 @@ Answer = TypeVar("Answer", bound=Tensor | None)
 Call = Callable[[Sequence[Sample], Hashable], Sequence[Answer]]
 
 WHOLE, FIRST_BLOCK = "whole", "first block"
+TEXT_LENGTH_MIN = 64
 
 
 class Denoiser:
-    """``fixed_shapes``: batches are padded to powers of two with rows that nobody looks at, for compiled modules."""
+    """``fixed_shapes``, for compiled modules: batches are padded to powers of two with rows that nobody looks at, and
+    prompts that differ in length with tokens that their mask keeps out of sight."""
 
     def __init__(
         self, family: Family, slots: LoraSlots, limits: BatchLimits, admission: Admission, *, fixed_shapes: bool
@@ -101,7 +103,10 @@ class Denoiser:
         answers = self._call(FIRST_BLOCK, samples, table, short.family)
         rows = [sample.rows for sample in samples]
         firsts = torch.split(short.first[: sum(rows)], rows)
-        reused = [cache.can_reuse(first_BLD) for cache, first_BLD in zip(caches, firsts, strict=True)]
+        changes = [cache.change(first_BLD) for cache, first_BLD in zip(caches, firsts, strict=True)]
+        # All in one answer: each that is asked for alone waits for the device.
+        told = torch.stack(changes).tolist()
+        reused = [change <= cache.threshold for cache, change in zip(caches, told, strict=True)]
         for cache, reuses in zip(caches, reused, strict=True):
             cache.steps_reused += reuses
         return [answer if reuses else None for answer, reuses in zip(answers, reused, strict=True)]
@@ -113,14 +118,11 @@ class Denoiser:
         self._slots.arrange(self._name, combos, table=table)
         with self._admission.learning(kind, (sum(rows) + padding) * math.prod(samples[0].shape)):
             latents_BCHW = torch.cat([sample.denoiser_input() for sample in samples])
-            per_sample = torch.tensor([[float(s.timestep), s.request.guidance_scale] for s in samples])
-            # [samples, 2] -> one per row, in one transfer
-            per_row = per_sample.repeat_interleave(torch.tensor(rows), dim=0).to(self._family.device)
-            text = self._text(samples)
+            conditions_B2 = torch.cat([sample.conditions for sample in samples])
             if padding:
-                latents_BCHW, per_row = _padded(latents_BCHW, padding), _padded(per_row, padding)
-                text = TextEmbeds(**{name: _padded(tensor, padding) for name, tensor in text.tensors().items()})
-            timesteps_B, guidance_B = per_row.unbind(1)
+                latents_BCHW, conditions_B2 = _padded(latents_BCHW, padding), _padded(conditions_B2, padding)
+            timesteps_B, guidance_B = conditions_B2.unbind(1)
+            text = self._text(samples, padding)
             predictions_BCHW = family.predict(latents_BCHW, timesteps_B, text, guidance_B=guidance_B)
         return torch.split(predictions_BCHW[: sum(rows)], rows)
 
@@ -141,12 +143,20 @@ class Denoiser:
         rows = sum(sample.rows for sample in samples[:count]) + padding
         return Cost(rows * math.prod(samples[0].shape), self._slots.growth_bytes(self._name, combos, table=table))
 
-    def _text(self, samples: Sequence[Sample]) -> TextEmbeds:
-        """Stacked anew only when the batch has changed."""
+    def _text(self, samples: Sequence[Sample], padding: int) -> TextEmbeds:
+        """Stacked anew only when the batch has changed, which ``padding`` rows belong to."""
         parts = [sample.text for sample in samples if sample.text is not None]
         if self._texts is None or list(map(id, parts)) != list(map(id, self._texts[0])):
-            self._texts = (parts, TextEmbeds.cat(parts))
+            self._texts = (parts, self._stacked(parts, padding))
         return self._texts[1]
+
+    def _stacked(self, parts: Sequence[TextEmbeds], padding: int) -> TextEmbeds:
+        text = TextEmbeds.cat(parts)
+        if self._fixed and text.mask_BL is not None:
+            text = text.padded_to(_text_length(text.hidden_BLD.shape[1]))
+        if not padding:
+            return text
+        return TextEmbeds(**{name: _padded(tensor, padding) for name, tensor in text.tensors().items()})
 
     def forget(self) -> None:
         """Let go of the last batch's prompts."""
@@ -155,3 +165,8 @@ class Denoiser:
 
 def _padded(tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([tensor, tensor[-1:].expand(rows, *tensor.shape[1:])])
+
+
+def _text_length(tokens: int) -> int:
+    """One of few lengths that is no smaller: powers of two. A picture has thousands of tokens beside them."""
+    return max(TEXT_LENGTH_MIN, 1 << (tokens - 1).bit_length())

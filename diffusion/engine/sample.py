@@ -12,7 +12,7 @@ from diffusion.engine.first_block import BlockCache
 from diffusion.engine.request import GenerateRequest, RenderedImage, size_of
 from diffusion.engine.slot_table import Combo
 from diffusion.engine.start import choose_start
-from diffusion.families.base import Family, TextEmbeds
+from diffusion.families.base import Family, TextEmbeds, moved
 
 
 class Sample:
@@ -33,6 +33,7 @@ class Sample:
         self._timesteps = self._start.timesteps
         self._position = 0
         self._latents_BCHW: Tensor | None = None
+        self._conditions_S2: Tensor | None = None
         self.uses_negative_prompt = family.uses_negative_prompt(request.guidance_scale)
         self.text: TextEmbeds | None = None
         self.blocks = BlockCache(request.first_block_cache) if request.first_block_cache else None
@@ -72,9 +73,20 @@ class Sample:
         """Scalar, on the CPU."""
         return self._timesteps[self._position]
 
+    @property
+    def conditions(self) -> Tensor:
+        """``[rows, 2]`` float32 on the device: the current timestep, and the guidance scale."""
+        if self._conditions_S2 is None:
+            raise RuntimeError("the sample has not begun")
+        return self._conditions_S2[self._position].expand(self.rows, 2)
+
     def begin(self, text: TextEmbeds) -> None:
         """Draw the first noise. Called once, when the sample joins a batch."""
         self._latents_BCHW = self._start.first_latents()
+        # All steps' at once: a copy in each step would have the host wait for the device.
+        timesteps_S = self._timesteps.float()
+        guidance_S = torch.full_like(timesteps_S, self.request.guidance_scale)
+        self._conditions_S2 = moved(torch.stack([timesteps_S, guidance_S], dim=1), self._family.device)
         self.text = text
 
     def denoiser_input(self) -> Tensor:

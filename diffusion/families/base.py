@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -59,7 +60,7 @@ class TextEmbeds:
     """Encoded prompts, one row each.
 
     ``hidden_BLD`` per-token states; ``pooled_BD`` one vector per prompt (SDXL, SD3, FLUX); ``mask_BL`` 1 for real
-    tokens, for families whose prompts differ in length (Qwen-Image, Z-Image).
+    tokens, which come first, for families whose prompts differ in length (Qwen-Image, Z-Image).
     """
 
     hidden_BLD: Tensor
@@ -68,6 +69,13 @@ class TextEmbeds:
 
     def __len__(self) -> int:
         return self.hidden_BLD.shape[0]
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """The real tokens of each row. Read once: asking a mask on a GPU waits for all that the GPU has to do."""
+        if self.mask_BL is None:
+            return (self.hidden_BLD.shape[1],) * len(self)
+        return tuple(int(length) for length in self.mask_BL.sum(dim=1).tolist())
 
     def rows(self, index: slice | Sequence[int] | Tensor) -> TextEmbeds:
         """The chosen rows, still batched."""
@@ -88,20 +96,32 @@ class TextEmbeds:
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: tensor for name, tensor in parts.items() if tensor is not None}
 
+    def padded_to(self, length: int) -> TextEmbeds:
+        """Lengthened with zeros, which the mask marks as padding. Raises ValueError where there is no mask."""
+        missing = length - self.hidden_BLD.shape[1]
+        if missing <= 0:
+            return self
+        if self.mask_BL is None:
+            raise ValueError("prompts of different lengths need a mask")
+        hidden_BLD = nn.functional.pad(self.hidden_BLD, (0, 0, 0, missing))
+        return TextEmbeds(hidden_BLD, self.pooled_BD, nn.functional.pad(self.mask_BL, (0, missing)))
+
     @staticmethod
     def cat(parts: Sequence[TextEmbeds]) -> TextEmbeds:
-        """Stacked along B. Shorter prompts are padded with zeros, which their mask marks as padding."""
+        """Stacked along B. Shorter prompts are padded to the longest. Raises ValueError where one has no mask."""
         longest = max(part.hidden_BLD.shape[1] for part in parts)
         columns: dict[str, list[Tensor]] = {}
         for part in parts:
-            missing = longest - part.hidden_BLD.shape[1]
-            if missing and part.mask_BL is None:
-                raise ValueError("prompts of different lengths need a mask")
-            for name, tensor in part.tensors().items():
-                if missing and name != "pooled_BD":
-                    tensor = nn.functional.pad(tensor, (0, 0, 0, missing) if name == "hidden_BLD" else (0, missing))
+            for name, tensor in part.padded_to(longest).tensors().items():
                 columns.setdefault(name, []).append(tensor)
         return TextEmbeds(**{name: torch.cat(tensors) for name, tensors in columns.items()})
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """From the host to ``device``, without a wait for what that has to do before."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Family(ABC):
@@ -188,7 +208,7 @@ class Family(ABC):
     def initial_noise(self, latent_shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """``[1, C, H, W]`` standard normal, drawn on the CPU so that a seed means the same on every device."""
         noise = torch.randn((1, *latent_shape), generator=generator, dtype=self.dtype)
-        return noise.to(self.device)
+        return moved(noise, self.device)
 
     # -- denoising
 

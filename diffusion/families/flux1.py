@@ -147,6 +147,7 @@ class Flux1(KlFamily, FlowFamily):
 
     def _places(self, rows: int, columns: int) -> Tensor:
         """``[rows * columns, 3]``: zero, row and column of each token."""
-        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-        places = torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3)
-        return places.to(self.device, self.dtype)
+        # Made where they are used: a copy from the host would wait for the device in each step.
+        axes = (torch.arange(rows, device=self.device), torch.arange(columns, device=self.device))
+        row, column = torch.meshgrid(*axes, indexing="ij")
+        return torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3).to(self.dtype)

@@ -171,8 +171,9 @@ class Flux2Klein(FlowFamily):
 
     def _places(self, rows: int, columns: int, length: int) -> Tensor:
         """``[1, rows * columns * length, 4]``: time, row, column and place in the text of each token."""
-        axes = (torch.arange(1), torch.arange(rows), torch.arange(columns), torch.arange(length))
-        return torch.cartesian_prod(*axes)[None].to(self.device)
+        # Made where they are used: a copy from the host would wait for the device in each step.
+        axes = (torch.arange(count, device=self.device) for count in (1, rows, columns, length))
+        return torch.cartesian_prod(*axes)[None]
 
 
 class Flux2Dev(Flux2Klein):

@@ -131,11 +131,11 @@ class QwenImage(FlowFamily):
         self, latents_BCHW: Tensor, timesteps_B: Tensor, text: TextEmbeds, *, guidance_B: Tensor | None = None
     ) -> Tensor:
         batch, _, rows, columns = latents_BCHW.shape
-        mask_BL = None if text.mask_BL is None or bool(text.mask_BL.all()) else text.mask_BL.to(self.device)
+        padded = text.mask_BL is not None and min(text.lengths) < text.hidden_BLD.shape[1]
         tokens_BLD = self.transformer(
             hidden_states=pack_2x2(latents_BCHW.to(self.dtype)),
             timestep=timesteps_B.to(self.device, self.dtype) / 1000,
-            encoder_hidden_states_mask=mask_BL,
+            encoder_hidden_states_mask=text.mask_BL if padded else None,
             encoder_hidden_states=text.hidden_BLD.to(self.dtype),
             img_shapes=[[(1, rows // 2, columns // 2)]] * batch,
             return_dict=False,

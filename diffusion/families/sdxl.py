@@ -6,6 +6,7 @@ Follows ``StableDiffusionXLPipeline`` and ``train_dreambooth_lora_sdxl.py`` of d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -106,5 +107,10 @@ class StableDiffusionXL(UNetFamily):
     def _sizes(self, latents_BCHW: Tensor) -> Tensor:
         """``[B, 6]``: original height and width, top and left of the crop, height and width of the picture."""
         height, width = (side * self.latents.factor for side in latents_BCHW.shape[-2:])
-        sizes = torch.tensor([height, width, 0, 0, height, width], device=latents_BCHW.device, dtype=self.dtype)
-        return sizes.expand(len(latents_BCHW), -1)
+        return _sizes_of(height, width, latents_BCHW.device, self.dtype).expand(len(latents_BCHW), -1)
+
+
+@lru_cache(maxsize=64)
+def _sizes_of(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """``[6]``. Kept: a copy from the host would wait for the device in each step."""
+    return torch.tensor([height, width, 0, 0, height, width], device=device, dtype=dtype)

@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from diffusion.families.base import LoraTargets, TextEmbeds
+from diffusion.families.base import LoraTargets, TextEmbeds, moved
 from diffusion.families.flow import FlowMatching, even_sigmas
 from diffusion.families.flow_family import FlowFamily
 from diffusion.families.kl_family import KlFamily
@@ -53,7 +53,7 @@ class ZImage(KlFamily, FlowFamily):
         return cls(
             tokenizer=load_part(folder, "tokenizer", AutoTokenizer),
             text_encoder=load_weights(folder, "text_encoder", AutoModel, dtype),
-            transformer=load_weights(folder, "transformer", ZImageTransformer2DModel, dtype),
+            transformer=load_weights(folder, "transformer", _Transformer, dtype),
             vae=load_weights(folder, "vae", AutoencoderKL, dtype),
             scheduler=load_scheduler(folder),
             device=device,
@@ -110,7 +110,7 @@ class ZImage(KlFamily, FlowFamily):
 
     def initial_noise(self, latent_shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """float32 in every dtype, as in the stock pipeline."""
-        return torch.randn((1, *latent_shape), generator=generator).to(self.device)
+        return moved(torch.randn((1, *latent_shape), generator=generator), self.device)
 
     # -- denoising
 
@@ -130,7 +130,7 @@ class ZImage(KlFamily, FlowFamily):
     ) -> Tensor:
         if text.mask_BL is None:
             raise ValueError("Z-Image needs to know which tokens are real")
-        states = [s[m.bool()].to(self.dtype) for s, m in zip(text.hidden_BLD, text.mask_BL, strict=True)]
+        states = [s[:length].to(self.dtype) for s, length in zip(text.hidden_BLD, text.lengths, strict=True)]
         latents_C1HW = list(latents_BCHW.to(self.dtype).unsqueeze(2).unbind(0))
         with _apart(self.transformer.cap_embedder, [len(state) for state in states]):
             outputs = self.transformer(
@@ -138,6 +138,17 @@ class ZImage(KlFamily, FlowFamily):
             )[0]
         # float32, as the stock pipeline's scheduler is given it: its latents never are of the model's dtype.
         return -torch.stack([output.float() for output in outputs]).squeeze(2)
+
+
+class _Transformer(ZImageTransformer2DModel):  # type: ignore[misc]
+    """Prompts are padded to multiples of ``SEQ_MULTI_OF`` tokens and to no fewer, rounder lengths: the model was
+    trained to see that padding, and places the picture after it."""
+
+    def _prepare_sequence(self, *args: Any, **options: Any) -> tuple[Any, ...]:
+        feats_BLD, freqs_BLD, *others = super()._prepare_sequence(*args, **options)
+        # diffusers cuts these off longer ones. A prompt of another length, padded to the same, would have another
+        # stride and a compiled block of its own; ``contiguous`` does not see that in a single row.
+        return feats_BLD, freqs_BLD.clone(memory_format=torch.contiguous_format), *others
 
 
 @contextmanager
