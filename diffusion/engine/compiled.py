@@ -28,8 +28,8 @@ def compile_denoiser(family: Family, backend: str) -> None:
 def many_graphs() -> Iterator[None]:
     """Around calls of a compiled denoiser, on the thread that makes them: each thread has a setting of its own.
 
-    A block is compiled once for each size of batch, length of prompts and level of the model; past the limit it would
-    silently run uncompiled.
+    A block is compiled once for each size of batch and level of the model; past the limit it would silently run
+    uncompiled.
     """
     config = torch._dynamo.config
     with config.patch(recompile_limit=max(config.recompile_limit, GRAPHS_MAX)):

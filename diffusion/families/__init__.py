@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from diffusion.errors import ModelNotFound, UnsupportedModel
 from diffusion.families.base import ALL_LEVELS, Family, LoraTargets, NoiseLevels, TextEmbeds
 from diffusion.families.flux1 import Flux1
 from diffusion.families.flux2 import Flux2Dev, Flux2Klein
-from diffusion.families.parts import moved_in, quantized
+from diffusion.families.parts import quantized
 from diffusion.families.qwen_image import QwenImage
 from diffusion.families.sd1 import StableDiffusion1
 from diffusion.families.sd3 import StableDiffusion3
@@ -65,15 +64,13 @@ def family_of(folder: Path) -> type[Family]:
 
 
 def load_family(
-    model_path: str | Path, *, device: torch.device | str, dtype: torch.dtype, quantization: Quantization | None = None,
-    turns: AbstractContextManager[None] | None = None,
-) -> Family:  # fmt: skip
+    model_path: str | Path, *, device: torch.device | str, dtype: torch.dtype, quantization: Quantization | None = None
+) -> Family:
     """The family of a local diffusers folder, loaded. Nothing is ever downloaded.
 
-    ``turns``: those of the device, taken for each part that goes there and not while weights are read. Raises
-    ModelNotFound, UnsupportedModel, and with ``quantization`` SettingNotSupported.
+    Raises ModelNotFound, UnsupportedModel, and with ``quantization`` SettingNotSupported.
     """
     folder = Path(model_path)
     family = family_of(folder)
-    with quantized(quantization), moved_in(turns):
+    with quantized(quantization):
         return family.load(folder, device=torch.device(device), dtype=dtype)

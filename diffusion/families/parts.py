@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from diffusion.errors import ModelNotFound, SizeNotSupported, UnsupportedModel
 from diffusion.quantized import Quantization
 
 _QUANTIZATION: ContextVar[Quantization | None] = ContextVar("quantization", default=None)
-_TURNS: ContextVar[AbstractContextManager[None] | None] = ContextVar("turns", default=None)
 
 
 @contextmanager
@@ -31,16 +30,6 @@ def quantized(quantization: Quantization | None) -> Iterator[None]:
         yield
     finally:
         _QUANTIZATION.reset(token)
-
-
-@contextmanager
-def moved_in(turns: AbstractContextManager[None] | None) -> Iterator[None]:
-    """Inside, each part goes to its device within one of ``turns``, which are free while weights are read."""
-    token = _TURNS.set(turns)
-    try:
-        yield
-    finally:
-        _TURNS.reset(token)
 
 
 def load_part(folder: Path, part: str, cls: Any, **options: Any) -> Any:
@@ -79,9 +68,8 @@ def load_scheduler(folder: Path) -> Any:
 
 def frozen(part: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """On the device, in the dtype, in eval mode and without gradients."""
-    with _TURNS.get() or nullcontext():
-        # diffusers warns about any cast by ``to``, also one to the dtype that the weights already have.
-        part = part.to(device) if part.dtype == dtype else part.to(device, dtype)
+    # diffusers warns about any cast by ``to``, also one to the dtype that the weights already have.
+    part = part.to(device) if part.dtype == dtype else part.to(device, dtype)
     return part.eval().requires_grad_(False)
 
 

@@ -53,8 +53,8 @@ class LastResort:
 class EngineShelf:
     """Loaded engines, the least recently used making room: for the count, and for the memory that is measured.
 
-    Thread-safe. A model is loaded once however many ask for it, one model at a time while the others work, and never
-    leaves while somebody uses it.
+    Thread-safe. A model is loaded once however many ask for it, one model at a time, and never leaves while somebody
+    uses it.
     """
 
     def __init__(
@@ -70,8 +70,7 @@ class EngineShelf:
     ) -> None:
         """`models`: alias to the folder that `load` takes. `needed_bytes`: what must be free before it is loaded; a
         model for which that much is not free, with all others gone that nobody uses, is loaded by `last_resort`.
-        `turns`: the engines' own. Room is made in one of them, for what a call takes of the device is measured; `load`
-        takes them for what it puts there, and leaves them to the other models while it reads."""
+        `turns`: the engines' own. A model is loaded in one of them, for what a call takes of the device is measured."""
         self._models = dict(models)
         self._load = load
         self._loaded_max = loaded_max
@@ -81,7 +80,6 @@ class EngineShelf:
         self._turns = turns or Turns()
         self._shelf: OrderedDict[str, _Shelved] = OrderedDict()
         self._lock = threading.Lock()
-        self._loading = threading.Lock()
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -105,7 +103,7 @@ class EngineShelf:
             shelved.users += 1
         try:
             if shelved.engine is None:
-                with self._loading:
+                with self._turns:
                     if shelved.engine is None:
                         shelved.engine = self._loaded(folder)
             yield shelved.engine
@@ -123,15 +121,13 @@ class EngineShelf:
     def _loaded(self, folder: str) -> Engine:
         # Room is made before loading, so that two models never have to fit at once.
         try:
-            with self._turns:
-                self._make_room(self._needed_bytes(folder))
+            self._make_room(self._needed_bytes(folder))
         except InsufficientMemory:
             if self._last_resort is None:
                 raise
         else:
             return self._load(folder)
-        with self._turns:
-            self._make_room(self._last_resort.needed_bytes(folder))
+        self._make_room(self._last_resort.needed_bytes(folder))
         logger.warning("a model does not fit whole; its parts will take turns on the device")
         return self._last_resort.load(folder)
 
@@ -199,17 +195,12 @@ def engine_loader(options: EngineOptions, turns: Turns, *, offloaded: bool = Fal
     def load(folder: str) -> Engine:
         first_device = torch.device("cpu") if offloaded else device
         family = load_family(
-            Path(folder).expanduser(),
-            device=first_device,
-            dtype=options.torch_dtype,
-            quantization=options.quantization,
-            turns=turns,
+            Path(folder).expanduser(), device=first_device, dtype=options.torch_dtype, quantization=options.quantization
         )
         if offloaded:
             offload(family, device)
         if device.type == "cuda":
-            with turns:
-                family.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            family.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return Engine(
             family,
             batch_max=options.batch_max,
