@@ -67,10 +67,13 @@ class EngineShelf:
         needed_bytes: Callable[[str], int] = lambda folder: 0,
         last_resort: LastResort | None = None,
         turns: AbstractContextManager[None] | None = None,
+        prepare: Callable[[str], None] = lambda folder: None,
     ) -> None:
-        """`models`: alias to the folder that `load` takes. `needed_bytes`: what must be free before it is loaded; a
-        model for which that much is not free, with all others gone that nobody uses, is loaded by `last_resort`.
-        `turns`: the engines' own. A model is loaded in one of them, for what a call takes of the device is measured."""
+        """`models`: alias to the folder that `load` takes, and before it `prepare`, beside the other models' work.
+        `needed_bytes`: what must be free before it is loaded; a model for which that much is not free, with all others
+        gone that nobody uses, is loaded by `last_resort`. `turns`: the engines' own. A model is loaded in one of them,
+        for what a call takes of the device is measured."""
+        self._prepare = prepare
         self._models = dict(models)
         self._load = load
         self._loaded_max = loaded_max
@@ -80,6 +83,7 @@ class EngineShelf:
         self._turns = turns or Turns()
         self._shelf: OrderedDict[str, _Shelved] = OrderedDict()
         self._lock = threading.Lock()
+        self._loading = threading.Lock()
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -103,9 +107,11 @@ class EngineShelf:
             shelved.users += 1
         try:
             if shelved.engine is None:
-                with self._turns:
+                with self._loading:
                     if shelved.engine is None:
-                        shelved.engine = self._loaded(folder)
+                        self._prepare(folder)
+                        with self._turns:
+                            shelved.engine = self._loaded(folder)
             yield shelved.engine
         finally:
             with self._lock:

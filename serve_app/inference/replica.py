@@ -16,6 +16,7 @@ from serve_app.inference.engines import (
 from serve_app.inference.lora_cache import LoraCache
 from serve_app.inference.model_size import ModelSize
 from serve_app.inference.own_folder import own_folder
+from serve_app.inference.read_ahead import read_ahead
 from serve_app.inference.service import InferenceService
 from serve_app.settings import Settings
 from storage.actor import StorageClient
@@ -49,6 +50,7 @@ def build_service(settings: Settings) -> InferenceService:
         needed_bytes=size.whole(settings.required_mb if on_gpu else 0),
         last_resort=last_resort if settings.cpu_offload and on_gpu else None,
         turns=turns,
+        prepare=read_ahead,
     )
     shelf.load(settings.default_model)
     # A folder of its own: another replica on this machine evicts by its own count.

@@ -45,3 +45,27 @@ def test_models_are_loaded_one_at_a_time_each_in_a_turn_of_the_device() -> None:
     assert sorted(notes[1::3]) == ["a", "b"]
     assert notes == ["turn", notes[1], "end", "turn", notes[4], "end"]
     assert set(shelf.loaded) == {"a", "b"}
+
+
+def test_what_is_prepared_before_a_load_leaves_the_device_to_the_others() -> None:
+    turns, preparing, called = Turns(), threading.Event(), threading.Event()
+
+    def prepare(folder: str) -> None:
+        preparing.set()
+        assert called.wait(30)
+
+    def load(folder: str) -> Any:
+        return SimpleNamespace(close=lambda: None, iteration_s=lambda: 0.0)
+
+    shelf = EngineShelf({"a": "a"}, load, turns=turns, prepare=prepare)
+
+    def call() -> None:
+        assert preparing.wait(30)
+        with turns:
+            called.set()
+
+    with ThreadPoolExecutor(2) as threads:
+        loading, calling = threads.submit(shelf.load, "a"), threads.submit(call)
+        calling.result(60)
+        loading.result(60)
+    assert shelf.loaded == ("a",)
