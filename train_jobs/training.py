@@ -75,6 +75,7 @@ class Training:
         self._agree = agree
         self._report_to_train = report_to_train
         self._clock_s = clock_s
+        self._is_split = self._spec.train.strategy == "fsdp" and peers.world_size > 1
         self._results = Results(self._spec, artifacts, scratch, base_model=self._base_model())
         losses = LossLog(artifacts.store_log, scratch, of_this_process())
         self._saving = Saving(artifacts, self._results, losses, reporter, scratch, keep=self._spec.save.keep)
@@ -208,6 +209,9 @@ class Training:
         if self._peers.rank == 0:
             self._saving.checkpoint(loop, prepared, facts={WORKERS: self._share_of(prepared)})
             self._saving.losses(loop)
+        elif self._is_split:
+            # Reading the adapter of a split model changes what lies where: on all workers, or their next step differs.
+            prepared.lora.file_state()
         # A barrier: every worker comes here at the same steps.
         self._report_to_train({"step": loop.step, "loss": loop.smoothed_loss})
 
@@ -229,13 +233,12 @@ class Training:
 
         Of a model that is split over the workers all of them make it, and none stops before the others.
         """
-        is_split = self._spec.train.strategy == "fsdp" and self._peers.world_size > 1
-        if self._peers.rank != 0 and not is_split:
+        if self._peers.rank != 0 and not self._is_split:
             return
         self._reporter.stage("sampling", step=step)
         try:
             with loop.averaged():
-                prepared.previews.make(step, (lambda: False) if is_split else self._should_stop)
+                prepared.previews.make(step, (lambda: False) if self._is_split else self._should_stop)
         except Cancelled:
             logger.info("previews at step %d were left out: the training is to stop", step)
         except Exception as error:
