@@ -153,11 +153,15 @@ class TrainableLora:
 
     def metadata(
         self, *, title: str, steps: int | None = None, base_model: str | None = None, trigger_word: str | None = None,
-        resolution: int | None = None, created_at: datetime | None = None, extra: Mapping[str, str] | None = None,
+        resolution: int | None = None, created_at: datetime | None = None, base_model_sha256: str | None = None,
+        thumbnail: str | None = None, extra: Mapping[str, str] | None = None,
     ) -> dict[str, str]:  # fmt: skip
         """For ``save_lora``: peft's settings as diffusers reads them, ``modelspec.*`` and kohya's ``ss_*`` keys.
 
-        Source of the names: github.com/Stability-AI/ModelSpec and kohya-ss/sd-scripts ``train_network.py``.
+        ``thumbnail`` is a ``data:`` URI, as ``images.thumbnail_uri`` makes it. ``base_model_sha256`` goes where
+        sd-scripts has the SHA-256 of its base model's one file; its older ``ss_sd_model_hash``, of a part of such a
+        file, has no meaning for a folder. Source of the names: github.com/Stability-AI/ModelSpec and
+        kohya-ss/sd-scripts ``train_network.py``.
         """
         optional = {
             "modelspec.date": created_at.isoformat() if created_at else None,
@@ -166,6 +170,8 @@ class TrainableLora:
             "ss_resolution": f"({resolution}, {resolution})" if resolution else None,
             "ss_steps": str(steps) if steps is not None else None,
             "ss_sd_model_name": base_model,
+            "ss_new_sd_model_hash": base_model_sha256,
+            "modelspec.thumbnail": thumbnail,
         }
         return {
             **self._network_metadata(),

@@ -4,6 +4,7 @@ user comment).
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ ImageFormat = Literal["png", "jpeg", "webp"]
 CONTENT_TYPES: dict[ImageFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 EXTENSIONS: dict[ImageFormat, str] = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 PNG_KEY = "raylora"
+THUMBNAIL_SIDE_PX, THUMBNAIL_QUALITY = 256, 80
 EXIF_TEXT_BYTES_MAX = 60_000
 """JPEG keeps EXIF in one segment of at most 65,533 bytes."""
 _UNICODE = b"UNICODE\0"
@@ -47,6 +49,15 @@ def encode_image(
         exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _exif_text(dict(settings))
     image.convert("RGB").save(buffer, image_format.upper(), quality=quality, exif=exif)
     return buffer.getvalue()
+
+
+def thumbnail_uri(image: Image.Image) -> str:
+    """A small JPEG as a ``data:`` URI, no side longer than ``THUMBNAIL_SIDE_PX``; for ``modelspec.thumbnail``."""
+    small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL_SIDE_PX, THUMBNAIL_SIDE_PX))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def read_image(source: Path | IO[bytes], formats: tuple[str, ...] | None = None) -> Image.Image:

@@ -14,6 +14,7 @@ REQUESTS = "raylora_storage_requests_total"
 BREAKER_STATE = "raylora_storage_breaker_state"
 CLEANUP_FAILURES = "raylora_cleanup_failures_total"
 TRACKING_FAILURES = "raylora_training_tracking_failures_total"
+LOG_FAILURES = "raylora_training_log_failures_total"
 WEBHOOK_FAILURES = "raylora_webhook_failures_total"
 SWEPT_OBJECTS = "raylora_storage_swept_objects_total"
 SWEPT_BYTES = "raylora_storage_swept_bytes_total"
@@ -40,6 +41,7 @@ METRICS: dict[str, Metric] = {
     BREAKER_STATE: Metric("gauge", "0 closed, 1 half-open, 2 open."),
     CLEANUP_FAILURES: Metric("counter", "Things that should be gone and could not be removed.", ("resource",)),
     TRACKING_FAILURES: Metric("counter", "Trainings whose numbers W&B did not get, by why.", ("reason",)),
+    LOG_FAILURES: Metric("counter", "Loss histories of trainings that could not be stored, by why.", ("reason",)),
     WEBHOOK_FAILURES: Metric("counter", "Attempts at a webhook that failed, by why.", ("reason",)),
     SWEPT_OBJECTS: Metric("counter", "Things removed by the sweeper.", ("kind",)),
     SWEPT_BYTES: Metric("counter", "Bytes removed by the sweeper.", ("kind",)),

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import mimetypes
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ from train_jobs.kept import Kept, Runner
 from train_jobs.spec import DatasetSpec
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """A preview in the object store: the picture of the prompt at `index`, made after `step` updates."""
+
+    step: int
+    index: int
+    key: str
 
 
 class Artifacts:
@@ -142,6 +152,20 @@ class Artifacts:
         key = self._keys.sample_image(self._process_id, step, index, extension)
         self._runner.run_blocking(self._store.put(key, data, content_type=content_type))
         return key
+
+    def samples(self) -> list[StoredSample]:
+        """The previews that are stored, in the order of steps and prompts."""
+        prefix = self._keys.samples_prefix(self._process_id)
+        found: list[StoredSample] = []
+        for info in self._runner.run_blocking(self._store.list(prefix)):
+            step, _, index = Path(info.key.removeprefix(prefix)).stem.partition("_")
+            if step.isdigit() and index.isdigit():
+                found.append(StoredSample(int(step), int(index), info.key))
+        return sorted(found, key=lambda sample: (sample.step, sample.index))
+
+    def read_sample(self, key: str) -> bytes:
+        """Raises ObjectNotFound."""
+        return self._runner.run_blocking(self._store.get(key))
 
     def store_lora(self, path: Path, *, step: int) -> dict[str, Any]:
         """Store the finished adapter. Returns its entry of the job's output."""

@@ -1,16 +1,20 @@
 """Checkpoints as files: two safetensors files and a JSON. No pickle, so a stored one cannot run code.
 
-adapter.safetensors      the trained parameters by name, in full precision
-optimizer.safetensors    the optimizer's tensors, `<slot>.<parameter>`, and the weights' average, `average.<parameter>`
+adapter.safetensors      the adapter that the training would result in now, as its final one is written
+optimizer.safetensors    what the training goes on from, in full precision: the trained parameters,
+                         `parameter.<parameter>`, their average, `average.<parameter>`, and the optimizer's tensors,
+                         `<slot>.<parameter>`
 state.json               step, losses, the optimizer's plain numbers, what the training depends on, and the SHA-256
                          of the other two
+
+Version 2 had the parameters in the first, in full precision and by their own names: it is still read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,9 @@ from train_jobs.checkpoint_state import STATE, digests_in
 from train_jobs.errors import CheckpointInvalid
 from train_jobs.loop import LoopState
 
-VERSION = 2
+VERSION = 3
+BARE_ADAPTER_VERSION = 2
+PARAMETER = "parameter."
 AVERAGE = "average."
 ADAPTER = "adapter.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -39,12 +45,15 @@ class Checkpoint:
     facts: dict[str, Any]
 
 
-def write_checkpoint(folder: Path, state: LoopState, *, facts: Mapping[str, Any]) -> list[Path]:
-    """Write `state` into `folder`; the paths come in the order of `FILES`."""
+def write_checkpoint(
+    folder: Path, state: LoopState, *, facts: Mapping[str, Any], write_adapter: Callable[[Path], object]
+) -> list[Path]:
+    """Write `state` into `folder`, its adapter by `write_adapter`; the paths come in the order of `FILES`."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(_contiguous(state.parameters), folder / ADAPTER)
+    write_adapter(folder / ADAPTER)
+    parameters = {f"{PARAMETER}{name}": tensor for name, tensor in state.parameters.items()}
     average = {f"{AVERAGE}{name}": tensor for name, tensor in state.average.items()}
-    save_file(_contiguous(state.optimizer | average), folder / OPTIMIZER)
+    save_file(_contiguous(state.optimizer | parameters | average), folder / OPTIMIZER)
     meta = {
         "version": VERSION,
         "step": state.step,
@@ -63,10 +72,10 @@ def write_checkpoint(folder: Path, state: LoopState, *, facts: Mapping[str, Any]
 def read_checkpoint(folder: Path, *, expected: Mapping[str, Tensor]) -> Checkpoint:
     """Read it back for parameters of `expected`'s names and shapes. Raises CheckpointInvalid."""
     try:
-        parameters = load_file(folder / ADAPTER)
-        optimizer = load_file(folder / OPTIMIZER)
         meta = json.loads((folder / STATE).read_text())
         version, step = int(meta["version"]), int(meta["step"])
+        optimizer = load_file(folder / OPTIMIZER)
+        parameters = _taken(optimizer, PARAMETER) if version == VERSION else load_file(folder / ADAPTER)
         history = [(int(at), float(loss)) for at, loss in meta["history"]]
         recent = [float(loss) for loss in meta["recent_losses"]]
         validation = [(int(at), float(loss)) for at, loss in meta["validation"]]
@@ -74,9 +83,9 @@ def read_checkpoint(folder: Path, *, expected: Mapping[str, Tensor]) -> Checkpoi
         facts = dict(meta["facts"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         raise CheckpointInvalid("a file of it is missing or damaged") from None
-    if version != VERSION:
+    if version not in (VERSION, BARE_ADAPTER_VERSION):
         raise CheckpointInvalid("it was written by another version")
-    average = {k.removeprefix(AVERAGE): optimizer.pop(k) for k in list(optimizer) if k.startswith(AVERAGE)}
+    average = _taken(optimizer, AVERAGE)
     _check_same(parameters, expected)
     if average:
         _check_same(average, expected)
@@ -114,6 +123,11 @@ def _sha256_of(path: Path) -> str:
 def _numbers(value: Any) -> dict[str, float]:
     """Whole numbers stay whole: some optimizers count with them."""
     return {str(key): number if isinstance(number, int) else float(number) for key, number in dict(value).items()}
+
+
+def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose name has the prefix, which they lose, taken out of `tensors`."""
+    return {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

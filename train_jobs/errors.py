@@ -133,7 +133,7 @@ class ModelNotAvailable(TrainingError):
 
 
 class NonFiniteLoss(TrainingError):
-    """`names` are the samples of the step whose loss was NaN or infinite."""
+    """`names` are the samples of the step whose loss was NaN or infinite; none where only its update was."""
 
     code = "non_finite_loss"
 
@@ -144,10 +144,8 @@ class NonFiniteLoss(TrainingError):
 
     @property
     def public_message(self) -> str:
-        shown = ", ".join(self.names[:NAMES_SHOWN_MAX])
-        return (
-            f"The loss became NaN or infinite at step {self.step} (samples: {shown}). A lower learning rate may help."
-        )
+        shown = f" (samples: {', '.join(self.names[:NAMES_SHOWN_MAX])})" if self.names else ""
+        return f"The loss became NaN or infinite at step {self.step}{shown}. A lower learning rate may help."
 
 
 class OutOfMemory(TrainingError):

@@ -16,7 +16,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -48,10 +48,10 @@ def digest_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest_of_files(folder: Path, patterns: Sequence[str]) -> str:
+def digest_of_files(folder: Path, patterns: Sequence[str], digest_of: Callable[[Path], str] = digest_of_file) -> str:
     """Of names and contents of the files that match."""
     files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
-    return name_of([[path.relative_to(folder).as_posix(), digest_of_file(path)] for path in files])
+    return name_of([[path.relative_to(folder).as_posix(), digest_of(path)] for path in files])
 
 
 class Runner(Protocol):

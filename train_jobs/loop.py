@@ -20,6 +20,7 @@ from train_jobs.cache import TrainingCache
 from train_jobs.data import Batch, BatchPlan, TurnsPlan
 from train_jobs.ema import Average
 from train_jobs.errors import NonFiniteLoss
+from train_jobs.gpu_memory import gpu_memory
 from train_jobs.optimizers import OptimizerState, make_optimizer, read_state, set_rate, write_state
 from train_jobs.peers import Alone, Peers
 from train_jobs.progress import Progress
@@ -146,6 +147,11 @@ class TrainingLoop:
     def validation(self) -> Validation | None:
         return self._validation
 
+    @property
+    def best_step(self) -> int | None:
+        """The step with the lowest validation loss so far; None without any."""
+        return None if self._validation is None else self._validation.best_step
+
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the parameters are what the training would result in: their average, where one is kept."""
         return nullcontext() if self._average is None else self._average.applied()
@@ -165,6 +171,11 @@ class TrainingLoop:
     def history(self) -> list[tuple[int, float]]:
         """`(step, loss)`, thinned to a few thousand points."""
         return list(self._history)
+
+    def check_weights(self) -> None:
+        """Raises NonFiniteLoss where the last update left weights that are no numbers; on every worker or on none."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters.values()):
+            raise NonFiniteLoss(self.step, ())
 
     def state(self) -> LoopState:
         """A copy of everything needed to continue, on the CPU."""
@@ -276,6 +287,7 @@ class TrainingLoop:
     def _progress(self, loss: float, first_step: int, started_s: float) -> Progress:
         elapsed_s = self._callbacks.clock_s() - started_s
         steps_per_s = (self.step - first_step) / elapsed_s if elapsed_s > 0 else 0.0
+        memory = gpu_memory(self._family.device)
         return Progress(
             step=self.step,
             total_steps=self._spec.steps,
@@ -285,6 +297,9 @@ class TrainingLoop:
             steps_per_s=steps_per_s,
             eta_s=(self._spec.steps - self.step) / steps_per_s if steps_per_s > 0 else None,
             validation_loss=None if self._validation is None else self._validation.latest,
+            best_step=self.best_step,
+            gpu_memory_peak_bytes=None if memory is None else memory.peak_bytes,
+            gpu_memory_total_bytes=None if memory is None else memory.total_bytes,
         )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -16,6 +18,7 @@ from train_jobs.spec import MODEL_ID_PATTERN
 logger = logging.getLogger(__name__)
 
 MODEL_FILES = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
+WEIGHT_FILES = "*/*.safetensors"
 VARIANT_FILES = ["*.fp16.safetensors", "*.non_ema.safetensors", "safety_checker/*"]
 
 
@@ -34,6 +37,19 @@ def resolve_model(
     if not re.fullmatch(MODEL_ID_PATTERN, name):
         raise ModelNotAvailable(name)
     return _download(name, files)
+
+
+def weights_sha256(folder: Path, digest_of: Callable[[Path], str]) -> str:
+    """What a base model is known by, in hex: the SHA-256 of a list of its weights' SHA-256.
+
+    A line for each of the folder's `WEIGHT_FILES`, by path, without other variants and the safety checker
+    (`VARIANT_FILES`), as coreutils write it, so that in the folder of a model without those it is what
+    `LC_ALL=C sh -c 'sha256sum */*.safetensors | sha256sum'` prints. `digest_of` gives a file's. Raises OSError.
+    """
+    named = {path.relative_to(folder).as_posix(): path for path in folder.glob(WEIGHT_FILES)}
+    own = [name for name in sorted(named) if not any(fnmatch(name, variant) for variant in VARIANT_FILES)]
+    lines = "".join(f"{digest_of(named[name])}  {name}\n" for name in own)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _folder(name: str, source: Path, files: Sequence[str]) -> Path:

@@ -23,10 +23,12 @@ from train_jobs.cache import Encodings, TrainingCache, build_cache
 from train_jobs.checkpoint import Checkpoint, read_checkpoint
 from train_jobs.data import Picture, Use, choose_held_out, plan_uses, read_folder, same_pictures
 from train_jobs.errors import NAMES_SHOWN_MAX, ConfigInvalid, ModelNotAvailable, Problem
+from train_jobs.file_digests import FileDigests
 from train_jobs.kept import Kept, digest_of_files, name_of
-from train_jobs.models import resolve_model
+from train_jobs.models import resolve_model, weights_sha256
 from train_jobs.peers import Peers
 from train_jobs.previews import Previews, store_nowhere
+from train_jobs.reporting import BEST_STEP
 from train_jobs.sharing import together
 from train_jobs.spec import DatasetSpec, NetworkSpec, OptimizeSpec, TrainSpec
 from train_jobs.validation import Validation
@@ -34,7 +36,8 @@ from train_jobs.validation import Validation
 
 @dataclass
 class Prepared:
-    """`uploads` are the dataset uploads used, by dataset name."""
+    """`uploads` are the dataset uploads used, by dataset name. `base_model_sha256` is `models.weights_sha256`, and None
+    where this worker writes no adapter."""
 
     family: Family
     lora: TrainableLora
@@ -43,6 +46,7 @@ class Prepared:
     uploads: dict[str, str]
     previews: Previews
     validation: Validation | None
+    base_model_sha256: str | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -225,6 +229,7 @@ class _Loaded:
     uses: list[Use]
     checkpoint: Checkpoint | None
     encodings: Encodings
+    base_model_sha256: str | None
 
 
 class Preparation:
@@ -239,6 +244,7 @@ class Preparation:
         *,
         scratch: Path,
         kept: Kept,
+        digests: FileDigests,
         paths_allowed: bool,
         stage: Callable[..., None],
         should_stop: Callable[[], bool],
@@ -250,6 +256,7 @@ class Preparation:
         self._models = models
         self._scratch = scratch
         self._kept = kept
+        self._digests = digests
         self._paths_allowed = paths_allowed
         self._stage = stage
         self._should_stop = should_stop
@@ -263,7 +270,8 @@ class Preparation:
         if captioned is None:
             return None
         pictures = captioned
-        self._stage("model")
+        best = facts_of(checkpoint_folder).get(BEST_STEP)
+        self._stage("model", **({} if best is None else {BEST_STEP: best}))
         loaded = together(self._peers, lambda: self._load(pictures, checkpoint_folder))
         cache = build_cache(
             loaded.family,
@@ -282,7 +290,7 @@ class Preparation:
         validation = None if watched is None else Validation(watched, cache, batch_size=spec.train.batch_size)
         return Prepared(
             loaded.family, loaded.lora, cache, loaded.checkpoint, pictures.uploads, loaded.previews, validation,
-            warnings,
+            loaded.base_model_sha256, warnings,
         )  # fmt: skip
 
     def _read(self) -> tuple[Pictures, Path | None]:
@@ -308,7 +316,9 @@ class Preparation:
         elif spec.network.pretrained is not None:
             pretrained = self._pretrained(spec.network.pretrained, spec.network.pretrained_sha256)
             begin_from(lora, family, pretrained)
-        return _Loaded(family, lora, previews, uses, checkpoint, self._encodings(family))
+        folder = resolve_model(spec.model, self._models, paths_allowed=self._paths_allowed)
+        sha256 = weights_sha256(folder, self._digests.of) if self._peers.rank == 0 else None
+        return _Loaded(family, lora, previews, uses, checkpoint, self._encodings(family, folder), sha256)
 
     def _captioned(self, pictures: Pictures) -> Pictures | None:
         """With the captions that were asked for; None when asked to stop."""
@@ -331,16 +341,16 @@ class Preparation:
         )
         return None if captioned is None else replace(pictures, datasets=captioned)
 
-    def _encodings(self, family: Family) -> Encodings:
+    def _encodings(self, family: Family, folder: Path) -> Encodings:
         """Of texts only where their encoders carry no adapter, which would have a part in them."""
         spec = self._spec
-        folder = resolve_model(spec.model, self._models, paths_allowed=self._paths_allowed)
         model = [family.name, str(family.dtype), family.device.type]
-        latents_by = name_of(*model, digest_of_files(folder, ["vae/*"]))
+        latents_by = name_of(*model, digest_of_files(folder, ["vae/*"], self._digests.of))
         if spec.train.train_text_encoder:
             return Encodings(self._kept, latents_by, None)
         rounded = spec.quantize.model_dump(mode="json", include={"text_encoders", "exclude"})
-        texts = digest_of_files(folder, ["text_encoder*/*", "tokenizer*/*", "model_index.json"])
+        parts = ["text_encoder*/*", "tokenizer*/*", "model_index.json"]
+        texts = digest_of_files(folder, parts, self._digests.of)
         return Encodings(self._kept, latents_by, name_of(*model, rounded, texts))
 
     def _pretrained(self, name: str, sha256: str | None) -> Path:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from diffusion.adapter import TrainableLora
 from diffusion.engine import Engine, GenerateRequest, LoraRef, size_of
 from diffusion.engine.memory import UntoldMemory
 from diffusion.families import Family
-from diffusion.images import CONTENT_TYPES, EXTENSIONS, ImageFormat, encode_image
+from diffusion.images import CONTENT_TYPES, EXTENSIONS, ImageFormat, encode_image, read_image, thumbnail_uri
 from diffusion.lora import save_lora
+from train_jobs.artifacts import StoredSample
 from train_jobs.spec import PreviewSpec, SampleSpec
 
 FORMATS: dict[str, ImageFormat] = {"jpg": "jpeg", "png": "png", "webp": "webp"}
@@ -43,6 +45,8 @@ class Previews:
         self._scratch = scratch
         self._store = store
         self.made: list[dict[str, Any]] = []
+        self.thumbnail: str | None = None
+        """Of the newest pictures the first, as `images.thumbnail_uri` makes it."""
 
     def check(self, family: Family) -> None:
         """Raises SizeNotSupported or SettingNotSupported for pictures that the model cannot make."""
@@ -61,8 +65,20 @@ class Previews:
             return True
         return step >= self._spec.start_step and step % self._spec.every_steps == 0
 
+    def remember(self, stored: Sequence[StoredSample], read: Callable[[str], bytes]) -> None:
+        """Take over what earlier attempts made and stored, in the order of steps; `read` gets a picture by its key."""
+        own = [sample for sample in stored if sample.index < len(self._spec.previews)]
+        self.made = [self._entry(sample) for sample in own]
+        if own:
+            newest = min(own, key=lambda sample: (-sample.step, sample.index))
+            self.thumbnail = thumbnail_uri(read_image(io.BytesIO(read(newest.key))))
+
+    def are_made(self, step: int) -> bool:
+        """Whether every picture of a step is stored."""
+        return [entry["step"] for entry in self.made].count(step) == len(self._spec.previews)
+
     def make(self, step: int, should_stop: Callable[[], bool]) -> None:
-        """The adapter and its gradients are left as they were.
+        """The adapter and its gradients are left as they were, and the model's memory to the training.
 
         Raises Cancelled, OutOfGpuMemory, InsufficientMemory and StorageError.
         """
@@ -70,13 +86,21 @@ class Previews:
         save_lora(path, self._lora.file_state(), metadata=self._lora.metadata(title=self._name))
         requests = [self._request(i, (self._ref(path, p),)) for i, p in enumerate(self._spec.previews)]
         calls = [[request] for request in requests] if self._is_split else [requests]
-        images = [image for call in calls for image in self._engine.generate(call, should_stop=should_stop)]
+        try:
+            images = [image for call in calls for image in self._engine.generate(call, should_stop=should_stop)]
+        finally:
+            self._engine.clear_loras()
         kind = FORMATS[self._spec.format]
         for index, image in enumerate(images):
             data = encode_image(image.image, kind, settings=image.settings)
             key = self._store(step, index, EXTENSIONS[kind], data, CONTENT_TYPES[kind])
-            entry = {"key": key, "step": step, "index": index, "prompt": requests[index].prompt, "seed": image.seed}
-            self.made = [e for e in self.made if e["key"] != key] + [entry]
+            self.made = [e for e in self.made if e["key"] != key] + [self._entry(StoredSample(step, index, key))]
+        self.thumbnail = thumbnail_uri(images[0].image)
+
+    def _entry(self, sample: StoredSample) -> dict[str, Any]:
+        request = self._request(sample.index, ())
+        told = {"prompt": request.prompt, "seed": request.seed}
+        return {"key": sample.key, "step": sample.step, "index": sample.index, **told}
 
     def _ref(self, path: Path, preview: PreviewSpec) -> LoraRef:
         scale = self._spec.lora_scale if preview.lora_scale is None else preview.lora_scale

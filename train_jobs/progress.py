@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """After `step` of `total_steps` updates. `eta_s` is None before the speed is known."""
+    """After `step` of `total_steps` updates. `eta_s` is None before the speed is known.
+
+    `best_step` has the lowest validation loss so far. The GPU's memory is that of `gpu_memory.GpuMemory`.
+    """
 
     step: int
     total_steps: int
@@ -17,3 +20,10 @@ class Progress:
     steps_per_s: float
     eta_s: float | None
     validation_loss: float | None = None
+    best_step: int | None = None
+    gpu_memory_peak_bytes: int | None = None
+    gpu_memory_total_bytes: int | None = None
+
+
+ABSENT_WHERE_NONE = frozenset({"validation_loss", "best_step", "gpu_memory_peak_bytes", "gpu_memory_total_bytes"})
+"""In reports: what a training without a validation, or without a GPU, does not have."""

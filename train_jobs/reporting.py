@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import ray
 
 from train_jobs.board import WAITING, StopReason
-from train_jobs.progress import Progress
+from train_jobs.progress import ABSENT_WHERE_NONE, Progress
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,11 @@ PREVIEWS = "previews"
 PREVIEWS_REPORTED_MAX = 16
 # In a report: how many workers train now.
 WORKERS_NOW = "workers"
-KEPT_IN_REPORTS = frozenset({RESUMED_FROM, PREVIEWS, WORKERS_NOW})
+# In a report: the keys of the stored loss history.
+LOGS = "logs"
+# In a report, and among a checkpoint's facts: the step with the lowest validation loss so far.
+BEST_STEP = "best_step"
+KEPT_IN_REPORTS = frozenset({RESUMED_FROM, PREVIEWS, WORKERS_NOW, LOGS})
 
 
 class Reporter(Protocol):
@@ -84,9 +88,8 @@ class BoardReporter:
 
     def progress(self, progress: Progress) -> None:
         kept = {k: v for k, v in self._latest.items() if k in KEPT_IN_REPORTS}
-        numbers = asdict(progress)
-        if progress.validation_loss is None:
-            del numbers["validation_loss"]
+        found = asdict(progress).items()
+        numbers = {name: number for name, number in found if number is not None or name not in ABSENT_WHERE_NONE}
         self._latest = {"stage": "training", **numbers, **kept}
 
     def waiting(self, is_waiting: bool) -> None:

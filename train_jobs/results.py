@@ -1,4 +1,4 @@
-"""What a finished training leaves: adapter files with their metadata, loss files, and the record's output."""
+"""Adapter files with their metadata: those that a training ends with, and the one of each of its checkpoints."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from diffusion.families import Family
 from diffusion.kohya import to_kohya, to_kohya_factors
 from diffusion.lora import read_lora, save_lora
 from train_jobs.artifacts import Artifacts
-from train_jobs.charts import Points, loss_png, tensorboard_file
+from train_jobs.preparing import Prepared
 from train_jobs.spec import TrainSpec
 
 EXPORT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-LOSS_LOG, LOSS_CHART, EVENTS = "loss.json", "loss.png", "events.out.tfevents.raylora"
 
 
 class Results:
@@ -34,16 +33,20 @@ class Results:
         self._base_model = base_model
         self.warnings: list[str] = []
 
-    def store_adapter(self, family: Family, lora: TrainableLora, *, step: int, pictures: int) -> dict[str, Any]:
+    def write_adapter(self, path: Path, prepared: Prepared, *, step: int) -> dict[str, str]:
+        """The adapter as it is after `step` updates, under diffusers' key names. Returns its metadata."""
+        metadata = self._metadata(prepared, step)
+        save_lora(path, prepared.lora.file_state(), metadata=metadata, dtype=EXPORT_DTYPES[self._spec.save.dtype])
+        return metadata
+
+    def store_adapter(self, prepared: Prepared, *, step: int) -> dict[str, Any]:
         """The `loras` and `exports` of the output: diffusers' key names, and kohya's where the layers have them."""
-        metadata = self._metadata(lora, step, pictures)
-        dtype = EXPORT_DTYPES[self._spec.save.dtype]
         path = self._scratch / f"{self._spec.name}.safetensors"
-        save_lora(path, lora.file_state(), metadata=metadata, dtype=dtype)
+        metadata = self.write_adapter(path, prepared, step=step)
         stored = self._artifacts.store_lora(path, step=step)
         exports: list[dict[str, Any]] = []
         try:
-            named = self._kohya_names(family, lora, path)
+            named = self._kohya_names(prepared.family, prepared.lora, path)
             exports.append(self._store_kohya(named, metadata, step))
         except SettingNotSupported:
             self.warnings.append("Some of the adapter's layers have no kohya names; there is no kohya file.")
@@ -63,19 +66,7 @@ class Results:
         )
         return self._artifacts.store_lora(path, step=step) | {"format": "kohya"}
 
-    def store_losses(self, history: Points, validation: Points) -> dict[str, Any]:
-        """Loss files as JSON, picture and TensorBoard events; their keys, for the output."""
-        if not history:
-            return {}
-        store = self._artifacts.store_log
-        keys = {
-            "loss_key": store(LOSS_LOG, json.dumps(list(history)).encode()),
-            "loss_chart_key": store(LOSS_CHART, loss_png(history, validation)),
-            "tensorboard_key": store(EVENTS, tensorboard_file(self._scratch / "events", history, validation)),
-        }
-        return keys | ({"validation_losses": [list(point) for point in validation]} if validation else {})
-
-    def _metadata(self, lora: TrainableLora, step: int, pictures: int) -> dict[str, str]:
+    def _metadata(self, prepared: Prepared, step: int) -> dict[str, str]:
         spec, train = self._spec, self._spec.train
         own = spec.model_dump(
             mode="json",
@@ -85,13 +76,15 @@ class Results:
                 "captioning": {"model"},
             },
         )
-        return lora.metadata(
+        return prepared.lora.metadata(
             title=spec.name,
             steps=step,
             base_model=self._base_model,
             trigger_word=spec.trigger_word,
             resolution=max(r for dataset in spec.datasets for r in dataset.resolutions_px),
             created_at=datetime.now(UTC),
+            base_model_sha256=prepared.base_model_sha256,
+            thumbnail=prepared.previews.thumbnail,
             extra={
                 "ss_learning_rate": str(train.learning_rate),
                 "ss_text_encoder_lr": str(train.text_encoder_learning_rate or train.learning_rate),
@@ -101,7 +94,7 @@ class Results:
                 "ss_batch_size_per_device": str(train.batch_size),
                 "ss_gradient_accumulation_steps": str(train.gradient_accumulation),
                 "ss_max_train_steps": str(train.steps),
-                "ss_num_train_images": str(pictures),
+                "ss_num_train_images": str(len(prepared.cache.uses)),
                 "ss_mixed_precision": train.dtype,
                 "raylora.config": json.dumps(own | {"model": self._base_model}, sort_keys=True),
             },

@@ -7,7 +7,6 @@ stored checkpoint. Plain: runs without Ray's trainer around it.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,16 +19,25 @@ from diffusion.errors import Cancelled
 from storage.errors import StorageError
 from storage.ray_counters import of_this_process
 from train_jobs.artifacts import Artifacts
-from train_jobs.checkpoint import read_checkpoint, write_checkpoint
+from train_jobs.checkpoint import read_checkpoint
 from train_jobs.config_check import check_tracking, describe_run
 from train_jobs.errors import OutOfMemory, TrainingError
 from train_jobs.failures import as_training_error, is_out_of_memory
+from train_jobs.file_digests import FileDigests
 from train_jobs.loop import Callbacks, Outcome, TrainingLoop
+from train_jobs.loss_log import LossLog
 from train_jobs.peers import Peers
 from train_jobs.preparing import Preparation, Prepared
 from train_jobs.progress import Progress
-from train_jobs.reporting import PREVIEWS, PREVIEWS_REPORTED_MAX, RESUMED_FROM, WORKERS_NOW, Reporter
+from train_jobs.reporting import (
+    PREVIEWS,
+    PREVIEWS_REPORTED_MAX,
+    RESUMED_FROM,
+    WORKERS_NOW,
+    Reporter,
+)
 from train_jobs.results import Results
+from train_jobs.saving import Saving
 from train_jobs.spec import TrainSpec
 from train_jobs.tracking import NoTracker, Tracker, WandbTracker
 from train_jobs.worker import WorkerConfig
@@ -67,7 +75,10 @@ class Training:
         self._agree = agree
         self._report_to_train = report_to_train
         self._clock_s = clock_s
+        self._is_split = self._spec.train.strategy == "fsdp" and peers.world_size > 1
         self._results = Results(self._spec, artifacts, scratch, base_model=self._base_model())
+        losses = LossLog(artifacts.store_log, scratch, of_this_process())
+        self._saving = Saving(artifacts, self._results, losses, reporter, scratch, keep=self._spec.save.keep)
 
     def run(self) -> dict[str, Any]:
         """Prepare, train, export. Returns what the driver settles the record with."""
@@ -110,6 +121,7 @@ class Training:
             self._config.models,
             scratch=self._scratch,
             kept=self._artifacts.kept(self._config.kept_folder),
+            digests=FileDigests(None if self._config.kept_folder is None else Path(self._config.kept_folder)),
             paths_allowed=self._config.paths_allowed,
             stage=self._reporter.stage,
             should_stop=self._should_stop,
@@ -159,12 +171,16 @@ class Training:
             loop.load(prepared.checkpoint.state)
             logger.info("continuing %s at step %d", self._config.process_id, loop.step)
             told[RESUMED_FROM] = loop.step
+            self._take_over_previews(loop, prepared)
+            told[PREVIEWS] = prepared.previews.made[-PREVIEWS_REPORTED_MAX:]
         elif prepared.previews.due_at(0, total_steps=self._spec.train.steps):
             self._make_previews(loop, prepared, 0)
         self._reporter.stage("training", step=loop.step, total_steps=self._spec.train.steps, **told)
         try:
             outcome = loop.run()
         except Exception as error:
+            if self._peers.rank == 0 and not isinstance(error, StorageError):
+                self._saving.losses(loop)
             failure = as_training_error(error, model=self._spec.model)
             # With several workers only an error that all of them meet may be returned; the rest is raised.
             is_shared = self._peers.world_size == 1 or not isinstance(failure, OutOfMemory)
@@ -189,29 +205,40 @@ class Training:
             self._make_previews(loop, prepared, step)
 
     def _save(self, loop: TrainingLoop, prepared: Prepared) -> None:
+        loop.check_weights()
         if self._peers.rank == 0:
-            folder = self._scratch / f"saving-{loop.step}"
-            paths = write_checkpoint(
-                folder, loop.state(), facts={"uploads": prepared.uploads, WORKERS: self._share_of(prepared)}
-            )
-            best = None if prepared.validation is None else prepared.validation.best_step
-            self._artifacts.store_checkpoint(loop.step, paths, keep=self._spec.save.keep, best=best)
-            shutil.rmtree(folder)
+            self._saving.checkpoint(loop, prepared, facts={WORKERS: self._share_of(prepared)})
+            self._saving.losses(loop)
+        elif self._is_split:
+            # Reading the adapter of a split model changes what lies where: on all workers, or their next step differs.
+            prepared.lora.file_state()
         # A barrier: every worker comes here at the same steps.
         self._report_to_train({"step": loop.step, "loss": loop.smoothed_loss})
+
+    def _take_over_previews(self, loop: TrainingLoop, prepared: Prepared) -> None:
+        """Those of earlier attempts; a checkpoint's own that an attempt had no time to make are made now."""
+        is_missing = False
+        if self._peers.rank == 0:
+            stored = [sample for sample in self._artifacts.samples() if sample.step <= loop.step]
+            prepared.previews.remember(stored, self._artifacts.read_sample)
+            is_due = prepared.previews.due_at(loop.step, total_steps=self._spec.train.steps)
+            is_missing = is_due and not prepared.previews.are_made(loop.step)
+            # What a continued training ended with has the previews that it wanted.
+            is_missing = is_missing and loop.step in self._artifacts.checkpoint_steps()
+        if self._agree(is_missing):
+            self._make_previews(loop, prepared, loop.step)
 
     def _make_previews(self, loop: TrainingLoop, prepared: Prepared, step: int) -> None:
         """A preview that cannot be made does not end the training; it is noted in the output.
 
         Of a model that is split over the workers all of them make it, and none stops before the others.
         """
-        is_split = self._spec.train.strategy == "fsdp" and self._peers.world_size > 1
-        if self._peers.rank != 0 and not is_split:
+        if self._peers.rank != 0 and not self._is_split:
             return
         self._reporter.stage("sampling", step=step)
         try:
             with loop.averaged():
-                prepared.previews.make(step, (lambda: False) if is_split else self._should_stop)
+                prepared.previews.make(step, (lambda: False) if self._is_split else self._should_stop)
         except Cancelled:
             logger.info("previews at step %d were left out: the training is to stop", step)
         except Exception as error:
@@ -224,23 +251,22 @@ class Training:
     def _finish(self, prepared: Prepared, loop: TrainingLoop, outcome: Outcome) -> dict[str, Any]:
         if self._peers.rank != 0:
             return {}
+        # Before the loop goes back, and its history with it.
+        losses, step, best = self._saving.losses(loop), outcome.step, loop.best_step
         if outcome.is_stopped:
-            return self._stopped(outcome.step, samples=prepared.previews.made)
+            return self._stopped(step, best=best, samples=prepared.previews.made, **losses)
         self._reporter.stage("saving")
-        history = loop.history
-        validation = [] if prepared.validation is None else list(prepared.validation.losses)
-        best = None if prepared.validation is None else prepared.validation.best_step
-        step = outcome.step
         if loop.is_stalled and best is not None:
             step = self._go_back(loop, best)
         with loop.averaged():
-            pictures = len(prepared.cache.uses)
-            files = self._results.store_adapter(prepared.family, prepared.lora, step=step, pictures=pictures)
-        output = files | self._results.store_losses(history, validation)
-        output |= {
+            files = self._results.store_adapter(prepared, step=step)
+        output = {
+            **files,
+            **losses,
             "samples": prepared.previews.made,
             "checkpoints": self._artifacts.checkpoints(best=best),
             "base_model": self._base_model(),
+            "base_model_sha256": prepared.base_model_sha256,
             "trigger_word": self._spec.trigger_word,
             "subject_id": self._spec.subject_id,
             "steps": outcome.step,
@@ -261,8 +287,10 @@ class Training:
         model = self._spec.model
         return Path(model).name if self._config.paths_allowed and Path(model).is_dir() else model
 
-    def _stopped(self, step: int, *, samples: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-        output = {"steps": step, "samples": samples or [], "checkpoints": self._artifacts.checkpoints()}
+    def _stopped(self, step: int, *, best: int | None = None, **told: Any) -> dict[str, Any]:
+        output = {"steps": step, "samples": [], "checkpoints": self._artifacts.checkpoints(best=best), **told}
+        if best is not None:
+            output["best_step"] = best
         return {"stopped": self._reporter.stop_reason or "interrupted", "output": output}
 
     def _should_stop(self) -> bool:

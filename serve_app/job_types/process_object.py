@@ -19,7 +19,17 @@ OLDER_STATUS = {
     JobState.TIMED_OUT: "failed",
     JobState.CANCELLED: "cancelled",
 }
-METRICS = ("loss", "smoothed_loss", "steps_per_s", "stage", "resumed_from_step", "validation_loss")
+METRICS = (
+    "loss",
+    "smoothed_loss",
+    "steps_per_s",
+    "stage",
+    "resumed_from_step",
+    "validation_loss",
+    "best_step",
+    "gpu_memory_peak_bytes",
+    "gpu_memory_total_bytes",
+)
 
 
 def process_status(record: JobRecord) -> str:
@@ -28,7 +38,7 @@ def process_status(record: JobRecord) -> str:
 
 def steps_of(record: JobRecord) -> tuple[int | None, int | None]:
     """The steps that are done, and how many there are in all."""
-    step, total = _count(record.progress.get("step")), _count(record.progress.get("total_steps"))
+    step, total = count_of(record.progress.get("step")), count_of(record.progress.get("total_steps"))
     # What a generation reports last is some step before its end; a training may end before its last step.
     is_whole = record.kind is JobKind.GENERATION and record.state is JobState.COMPLETED
     return (total, total) if is_whole and total is not None else (step, total)
@@ -105,5 +115,6 @@ def progress_percent(record: JobRecord, step: int | None, total: int | None) -> 
     return round(min(100.0, 100.0 * step / total), 2)
 
 
-def _count(value: Any) -> int | None:
+def count_of(value: Any) -> int | None:
+    """A number of things in a report, None where there is none."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -17,6 +17,8 @@ from storage.objects import ObjectStore
 
 TRAINING_FACTS = ("base_model", "trigger_word", "steps", "final_loss")
 PREVIEWS = "previews"
+NOT_SHOWN = frozenset({PREVIEWS, "logs"})
+"""In a report: object keys."""
 
 
 class Presenting(Protocol):
@@ -81,7 +83,7 @@ async def presented_output(services: Presenting, record: JobRecord) -> dict[str,
 
 async def presented_event(services: Presenting, data: dict[str, Any]) -> dict[str, Any]:
     """A report of progress as its chunk of the stream: pictures by URL. Raises StorageError."""
-    plain = {name: value for name, value in data.items() if name != PREVIEWS}
+    plain = {name: value for name, value in data.items() if name not in NOT_SHOWN}
     return {"event": "progress", **plain, **await presented_previews(services, data)}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from storage.errors import IntegrityError
 from storage.keys import Keys
@@ -25,7 +26,9 @@ STATE = LoopState(5, {"a.lora_A.weight": torch.ones(2, 3)}, {"exp_avg.a.lora_A.w
 @pytest.fixture
 def artifacts(store: InMemoryStore, runner: LoopThread, tmp_path: Path) -> Artifacts:
     artifacts = Artifacts(store, runner, KEYS, JOB, tmp_path / "scratch")
-    paths = checkpoint.write_checkpoint(tmp_path / "written", STATE, facts={})
+    paths = checkpoint.write_checkpoint(
+        tmp_path / "written", STATE, facts={}, write_adapter=lambda path: save_file({"a": torch.ones(2)}, path)
+    )
     artifacts.store_checkpoint(5, paths, keep=1)
     return artifacts
 

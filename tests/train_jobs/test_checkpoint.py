@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from train_jobs.checkpoint import ADAPTER, FILES, OPTIMIZER, STATE, read_checkpoint, steps_to_prune, write_checkpoint
 from train_jobs.errors import CheckpointInvalid
@@ -21,9 +22,13 @@ def _state() -> LoopState:
     return LoopState(5, parameters, optimizer, [(1, 0.5), (5, 0.25)], [0.5, 0.25])
 
 
+def _write_adapter(path: Path) -> None:
+    save_file({"unet.a.lora_A.weight": torch.zeros(2, 3, dtype=torch.float16)}, path)
+
+
 def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
     state = _state()
-    paths = write_checkpoint(tmp_path, state, facts={"uploads": {"cats": "u1"}})
+    paths = write_checkpoint(tmp_path, state, facts={"uploads": {"cats": "u1"}}, write_adapter=_write_adapter)
     assert [path.name for path in paths] == list(FILES)
     read = read_checkpoint(tmp_path, expected=state.parameters)
     assert read.facts == {"uploads": {"cats": "u1"}}
@@ -37,25 +42,49 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
     [
         lambda folder: (folder / STATE).unlink(),
         lambda folder: (folder / STATE).write_text("{"),
-        lambda folder: (folder / STATE).write_text(json.dumps({"version": 2})),
-        lambda folder: (folder / ADAPTER).write_bytes(b"x" * 20),
+        lambda folder: (folder / STATE).write_text(json.dumps({"version": 3})),
         lambda folder: (folder / OPTIMIZER).write_bytes((folder / OPTIMIZER).read_bytes()[:-4]),
         lambda folder: (folder / STATE).write_text(
-            (folder / STATE).read_text().replace('"version": 2', '"version": 9')
+            (folder / STATE).read_text().replace('"version": 3', '"version": 9')
         ),
     ],
 )
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     state = _state()
-    write_checkpoint(tmp_path, state, facts={})
+    write_checkpoint(tmp_path, state, facts={}, write_adapter=_write_adapter)
     damage(tmp_path)
+    with pytest.raises(CheckpointInvalid):
+        read_checkpoint(tmp_path, expected=state.parameters)
+
+
+def _as_version_2(folder: Path) -> None:
+    """As it was written when its adapter was the bare parameters."""
+    tensors = load_file(folder / OPTIMIZER)
+    bare = {key: tensors.pop(key) for key in list(tensors) if key.startswith("parameter.")}
+    save_file({key.removeprefix("parameter."): tensor for key, tensor in bare.items()}, folder / ADAPTER)
+    save_file(tensors, folder / OPTIMIZER)
+    meta = json.loads((folder / STATE).read_text())
+    (folder / STATE).write_text(json.dumps(meta | {"version": 2}))
+
+
+def test_a_checkpoint_of_the_version_before_is_continued_from_unless_its_adapter_is_damaged(tmp_path: Path) -> None:
+    state = _state()
+    state.average = {name: tensor / 2 for name, tensor in state.parameters.items()}
+    write_checkpoint(tmp_path, state, facts={}, write_adapter=_write_adapter)
+    _as_version_2(tmp_path)
+    read = read_checkpoint(tmp_path, expected=state.parameters).state
+    for found, written in ((read.parameters, state.parameters), (read.optimizer, state.optimizer)):
+        assert found.keys() == written.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in written.items())
+    assert all(torch.equal(read.average[name], tensor) for name, tensor in state.average.items())
+    (tmp_path / ADAPTER).write_bytes(b"x" * 20)
     with pytest.raises(CheckpointInvalid):
         read_checkpoint(tmp_path, expected=state.parameters)
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     state = _state()
-    write_checkpoint(tmp_path, state, facts={})
+    write_checkpoint(tmp_path, state, facts={}, write_adapter=_write_adapter)
     with pytest.raises(CheckpointInvalid):
         read_checkpoint(tmp_path, expected={name: torch.zeros(4, 4) for name in state.parameters})
     with pytest.raises(CheckpointInvalid):

@@ -41,6 +41,21 @@ def test_every_report_says_where_a_resumed_attempt_went_on_from() -> None:
     assert (sent[-1]["step"], sent[-1]["resumed_from_step"]) == (6, 5)
 
 
+def test_reports_leave_out_what_a_training_does_not_have_and_keep_where_its_logs_are() -> None:
+    sent: list[dict[str, Any]] = []
+    numbers: dict[str, Any] = {
+        "step": 6, "total_steps": 9, "loss": 0.5, "smoothed_loss": 0.5, "learning_rate": 0.1, "steps_per_s": 0.0,
+        "eta_s": None,
+    }  # fmt: skip
+    having = {"validation_loss": 0.4, "best_step": 0, "gpu_memory_peak_bytes": 6, "gpu_memory_total_bytes": 24}
+    for more in ({}, having):
+        reporter = BoardReporter(lambda progress: sent.append(progress), interval_s=60)
+        reporter.stage("training", logs={"loss_key": "a"})
+        reporter.progress(Progress(**numbers, **more))
+        reporter.start().close()
+        assert sent[-1] == {"stage": "training", "logs": {"loss_key": "a"}, **numbers, **more}
+
+
 def test_reports_say_what_holds_up_the_work_and_for_how_long() -> None:
     sent: list[dict[str, Any]] = []
     reporter = BoardReporter(lambda progress: sent.append(progress), interval_s=60)

@@ -21,6 +21,7 @@ from serve_app.ingress.native.views import (
 )
 from serve_app.job_types.context import Services
 from serve_app.job_types.continuing import whole_checkpoints
+from serve_app.job_types.process_object import count_of
 from storage.errors import ObjectNotFound
 from storage.job_record import JobRecord
 from storage.job_state import JobKind
@@ -38,7 +39,9 @@ def training_files_router(services: Services) -> APIRouter:
         """The whole checkpoints that are kept, by step."""
         record = await record_of(services, request, training_id, JobKind.TRAINING)
         whole = await whole_checkpoints(services.store, services.keys_of(record.tenant), record.id)
-        return Files(items=[await _checkpoint(services, step, found) for step, found in whole.items()])
+        best = _best_step(record)
+        items = [await _checkpoint(services, step, found, is_best=step == best) for step, found in whole.items()]
+        return Files(items=items)
 
     @router.get("/samples")
     async def list_samples(request: Request, training_id: str) -> Files[Sample]:
@@ -62,21 +65,33 @@ def training_files_router(services: Services) -> APIRouter:
 
     @router.get("/loss")
     async def get_loss(request: Request, training_id: str) -> LossHistory:
-        """The loss of each logged step."""
+        """The loss of each logged step: of a training under way up to its last checkpoint, and its latest."""
         record = await record_of(services, request, training_id, JobKind.TRAINING)
         try:
             stored = await services.store.get(services.keys_of(record.tenant).training_log(record.id, LOSS_LOG))
         except ObjectNotFound:
             return LossHistory(complete=False, points=_latest_point(record))
-        return LossHistory(complete=record.state.is_terminal, points=_points(stored))
+        points = _points(stored)
+        if record.state.is_terminal:
+            return LossHistory(complete=True, points=points)
+        last = points[-1].step if points else 0
+        return LossHistory(complete=False, points=points + [p for p in _latest_point(record) if p.step > last])
 
     return router
 
 
-async def _checkpoint(services: Services, step: int, found: list[tuple[str, ObjectInfo]]) -> Checkpoint:
+def _best_step(record: JobRecord) -> int | None:
+    """As the training said at its end, else as it says."""
+    return count_of((record.output or {}).get("best_step", record.progress.get("best_step")))
+
+
+async def _checkpoint(
+    services: Services, step: int, found: list[tuple[str, ObjectInfo]], *, is_best: bool
+) -> Checkpoint:
     times: list[datetime] = [info.modified_at for _, info in found if info.modified_at is not None]
     return Checkpoint(
         step=step,
+        is_best=is_best,
         size_bytes=sum(info.size_bytes for _, info in found),
         created_at=max(times, default=None),
         files=[await _file(services, info) for _, info in found],

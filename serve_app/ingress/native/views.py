@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app.job_types.files import latest_lora
-from serve_app.job_types.process_object import elapsed_s, error_text, progress_percent, steps_of
+from serve_app.job_types.process_object import count_of, elapsed_s, error_text, progress_percent, steps_of
 from storage.job_record import JobRecord
 from storage.job_state import JobState
 
@@ -28,7 +28,8 @@ class Page(View, Generic[T]):
 
 
 class Progress(View):
-    """`percent` 0 to 100. What is not known yet is null."""
+    """`percent` 0 to 100. What is not known yet is null, as is what does not apply: `best_step` has the lowest
+    validation loss; `gpu_memory_peak_bytes` is the most that a training held at once of its GPU's whole memory."""
 
     percent: float
     stage: str | None = None
@@ -38,6 +39,10 @@ class Progress(View):
     smoothed_loss: float | None = None
     steps_per_s: float | None = None
     eta_s: float | None = None
+    validation_loss: float | None = None
+    best_step: int | None = None
+    gpu_memory_peak_bytes: int | None = None
+    gpu_memory_total_bytes: int | None = None
     message: str | None = None
 
 
@@ -156,9 +161,10 @@ class Generation(Job):
 
 
 class Checkpoint(View):
-    """A state that a training goes on from."""
+    """A state that a training goes on from, and its adapter. `is_best`: it has the lowest validation loss so far."""
 
     step: int
+    is_best: bool
     size_bytes: int
     created_at: datetime | None = None
     files: list[StoredFile]
@@ -177,7 +183,7 @@ class LossPoint(View):
 
 
 class LossHistory(View):
-    """`complete` false: the training has not stored its history yet, and only the latest point is known."""
+    """`complete` false: the training has not ended, and after its last checkpoint only the latest point is known."""
 
     complete: bool
     points: list[LossPoint]
@@ -338,6 +344,10 @@ def progress_of(record: JobRecord) -> Progress:
         smoothed_loss=_number(known.get("smoothed_loss")),
         steps_per_s=_number(known.get("steps_per_s")),
         eta_s=None if record.state.is_terminal else _number(known.get("eta_s")),
+        validation_loss=_number(known.get("validation_loss")),
+        best_step=count_of(known.get("best_step")),
+        gpu_memory_peak_bytes=count_of(known.get("gpu_memory_peak_bytes")),
+        gpu_memory_total_bytes=count_of(known.get("gpu_memory_total_bytes")),
     )
 
 

@@ -72,11 +72,13 @@ async def test_a_training_tells_step_loss_and_each_preview_as_a_url(server: Loca
         preview = {"key": "raylora/matt/processes/x/samples/1.png", "step": 5, "index": 0, "prompt": "a cat"}
         later = {**preview, "key": "raylora/matt/processes/x/samples/2.png", "step": 10}
         for number, made in ((1, []), (1, []), (5, [preview]), (6, [preview]), (10, [preview, later])):
-            await server.jobs.heartbeat(process_id, OWNER, progress={"step": number, "loss": 0.5, "previews": made})
+            told = {"step": number, "loss": 0.5, "previews": made, "logs": {"loss_key": "raylora/matt/loss.json"}}
+            await server.jobs.heartbeat(process_id, OWNER, progress=told)
         outputs = [chunk["output"] for chunk in (await stream(http, job_id))["stream"]]
         live = (await http.get(f"/v2/ep/status/{job_id}")).json()["output"]
     assert [output["step"] for output in outputs] == [1, 5, 6, 10]
     assert {output["loss"] for output in outputs} == {0.5}
+    assert not any("logs" in shown for shown in (*outputs, live))
     assert ["preview" in output for output in outputs] == [False, True, False, True]
     assert outputs[1]["preview"].startswith("http")
     [shown] = outputs[3]["previews"]

@@ -259,9 +259,59 @@ async def test_what_a_training_stored_so_far_is_listed(server: LocalServer, worl
         samples = (await http.get(f"{base}/samples")).json()["items"]
         logs = (await http.get(f"{base}/logs")).json()["items"]
     assert [(item["step"], item["size_bytes"], len(item["files"])) for item in checkpoints] == [(10, 9, 3)]
+    assert [item["is_best"] for item in checkpoints] == [False]
     assert [(item["step"], item["index"]) for item in samples] == [(10, 0), (10, 1), (20, 0)]
     assert all("method=GET" in item["url"] for item in samples)
     assert [item["filename"] for item in logs] == ["train.log"]
+
+
+async def test_the_best_checkpoint_is_marked_while_a_training_runs_and_after_its_end(
+    server: LocalServer, world: JobsWorld
+) -> None:
+    training = world.running(OWNER, JobKind.TRAINING, tenant=TENANT)
+    for step in (10, 20):
+        await checkpoint(server, training.id, step)
+
+    async def best(http: httpx.AsyncClient) -> list[int]:
+        items = (await http.get(f"/v1/trainings/{training.id}/checkpoints")).json()["items"]
+        return [item["step"] for item in items if item["is_best"]]
+
+    async with server.client() as http:
+        assert await best(http) == []
+        world.jobs.heartbeat(training.id, OWNER, progress={"step": 20, "total_steps": 30, "best_step": 10})
+        assert await best(http) == [10]
+        assert (await http.get(f"/v1/trainings/{training.id}")).json()["progress"]["best_step"] == 10
+        world.jobs.complete(training.id, OWNER, {"best_step": 20})
+        assert await best(http) == [20]
+
+
+async def test_progress_tells_the_gpus_memory_where_there_is_one(server: LocalServer, world: JobsWorld) -> None:
+    training = world.running(OWNER, JobKind.TRAINING, tenant=TENANT)
+    memory = {"gpu_memory_peak_bytes": 6 * 2**30, "gpu_memory_total_bytes": 24 * 2**30}
+    for told, shown in ({}, dict.fromkeys(memory)), (memory, memory):
+        world.jobs.heartbeat(training.id, OWNER, progress={"step": 1, "total_steps": 9, **told})
+        async with server.client() as http:
+            progress = (await http.get(f"/v1/trainings/{training.id}")).json()["progress"]
+            reply = await http.post(
+                "/v2/ep/runsync", json={"input": {"type": "process_status", "process_id": training.id}}
+            )
+        assert {name: progress[name] for name in memory} == shown
+        metrics = reply.json()["output"]["metrics"]
+        assert {name: metrics[name] for name in memory if name in metrics} == told
+
+
+async def test_the_loss_of_a_training_under_way_is_what_is_stored_and_its_latest_point(
+    server: LocalServer, world: JobsWorld
+) -> None:
+    training = world.running(OWNER, JobKind.TRAINING, tenant=TENANT)
+    stored = json.dumps([[1, 0.9], [2, 0.8]]).encode()
+    await server.store.put(keys_of(TENANT).training_log(training.id, "loss.json"), stored)
+    points = [{"step": 1, "loss": 0.9}, {"step": 2, "loss": 0.8}]
+    async with server.client() as http:
+        for step, more in ((2, []), (3, [{"step": 3, "loss": 0.5}])):
+            world.jobs.heartbeat(training.id, OWNER, progress={"step": step, "total_steps": 9, "loss": 0.5})
+            found = (await http.get(f"/v1/trainings/{training.id}/loss")).json()
+            assert found == {"complete": False, "points": points + more}
 
 
 async def test_the_loss_is_the_latest_point_until_the_history_is_stored(server: LocalServer, world: JobsWorld) -> None:
