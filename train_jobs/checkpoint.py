@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from train_jobs.checkpoint_state import STATE, digests_in
+from train_jobs.checkpoint_state import ADAPTER, STATE, digests_in
 from train_jobs.errors import CheckpointInvalid
 from train_jobs.loop import LoopState
 
@@ -31,7 +31,6 @@ VERSION = 3
 BARE_ADAPTER_VERSION = 2
 PARAMETER = "parameter."
 AVERAGE = "average."
-ADAPTER = "adapter.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 FILES = (ADAPTER, OPTIMIZER, STATE)
 """In the order they are stored: a checkpoint whose last file exists is whole."""

@@ -6,6 +6,7 @@ import json
 
 from train_jobs.errors import CheckpointInvalid
 
+ADAPTER = "adapter.safetensors"
 STATE = "state.json"
 """Written last: a checkpoint that has it is whole."""
 

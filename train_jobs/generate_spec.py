@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from train_jobs.spec import LORA_ID_PATTERN, SCHEDULER_PATTERN, Prompt, Seed, SidePx, Spec, check_model_name
+from train_jobs.spec import LORA_ID_PATTERN, SCHEDULER_PATTERN, STEPS_MAX, Prompt, Seed, SidePx, Spec, check_model_name
 
 Steps = Annotated[int, Field(ge=1, le=500)]
 Guidance = Annotated[float, Field(ge=0.0, le=50.0)]
@@ -13,9 +13,10 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class LoraUse(Spec):
-    """A trained adapter by id, and how strongly it is applied."""
+    """A trained adapter by id, and how strongly it is applied. `step` names that of a training's checkpoint."""
 
     id: str = Field(pattern=LORA_ID_PATTERN)
+    step: int | None = Field(default=None, ge=0, le=STEPS_MAX, exclude_if=lambda step: step is None)
     scale: float = Field(default=1.0, ge=-8.0, le=8.0)
 
 

@@ -17,6 +17,7 @@ UPLOAD_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9-]{0,99}$"
 SUBJECT_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,149}$"
 MODEL_ALIAS_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 MODEL_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
+STEPS_MAX = 1_000_000
 LORA_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
 SCHEDULER_PATTERN = r"^[A-Za-z0-9_+-]{1,50}$"
 # What W&B takes as the name of a project.
@@ -198,7 +199,7 @@ class OptimizeSpec(Spec):
     `strategy`: with several workers each holds the whole model (ddp), or a share of the denoiser's weights (fsdp).
     """
 
-    steps: int = Field(default=1000, ge=1, le=1_000_000)
+    steps: int = Field(default=1000, ge=1, le=STEPS_MAX)
     batch_size: int = Field(default=1, ge=1, le=256)
     gradient_accumulation: int = Field(default=1, ge=1, le=1024)
     learning_rate: float = Field(default=1e-4, gt=0.0, le=10.0)

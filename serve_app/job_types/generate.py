@@ -12,6 +12,7 @@ from serve_app.collaborators import GenerationPlan
 from serve_app.errors import LoraNotUsable, QueueFull
 from serve_app.inference.plan import GenerationRequest, ResolvedLora, StartingPoint
 from serve_app.job_types.context import Following, JobContext, Services, runpod_id_of, webhook_of
+from serve_app.job_types.continuing import whole_checkpoints
 from serve_app.job_types.files import latest_lora
 from serve_app.job_types.loras import stored_loras
 from serve_app.job_types.recorded import recorded_sha256
@@ -23,7 +24,8 @@ from storage.job_record import JOB_ID_PATTERN, JobRecord, NewJob, NewWebhook
 from storage.job_state import JobKind, JobState
 from storage.jobs import new_job_id
 from storage.ray_counters import note_cleanup_failure
-from train_jobs.generate_spec import GenerateSpec
+from train_jobs.checkpoint_state import ADAPTER
+from train_jobs.generate_spec import GenerateSpec, LoraUse
 
 QUEUE_RETRY_AFTER_S = 10.0
 
@@ -61,7 +63,7 @@ async def _queued(
 ) -> JobRecord:
     """The record that is made now, or was by the same request before."""
     spec = GenerateSpec.model_validate(plan.spec)
-    by_id = [await _lora_by_id(services, context.tenant, use.id, use.scale) for use in spec.loras]
+    by_id = [await _lora_used(services, context.tenant, use) for use in spec.loras]
     by_path = [await _lora_by_path(services, context.tenant, path, scale) for path, scale in plan.lora_paths]
     request = GenerationRequest(spec=spec, loras=(*by_id, *by_path), start=plan.start)
     return await services.jobs.create(
@@ -120,6 +122,24 @@ async def _check_queue(services: Services, tenant: str) -> None:
     left, own = services.defaults.generation_queue_max - sum(queued.values()), queued.get(tenant, 0)
     if left <= own:
         raise QueueFull(own, QUEUE_RETRY_AFTER_S)
+
+
+async def _lora_used(services: Services, tenant: str, use: LoraUse) -> ResolvedLora:
+    if use.step is None:
+        return await _lora_by_id(services, tenant, use.id, use.scale)
+    return await _of_checkpoint(services, tenant, use.id, use.step, use.scale)
+
+
+async def _of_checkpoint(services: Services, tenant: str, process_id: str, step: int, scale: float) -> ResolvedLora:
+    """Of a whole checkpoint, whatever has become of its training. A picture's settings call it `<training>@<step>`."""
+    if not re.match(JOB_ID_PATTERN, process_id):
+        raise LoraNotUsable(process_id, "it is not a training, and has no checkpoints")
+    keys = services.keys_of(tenant)
+    if step not in await whole_checkpoints(services.store, keys, process_id):
+        raise LoraNotUsable(process_id, f"it has no checkpoint of step {step}")
+    key = keys.checkpoint_file(process_id, step, ADAPTER)
+    sha256 = await recorded_sha256(services, tenant, key)
+    return ResolvedLora(id=f"{process_id}@{step}", key=key, sha256=sha256, scale=scale)
 
 
 async def _lora_by_id(services: Services, tenant: str, lora_id: str, scale: float) -> ResolvedLora:

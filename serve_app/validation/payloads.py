@@ -6,7 +6,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from storage.keys import composed
 from train_jobs.generate_spec import Guidance, PictureCount, Share, Steps
-from train_jobs.spec import DATASET_PATTERN, LORA_ID_PATTERN, SidePx
+from train_jobs.spec import DATASET_PATTERN, LORA_ID_PATTERN, STEPS_MAX, SidePx
 
 FILES_MAX = 100
 
@@ -19,11 +19,13 @@ Filename = Annotated[
 
 
 class LoraChoice(BaseModel):
-    """An adapter: `id` of the training it comes from, or `path` of its file within the tenant's storage."""
+    """An adapter: `id` of the training it comes from, or `path` of its file within the tenant's storage. With `step` it
+    is that of the training's checkpoint at that step, also while it runs."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     id: str | None = Field(default=None, pattern=LORA_ID_PATTERN)
+    step: int | None = Field(default=None, ge=0, le=STEPS_MAX)
     path: str | None = Field(default=None, min_length=1, max_length=1200)
     scale: float = Field(default=1.0, ge=-8.0, le=8.0)
 
@@ -31,6 +33,8 @@ class LoraChoice(BaseModel):
     def _has_one_source(self) -> "LoraChoice":
         if (self.id is None) == (self.path is None):
             raise ValueError("give either id or path")
+        if self.step is not None and self.id is None:
+            raise ValueError("step needs the id of a training")
         return self
 
 

@@ -140,7 +140,7 @@ class Validator:
         if values.get("output_format") == "jpeg":
             values["output_format"] = "jpg"
         choices = request.choices()
-        values["loras"] = [{"id": choice.id, "scale": choice.scale} for choice in choices if choice.id is not None]
+        values["loras"] = [choice.model_dump(exclude={"path"}) for choice in choices if choice.id is not None]
         spec = _generate_spec({**values, "prompts": [request.prompt]})
         return GenerationPlan(
             spec=spec.model_dump(mode="json"),

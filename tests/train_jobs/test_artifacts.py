@@ -15,6 +15,7 @@ from storage.loop_thread import LoopThread
 from storage.testing import InMemoryStore
 from train_jobs import checkpoint
 from train_jobs.artifacts import Artifacts
+from train_jobs.checkpoint_state import ADAPTER
 from train_jobs.checkpoint_state import STATE as STATE_FILE
 from train_jobs.errors import ConfigInvalid
 from train_jobs.loop import LoopState
@@ -43,7 +44,7 @@ def test_a_checkpoint_comes_back(artifacts: Artifacts) -> None:
     assert torch.equal(read.state.parameters["a.lora_A.weight"], torch.ones(2, 3))
 
 
-@pytest.mark.parametrize("name", [checkpoint.ADAPTER, checkpoint.OPTIMIZER])
+@pytest.mark.parametrize("name", [ADAPTER, checkpoint.OPTIMIZER])
 def test_weights_that_were_changed_in_the_store_are_noticed(
     artifacts: Artifacts, store: InMemoryStore, runner: LoopThread, name: str
 ) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from train_jobs.checkpoint import ADAPTER, FILES, OPTIMIZER, STATE, read_checkpoint, steps_to_prune, write_checkpoint
+from train_jobs.checkpoint import FILES, OPTIMIZER, read_checkpoint, steps_to_prune, write_checkpoint
+from train_jobs.checkpoint_state import ADAPTER, STATE
 from train_jobs.errors import CheckpointInvalid
 from train_jobs.loop import LoopState
 

@@ -18,7 +18,8 @@ from diffusion.families import Family
 from diffusion.lora import read_lora
 from storage.testing import InMemoryStore
 from tests.train_jobs.training_runs import JOB, KEYS, Told, get, keys
-from train_jobs.checkpoint import ADAPTER, OPTIMIZER, STATE
+from train_jobs.checkpoint import OPTIMIZER
+from train_jobs.checkpoint_state import ADAPTER, STATE
 from train_jobs.spec import TrainSpec
 from train_jobs.spec_json import spec_from_json
 

@@ -21,7 +21,7 @@ from serve_app.policy import Policy
 from serve_app.validation.file_checks import EXTENSIONS, FILE_BYTES_MAX, TOTAL_BYTES_MAX
 from serve_app.validation.staged import OVER_SIZE, ZIP, is_over_size
 from train_jobs.field_problems import problems_of
-from train_jobs.spec import DATASET_PATTERN, MODEL_ALIAS_PATTERN, MODEL_ID_PATTERN, TrainSpec
+from train_jobs.spec import DATASET_PATTERN, MODEL_ALIAS_PATTERN, MODEL_ID_PATTERN, STEPS_MAX, TrainSpec
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -114,9 +114,11 @@ FIRST_BLOCK_CACHE = (
 
 
 class LoraReference(Body):
-    """`id` of an adapter here: a training's, or an imported one's."""
+    """`id` of an adapter here: a training's, or an imported one's. With `step` it is that of the training's checkpoint
+    at that step, also while it runs."""
 
     id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")
+    step: int | None = Field(default=None, ge=0, le=STEPS_MAX, exclude_if=lambda step: step is None)
     scale: float = Field(default=1.0, ge=-8.0, le=8.0)
 
 

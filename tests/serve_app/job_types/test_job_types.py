@@ -1,6 +1,7 @@
 """What each job type answers, through /runsync."""
 
 import asyncio
+import json
 from typing import Any
 
 from serve_app.job_types import HANDLERS
@@ -180,6 +181,37 @@ async def test_adapters_are_found_by_training_by_name_and_by_path(server: LocalS
         output = await done(server, {"prompt": "a cat", "wait": False, **short})
         [lora] = (await server.jobs.get(output["process_id"])).request["loras"]
         assert (lora["key"], lora["scale"]) == (key, 1.0)
+
+
+async def test_an_adapter_of_a_checkpoint_is_found_while_its_training_runs(server: LocalServer) -> None:
+    await done(server, upload_payload("cats"))
+    process_id = (await done(server, {"type": "train", "config": train_config()}))["process_id"]
+    keys = server.services.keys_of("matt")
+    state = json.dumps({"sha256": {"adapter.safetensors": "ab" * 32}}).encode()
+    for name, data in {"adapter.safetensors": b"weights", "state.json": state}.items():
+        await server.store.put(keys.checkpoint_file(process_id, 20, name), data)
+    await server.store.put(keys.checkpoint_file(process_id, 40, "adapter.safetensors"), b"the others are to come")
+    asked = {"id": process_id, "step": 20, "scale": 0.5}
+    output = await done(server, {"prompt": "a cat", "wait": False, "loras": [asked]})
+    request = (await server.jobs.get(output["process_id"])).request
+    [lora] = request["loras"]
+    assert (lora["id"], lora["key"]) == (
+        f"{process_id}@20",
+        keys.checkpoint_file(process_id, 20, "adapter.safetensors"),
+    )
+    assert (lora["scale"], lora["sha256"]) == (0.5, "ab" * 32)
+    for wrong in ({"step": 40}, {"step": 10}, {"id": "train_0123456789ab"}, {"id": "my_lora"}):
+        output = await refused(server, {"prompt": "a cat", "loras": [asked | wrong]})
+        assert output["error_type"] == "lora_not_usable", wrong
+    nameless = {"path": lora["key"], "step": 20}
+    assert (await refused(server, {"prompt": "a cat", "loras": [nameless]}))["validation_errors"]
+    async with server.client(OTHER_KEY) as http:
+        foreign = await http.post("/v1/generations", json={"prompt": "a cat", "loras": [asked]})
+    async with server.client() as http:
+        native = await http.post("/v1/generations", json={"prompt": "a cat", "loras": [asked]})
+    assert (foreign.status_code, foreign.json()["code"]) == (400, "lora_not_usable")
+    assert native.status_code == 202
+    assert native.json()["spec"]["loras"] == [asked]
 
 
 async def test_adapters_that_cannot_be_applied_are_refused(server: LocalServer) -> None:
