@@ -1,4 +1,4 @@
-"""The Ray shell around the store: one storage actor on each node, one breaker for all of them.
+"""The way to the storage actors: one on each node, one breaker for all of them.
 
 `StorageClient` is what other code holds. It can be pickled, and finds (or creates) the actor of the node that it is
 used on, so that bulk bytes stay on the node. Actors are named in a namespace that is always given explicitly.
@@ -7,51 +7,39 @@ used on, so that bulk bytes stay on the node. Actors are named in a namespace th
 from __future__ import annotations
 
 import asyncio
-import gc
-import hashlib
 import logging
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from storage.actor_shell import HEALTH_GROUP, ActorIdentity, StorageShell, fingerprint, packed, unpacked
 from storage.blocking import BlockingStorage
 from storage.breaker import BreakerMode, BreakerSnapshot
-from storage.breaker_actor import RemoteBreaker
-from storage.byte_budget import ByteBudget
 from storage.channel_connection import ChannelClosedError
-from storage.counters import HELD, Counts
+from storage.counters import Counts
 from storage.errors import StorageError, StorageMisconfigured, StorageTimeout, StorageUnavailable
-from storage.loop_thread import LoopThread
-from storage.node_channel import ChannelClient, ChannelMissingError, ChannelServer
+from storage.node_channel import ChannelClient, ChannelMissingError
 from storage.objects import (
     Capabilities,
     ObjectInfo,
-    ObjectStore,
     PendingUpload,
     PutItem,
     PutOutcome,
     StorageHealth,
-    StoreMaintenance,
 )
-from storage.ray_counters import RayCounters
-from storage.s3 import S3Store, local_breaker
-from storage.settings import MIB, BreakerSettings, S3Settings
-from storage.shared_breaker import Remote, SharedGate
+from storage.settings import BreakerSettings, S3Settings
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["NAMESPACE", "BlockingStorage", "StorageClient", "StorageShell", "storage_actor_name"]
+__all__ = ["NAMESPACE", "BlockingStorage", "StorageClient", "storage_actor_name"]
 
 NAMESPACE = "raylora"
-# Ray copies bytes into its messages, but shares the memory of an array with every process on the node.
-ARRAY_FROM_BYTES = MIB
 TASK_RETRIES_MAX = 3
 RESOLVE_ATTEMPTS_MAX = 5
 REPEAT_WITHIN_S = 1.0
@@ -61,13 +49,6 @@ DEADLINE_GRACE_S = 10.0
 PULSE_WITHIN_S = 10.0
 HEALTH_CALLS_MAX = 4
 
-# Of `storage.objects`, what is asked for a node's own work; the rest is about the actor itself.
-PERFORMED = frozenset(
-    name
-    for protocol in (ObjectStore, StoreMaintenance)
-    for name in vars(protocol)
-    if not name.startswith("_") and name not in {"health", "set_breaker", "counts"}
-)
 # How long they may take is only known to the actor.
 OF_UNKNOWN_SIZE = frozenset(
     {"get", "put_many", "copy", "list", "list_uploads", "delete_many", "upload_file", "download_file"}
@@ -76,85 +57,9 @@ REPEATED = (ActorDiedError, ActorUnavailableError, ChannelClosedError, ChannelMi
 
 
 @dataclass(frozen=True)
-class ActorIdentity:
-    """`fingerprint` is of the settings, `socket` where the actor listens on its node."""
-
-    fingerprint: str
-    socket: Path | None
-
-
-@dataclass(frozen=True)
 class _Actor:
     handle: Any
     channel: ChannelClient | None
-
-
-class StorageShell:
-    """The store of one node, as an actor.
-
-    Ray gives each concurrency group an event loop of its own, but the store belongs to one loop: it lives on a
-    thread of ours, and every method runs there. What this node's processes ask for comes over a socket, and as actor
-    calls where they cannot reach that.
-    """
-
-    def __init__(self, settings: S3Settings, breaker: BreakerSettings, namespace: str) -> None:
-        self._thread = LoopThread("storage")
-        remote = RemoteBreaker(breaker, namespace) if breaker.shared else None
-        self._store, self._reporting = self._thread.run_blocking(_open(settings, breaker, remote))
-        self._channel = ChannelServer(self._perform, bytes_max=settings.bytes_in_flight_max)
-        path = self._thread.run_blocking(self._channel.start())
-        self._copied = ByteBudget(settings.bytes_in_flight_max)
-        self._identity = ActorIdentity(fingerprint(settings, breaker), path)
-        # What is loaded by now stays. Every call would wait while a full collection looks at it, for 80 ms or so.
-        gc.collect()
-        gc.freeze()
-
-    @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
-    async def identify(self) -> ActorIdentity:
-        return self._identity
-
-    @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
-    async def pulse(self) -> None:
-        """Answers where the thread of the store does its work."""
-        await self._thread.run(asyncio.sleep(0))
-
-    @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
-    async def health(self) -> StorageHealth:
-        return await self._thread.run(self._store.health())
-
-    @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
-    async def set_breaker(self, mode: BreakerMode) -> BreakerSnapshot:
-        return await self._thread.run(self._store.set_breaker(mode))
-
-    @ray.method(concurrency_group="health")  # type: ignore[untyped-decorator]
-    async def counts(self) -> Counts:
-        return await self._thread.run(self._counts())
-
-    async def perform(self, operation: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
-        """One of `PERFORMED` by the store."""
-        result = await self._thread.run(self._perform_call(operation, arguments, keywords))
-        return _packed(bytes(result) if isinstance(result, memoryview) else result)
-
-    async def _counts(self) -> Counts:
-        counts, connections = await self._store.counts(), self._channel.connections
-        requests = self._channel.request_bytes + self._copied.held_bytes
-        tasks = len(asyncio.all_tasks()) - connections
-        counts[HELD] |= {"request_bytes": requests, "connections": connections, "tasks": tasks}
-        return counts
-
-    async def _perform_call(self, operation: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
-        """What is large stays in Ray's memory until there is room for a copy."""
-        size_bytes = sum(argument.nbytes for argument in arguments if isinstance(argument, np.ndarray))
-        async with self._copied.hold(size_bytes):
-            return await self._perform(operation, [_unpacked(argument) for argument in arguments], keywords)
-
-    async def _perform(self, operation: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
-        if operation not in PERFORMED:
-            raise ValueError(f"storage has no operation {operation}")
-        if operation == "get":
-            # What is sent on need not be copied before.
-            return await self._store.get_view(*arguments, **keywords)
-        return await getattr(self._store, operation)(*arguments, **keywords)
 
 
 class StorageClient:
@@ -275,8 +180,8 @@ class StorageClient:
                     self._unreachable = actor.channel.path
                     logger.warning("the socket of the storage actor is missing", extra={"errno": error.errno})
                     raise
-            packed = [_packed(argument) for argument in arguments]
-            return _unpacked(await _answer(actor.handle.perform.remote(operation, packed, keywords)))
+            sent = [packed(argument) for argument in arguments]
+            return unpacked(await _answer(actor.handle.perform.remote(operation, sent, keywords)))
 
         sent_bytes = sum(len(argument) for argument in arguments if isinstance(argument, bytes))
         return await self._in_time(operation, sent_bytes, self._until_answered(operation, once))
@@ -340,7 +245,7 @@ class StorageClient:
     def _get_or_create(self) -> Any:
         node_id = ray.get_runtime_context().get_node_id()
         return (
-            ray.remote(concurrency_groups={"health": HEALTH_CALLS_MAX})(StorageShell)
+            ray.remote(concurrency_groups={HEALTH_GROUP: HEALTH_CALLS_MAX})(StorageShell)
             .options(
                 name=storage_actor_name(node_id),
                 namespace=self._namespace,
@@ -360,29 +265,6 @@ def storage_actor_name(node_id: str) -> str:
     return f"storage@{node_id}"
 
 
-def fingerprint(settings: S3Settings, breaker: BreakerSettings) -> str:
-    """Tells settings apart without giving away the secrets in them."""
-    parts = (settings.model_dump_json(), breaker.model_dump_json())
-    keys = (settings.access_key_id, settings.secret_access_key)
-    revealed = "\n".join((*parts, *("" if key is None else key.get_secret_value() for key in keys)))
-    return hashlib.sha256(revealed.encode()).hexdigest()
-
-
-async def _open(
-    settings: S3Settings, breaker: BreakerSettings, remote: Remote | None
-) -> tuple[S3Store, asyncio.Task[None] | None]:
-    """On the loop that the store is to live on. The task reports to the shared breaker and has to be kept."""
-    if remote is None:
-        return S3Store(settings, breaker, tally=RayCounters()), None
-    gate = SharedGate(
-        local_breaker(breaker),
-        remote,
-        sync_interval_s=breaker.sync_interval_s,
-        probe_timeout_s=breaker.probe_timeout_s,
-    )
-    return S3Store(settings, breaker, gate=gate, tally=RayCounters()), asyncio.create_task(gate.run())
-
-
 async def _answer(ref: Any) -> Any:
     """The result of a call, our errors as they were raised. Cancelling cancels the call."""
     try:
@@ -398,15 +280,6 @@ async def _answer(ref: Any) -> Any:
 
 def _client(settings: S3Settings, breaker: BreakerSettings, namespace: str) -> StorageClient:
     return StorageClient(settings, breaker, namespace=namespace)
-
-
-def _packed(value: Any) -> Any:
-    is_large = isinstance(value, bytes) and len(value) >= ARRAY_FROM_BYTES
-    return np.frombuffer(value, dtype=np.uint8) if is_large else value
-
-
-def _unpacked(value: Any) -> Any:
-    return value.tobytes() if isinstance(value, np.ndarray) else value
 
 
 def _absolute(path: Path) -> Path:
