@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Literal
 
+import pytest
 from pydantic import SecretStr
 
+from storage.errors import StorageMisconfigured
+from storage.s3 import S3Store
 from storage.settings import MIB, S3Settings
 
 PART_BYTES = 5 * MIB
@@ -28,3 +32,17 @@ def moto_settings(url: str, backend: Literal["moto", "aws"]) -> S3Settings:
         access_key_id=SecretStr("moto-key"),
         secret_access_key=SecretStr("moto-secret"),
     )
+
+
+async def check_that_a_missing_bucket_can_be_made(settings: S3Settings, region: str) -> None:
+    """`settings` lead to any bucket of the server."""
+    missing = settings.model_copy(update={"bucket": f"b{secrets.token_hex(6)}", "region": region})
+    async with S3Store(missing) as store:
+        assert (await store.health()).detail == "storage_misconfigured"
+        with pytest.raises(StorageMisconfigured):
+            await store.list("raylora/")
+
+        await store.ensure_bucket()
+        await store.ensure_bucket()
+
+        assert (await store.health()).ok

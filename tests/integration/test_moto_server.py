@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import secrets
 import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -13,12 +12,11 @@ import aiohttp
 import pytest
 
 from storage.digests import Crc32
-from storage.errors import StorageMisconfigured
 from storage.file_parts import FilePart
 from storage.objects import PutItem
 from storage.s3 import S3Store
 from storage.settings import S3Settings
-from tests.integration.s3_stores import PART_BYTES, moto_settings, no_wait
+from tests.integration.s3_stores import PART_BYTES, check_that_a_missing_bucket_can_be_made, moto_settings, no_wait
 
 Backend = Literal["moto", "aws"]
 
@@ -74,16 +72,7 @@ async def test_a_presigned_url_gets_and_puts_without_credentials(moto_store: S3S
 async def test_a_missing_bucket_is_a_misconfiguration_that_ensure_bucket_mends(
     settings: S3Settings, region: str
 ) -> None:
-    missing = settings.model_copy(update={"bucket": f"b{secrets.token_hex(6)}", "region": region})
-    async with S3Store(missing) as store:
-        assert (await store.health()).detail == "storage_misconfigured"
-        with pytest.raises(StorageMisconfigured):
-            await store.list("raylora/")
-
-        await store.ensure_bucket()
-        await store.ensure_bucket()
-
-        assert (await store.health()).ok
+    await check_that_a_missing_bucket_can_be_made(settings, region)
 
 
 async def test_orphan_multipart_uploads_are_found_and_aborted(moto_store: S3Store, key: str) -> None:

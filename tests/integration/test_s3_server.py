@@ -16,11 +16,10 @@ from storage.embedded import EmbeddedS3
 from storage.errors import (
     IntegrityError,
     StorageAccessDenied,
-    StorageMisconfigured,
 )
 from storage.fault_proxy import Fault, FaultProxy
 from storage.s3 import S3Store
-from tests.integration.s3_stores import PART_BYTES, no_wait, read
+from tests.integration.s3_stores import PART_BYTES, check_that_a_missing_bucket_can_be_made, no_wait, read
 
 
 async def test_a_presigned_url_gets_and_puts_without_credentials(store: S3Store, key: str) -> None:
@@ -50,17 +49,7 @@ async def test_a_wrong_secret_is_denied_and_opens_nothing(embedded_s3: EmbeddedS
 async def test_a_missing_bucket_is_a_misconfiguration_that_ensure_bucket_mends(
     embedded_s3: EmbeddedS3, region: str
 ) -> None:
-    bucket = f"b{secrets.token_hex(6)}"
-    settings = embedded_s3.settings().model_copy(update={"bucket": bucket, "region": region})
-    async with S3Store(settings) as store:
-        assert (await store.health()).detail == "storage_misconfigured"
-        with pytest.raises(StorageMisconfigured):
-            await store.list("raylora/")
-
-        await store.ensure_bucket()
-        await store.ensure_bucket()
-
-        assert (await store.health()).ok
+    await check_that_a_missing_bucket_can_be_made(embedded_s3.settings(), region)
 
 
 async def test_orphan_multipart_uploads_are_found_and_aborted(store: S3Store, key: str) -> None:
