@@ -6,6 +6,7 @@ import secrets
 from pathlib import Path
 from typing import Literal
 
+import aiohttp
 import pytest
 from pydantic import SecretStr
 
@@ -46,3 +47,15 @@ async def check_that_a_missing_bucket_can_be_made(settings: S3Settings, region: 
         await store.ensure_bucket()
 
         assert (await store.health()).ok
+
+
+async def check_presigned_urls(client: aiohttp.ClientSession, store: S3Store, key: str) -> str:
+    """Puts and gets without credentials. Returns the URL to get by."""
+    put_url = await store.presign_put(key, content_type="text/plain")
+    get_url = await store.presign_get(key, filename="mein Bild.txt")
+    async with client.put(put_url, data=b"1234", headers={"Content-Type": "text/plain"}) as answer:
+        assert answer.status == 200
+    async with client.get(get_url) as answer:
+        assert (answer.status, await answer.read()) == (200, b"1234")
+        assert "mein Bild.txt" in answer.headers["Content-Disposition"]
+    return get_url
