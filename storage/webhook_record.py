@@ -14,7 +14,7 @@ WEBHOOK_LEASE_S = 60.0
 
 
 class Webhook(BaseModel):
-    """`job_id` None: it tells of a job without a record, whose status object is `body`.
+    """`job_id` None: it tells of a job without a record, whose status object is `body`, as its sender notes one.
 
     `due_at` None: the job has not ended, or its end was told (`done_at`). Each final state of a job is a `round`, and
     has a message id of its own; the attempts at telling it share that id, by which a receiver knows a repetition.

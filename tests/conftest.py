@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+# Nothing is held to a time here: hypothesis' deadline for an example would be.
+settings.register_profile("raylora", deadline=None)
+settings.load_profile("raylora")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

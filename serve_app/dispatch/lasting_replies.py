@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from serve_app.collaborators import JobsApi
 from serve_app.dispatch.replies import ReplyTable
 from serve_app.dispatch.reply import EndedReply, Opening, Reopened, Reply, SavedReply, Settled
+from serve_app.links import put_back, taken_out
 from storage.errors import JobError
 from storage.jobs import Jobs
 from storage.kept_replies import NotedReply
@@ -64,6 +65,8 @@ class LastingReplies:
         except ValidationError:
             logger.warning("A reply that another version noted is not understood")
             return
+        if saved.reply.output is not None:
+            put_back(saved.reply.output, saved.links)
         self.table.put_back(saved, size_bytes=len(body))
 
     async def ready(self) -> None:
@@ -122,6 +125,9 @@ class LastingReplies:
             return
         if saved.sent is not None and saved.sent.size_bytes > NOTE_BYTES_MAX:
             saved = replace(saved, sent=None)
+        if saved.reply.output is not None:
+            output, links = taken_out(saved.reply.output)
+            saved = replace(saved, reply=replace(saved.reply, output=output), links=links)
         body = _SAVED.dump_json(saved).decode()
         if len(body) > NOTE_BYTES_MAX and saved.sent is not None:
             body = _SAVED.dump_json(replace(saved, sent=None)).decode()

@@ -11,11 +11,12 @@ under its id.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+
+from pydantic_core import to_json
 
 from serve_app.dispatch.fair_store import FairStore
 from serve_app.dispatch.reply import EndedReply, Opening, Reopened, Reply, SavedReply, Seen, Sent, Settled
@@ -166,7 +167,7 @@ class ReplyTable:
         if reply.status != "COMPLETED":
             self._forget_unnamed(tenant, entry)
         entry.settled.set()
-        size_bytes = 0 if reply.output is None else len(json.dumps(reply.output))
+        size_bytes = 0 if reply.output is None else len(to_json(reply.output))
         self._entries.put(tenant, runpod_id, entry, size_bytes=size_bytes)
 
     def cancel(self, tenant: str, runpod_id: str) -> Reply | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
+from serve_app.links import PlacedLink
 from serve_app.policy import Policy
 
 Beginning = Literal["IN_QUEUE", "IN_PROGRESS"]
@@ -14,7 +15,8 @@ Status = Literal[Beginning, "COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"]
 
 @dataclass(frozen=True)
 class Reply:
-    """How a job without a record stands. `error` is set exactly where `status` is FAILED or TIMED_OUT.
+    """How a job without a record stands. `error` is set exactly where `status` is FAILED or TIMED_OUT. In `output` a
+    `serve_app.links.Link` stands for each URL.
 
     A job of which a record may take over is IN_QUEUE until then, so that its status never goes backwards; any other is
     IN_PROGRESS. `is_interrupted`: its process was lost, which may have happened after it had made a record and before
@@ -120,7 +122,10 @@ class Seen:
 
 @dataclass(frozen=True)
 class SavedReply:
-    """A job as it is noted outside the table, with the key under which its request is known, where there is one."""
+    """A job as it is noted outside the table, with the key under which its request is known, where there is one.
+
+    `links` are those of its output, which is noted without them.
+    """
 
     tenant: str
     runpod_id: str
@@ -131,3 +136,4 @@ class SavedReply:
     fingerprint: str | None
     seen: Seen | None
     sent: Sent | None = None
+    links: tuple[PlacedLink, ...] = ()

@@ -20,7 +20,7 @@ from serve_app.dispatch.attempt import Sleep
 from serve_app.dispatch.slots import Slots
 from serve_app.errors import AddressRefused, OutboundFailed
 from serve_app.ingress.errors import where_raised
-from serve_app.ingress.runpod_status import status_object
+from serve_app.ingress.runpod_status import status_object, told_status
 from serve_app.job_types.results import Presenting
 from serve_app.outbound import Outbound
 from serve_app.webhook_secrets import WebhookSecrets
@@ -120,7 +120,7 @@ class WebhookSender:
 
     async def _status(self, webhook: Webhook) -> dict[str, Any]:
         if webhook.job_id is None:
-            return webhook.body or {}
+            return await told_status(self._presenting, webhook.body or {})
         record = await self._jobs.get(webhook.job_id, tenant=webhook.tenant)
         return await status_object(self._presenting, record, webhook.message_id)
 

@@ -20,6 +20,7 @@ from serve_app.ingress.near_replies import NearReplies
 from serve_app.ingress.replies import runpod_error
 from serve_app.ingress.runpod_output import within_limit
 from serve_app.ingress.runpod_records import find_record
+from serve_app.ingress.runpod_status import noted_status
 from serve_app.ingress.runpod_view import SYNC_PREFIX, reply_view, stamped
 from serve_app.job_types import CHANGES_THINGS, HANDLERS, STARTS_WORK, job_type_of
 from serve_app.job_types.context import (
@@ -334,7 +335,7 @@ class JobRunner:
         if context.webhook is None:
             return
         services, asked = self._services, context.webhook
-        body = reply_view(context.runpod_id, reply, services.clock(), services.worker_id)
+        body = noted_status(reply_view(context.runpod_id, reply, services.clock(), services.worker_id))
         try:
             await services.jobs.add_webhook(tenant=context.tenant, url=asked.url, input=asked.input, body=body)
         except JobError as error:

@@ -13,9 +13,9 @@ from serve_app.dispatch.reply import Reply
 from serve_app.errors import RunpodJobNotFound, RunpodJobNotRetryable
 from serve_app.ingress.job_runner import JobRunner, Submission
 from serve_app.ingress.runpod_records import find_record
-from serve_app.ingress.runpod_status import status_object
+from serve_app.ingress.runpod_status import reply_status, status_object
 from serve_app.ingress.runpod_stream import record_stream, reply_stream
-from serve_app.ingress.runpod_view import is_expired, reply_view, runpod_status
+from serve_app.ingress.runpod_view import is_expired, runpod_status
 from serve_app.ingress.watched import WatchedRecords
 from serve_app.job_types.context import (
     Services,
@@ -47,16 +47,16 @@ class RunpodJobs:
         return {"id": runpod_id, "status": "IN_QUEUE"}
 
     async def runsync(self, call: Submission) -> dict[str, Any]:
-        """The status object, final if the job ends within `wait_s`. Raises like `run`."""
+        """The status object, final if the job ends within `wait_s`. Raises like `run` and `status`."""
         loop = asyncio.get_running_loop()
         until = loop.time() + (call.wait_s or 0.0)
         runpod_id, reply = await self._runner.run(call, call.wait_s or 0.0)
         if reply is not None:
-            return reply_view(runpod_id, reply, self._services.clock(), self._services.worker_id)
+            return await reply_status(self._services, runpod_id, reply)
         return await self.status(call.tenant, call.request_id, runpod_id, wait_s=max(0.0, until - loop.time()))
 
     async def status(self, tenant: str, request_id: str, runpod_id: str, *, wait_s: float = 0.0) -> dict[str, Any]:
-        """The status object, once it is final or `wait_s` has passed. Raises RunpodJobNotFound."""
+        """The status object, once it is final or `wait_s` has passed. Raises RunpodJobNotFound, StorageError."""
         services, loop = self._services, asyncio.get_running_loop()
         watched = self._watched.get((tenant, runpod_id))
         if watched is not None and (wait_s <= 0 or watched.state.is_terminal):
@@ -64,7 +64,7 @@ class RunpodJobs:
         until = loop.time() + wait_s
         reply = await self._reply(tenant, runpod_id, wait_s)
         if reply is not None:
-            return reply_view(runpod_id, reply, services.clock(), services.worker_id)
+            return await reply_status(services, runpod_id, reply)
         record = await self._record(tenant, runpod_id)
         remaining_s = until - loop.time()
         if remaining_s > 0 and not record.state.is_terminal and not is_accepted_only(record):
@@ -76,14 +76,16 @@ class RunpodJobs:
     async def stream(self, tenant: str, request_id: str, runpod_id: str, *, wait_s: float) -> dict[str, Any]:
         """What was reported since the last call, once there is something or `wait_s` has passed.
 
-        Raises RunpodJobNotFound, also for a cancelled job whose end was told.
+        Raises RunpodJobNotFound, also for a cancelled job whose end was told, and StorageError.
         """
         services, loop = self._services, asyncio.get_running_loop()
         until = loop.time() + wait_s
         await self._runner.near.arrived(tenant, runpod_id)
         reply = await self._shared_reply(tenant, runpod_id, wait_s)
         if reply is not None:
-            return reply_stream(reply, is_first=await services.dispatch.drain_reply(tenant, runpod_id))
+            # Before it counts as told: where no URL can be made now, the next call tells it.
+            told = await reply_status(services, runpod_id, reply)
+            return reply_stream(told, is_first=await services.dispatch.drain_reply(tenant, runpod_id))
         record = await self._record(tenant, runpod_id)
         return await record_stream(services, record, request_id, wait_s=max(0.0, until - loop.time()))
 

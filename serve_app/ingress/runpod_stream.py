@@ -11,7 +11,6 @@ import asyncio
 import json
 from typing import Any
 
-from serve_app.dispatch.reply import Reply
 from serve_app.errors import RunpodJobNotFound
 from serve_app.ingress.runpod_status import status_object
 from serve_app.ingress.runpod_view import RUNPOD_STATUS, runpod_status
@@ -24,15 +23,15 @@ CHUNK_BYTES_MAX = 1024 * 1024
 STILL_AT_WORK = RUNPOD_STATUS[JobState.RUNNING]
 
 
-def reply_stream(reply: Reply, *, is_first: bool) -> dict[str, Any]:
-    """Of a job without a record, which reports nothing but its end. `is_first`: that was not told yet.
+def reply_stream(told: dict[str, Any], *, is_first: bool) -> dict[str, Any]:
+    """Of a job without a record, which reports nothing but its end; `told` is its status object. `is_first`: that end
+    was not told yet.
 
     Raises RunpodJobNotFound.
     """
-    if reply.status == "CANCELLED" and not is_first:
+    if told["status"] == "CANCELLED" and not is_first:
         raise RunpodJobNotFound
-    chunks = [reply.output] if is_first and reply.output is not None else []
-    return {"status": reply.status, "stream": _chunks(chunks)}
+    return {"status": told["status"], "stream": _chunks([told["output"]] if is_first and "output" in told else [])}
 
 
 async def record_stream(services: Services, record: JobRecord, request_id: str, *, wait_s: float) -> dict[str, Any]:

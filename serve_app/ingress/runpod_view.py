@@ -64,6 +64,7 @@ def record_view(record: JobRecord, now: datetime, output: dict[str, Any] | None)
 
 
 def reply_view(runpod_id: str, reply: Reply, now: datetime, worker_id: str) -> dict[str, Any]:
+    """Its output holds links where clients see URLs."""
     view: dict[str, Any] = {
         "id": runpod_id,
         "status": reply.status,

@@ -47,17 +47,9 @@ async def bulk_download(services: Services, context: JobContext, payload: dict[s
     files: list[dict[str, Any]] = []
     for process_id in dict.fromkeys(request.process_ids):
         files += _files(await _record(services, context.tenant, process_id), request)
-    expires_s = services.limits.url_expires_s
-    items = [
-        {
-            **await url_item(services.store, stored, expires_s=expires_s),
-            "type": stored["type"],
-            "process_id": stored["process_id"],
-        }
-        for stored in files
-    ]
+    items = [{**url_item(stored), "type": stored["type"], "process_id": stored["process_id"]} for stored in files]
     bundle = await services.validation.bundle(context.tenant, files) if files else None
-    zip_url = None if bundle is None else (await url_item(services.store, bundle, expires_s=expires_s))["url"]
+    zip_url = None if bundle is None else url_item(bundle)["url"]
     return Finished(
         {
             "download_items": items,

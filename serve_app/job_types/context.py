@@ -76,7 +76,7 @@ class JobContext:
 
 @dataclass(frozen=True)
 class Finished:
-    """The job is done; `output` is its reply."""
+    """The job is done; `output` is its reply, with a `serve_app.links.Link` in the place of each URL."""
 
     output: dict[str, Any]
 

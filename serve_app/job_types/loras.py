@@ -58,7 +58,7 @@ async def download(services: Services, context: JobContext, payload: dict[str, A
     files = _files(record)
     if not files:
         raise ProcessFilesDeleted
-    items = [await url_item(services.store, stored, expires_s=services.limits.url_expires_s) for stored in files]
+    items = [url_item(stored) for stored in files]
     return Finished({**items[0], "process_id": record.id, "files": items})
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Protocol
 
 from serve_app.collaborators import Clock
 from serve_app.job_types.context import is_accepted_only
 from serve_app.job_types.files import redirect_item
 from serve_app.job_types.process_object import error_text, live_fields, process_status
+from serve_app.links import signed
 from serve_app.settings import RequestLimits
 from storage.job_record import JobRecord
 from storage.job_state import JobKind, JobState
@@ -61,21 +63,23 @@ def _about(record: JobRecord) -> dict[str, Any]:
 
 
 async def presented_output(services: Presenting, record: JobRecord) -> dict[str, Any] | None:
-    """Keys become URLs here and only here. None while the job is queued. Raises StorageError."""
+    """None while the job is queued. Raises StorageError."""
     if is_accepted_only(record):
         return accepted_message(record)
     if record.state is JobState.QUEUED:
         return None
-    about = _about(record)
+    return await _signed(services, {**_about(record), **_shown(record, services.clock())})
+
+
+def _shown(record: JobRecord, now: datetime) -> dict[str, Any]:
     if record.state is JobState.COMPLETED:
-        return {**about, **await _completed(services, record)}
+        return _completed(record)
     if not record.state.is_terminal:
-        shown = live_fields(record, services.clock())
-        return {**about, **shown, **await presented_previews(services, record.progress)}
+        return {**live_fields(record, now), **_previews(record.progress)}
     if record.state is JobState.CANCELLED:
-        return {**about, "message": "cancelled"}
-    failure: dict[str, Any] = {**about, "error": error_text(record)}
-    failure["error_type"] = record.error.code if record.error is not None else record.state.value.lower()
+        return {"message": "cancelled"}
+    code = record.error.code if record.error is not None else record.state.value.lower()
+    failure: dict[str, Any] = {"error": error_text(record), "error_type": code}
     if record.state is JobState.TIMED_OUT:
         failure["timeout"] = True
     return failure
@@ -84,30 +88,28 @@ async def presented_output(services: Presenting, record: JobRecord) -> dict[str,
 async def presented_event(services: Presenting, data: dict[str, Any]) -> dict[str, Any]:
     """A report of progress as its chunk of the stream: pictures by URL. Raises StorageError."""
     plain = {name: value for name, value in data.items() if name not in NOT_SHOWN}
-    return {"event": "progress", **plain, **await presented_previews(services, data)}
+    return await _signed(services, {"event": "progress", **plain, **_previews(data)})
 
 
-async def presented_previews(services: Presenting, progress: dict[str, Any]) -> dict[str, Any]:
+def _previews(progress: dict[str, Any]) -> dict[str, Any]:
     """`preview` is the newest one's URL; nothing where there is none."""
-    made = [item for item in progress.get(PREVIEWS, []) if item.get("key")]
-    if not made:
-        return {}
-    shown = [await redirect_item(services.store, item, expires_s=services.limits.url_expires_s) for item in made]
-    return {"preview": shown[-1]["url"], PREVIEWS: shown}
+    shown = [redirect_item(item) for item in progress.get(PREVIEWS, []) if item.get("key")]
+    return {"preview": shown[-1]["url"], PREVIEWS: shown} if shown else {}
 
 
-async def _completed(services: Presenting, record: JobRecord) -> dict[str, Any]:
+def _completed(record: JobRecord) -> dict[str, Any]:
     output = record.output or {}
-    expires_s = services.limits.url_expires_s
     if record.kind is JobKind.GENERATION:
-        images = output.get("images", [])
-        return {"images": [await redirect_item(services.store, image, expires_s=expires_s) for image in images]}
+        return {"images": [redirect_item(image) for image in output.get("images", [])]}
     facts = {name: output.get(name) for name in TRAINING_FACTS}
-    loras = [await redirect_item(services.store, item, expires_s=expires_s) for item in output.get("loras", [])]
-    samples = [await redirect_item(services.store, item, expires_s=expires_s) for item in output.get("samples", [])]
+    files = {name: [redirect_item(item) for item in output.get(name, [])] for name in ("loras", "samples")}
     more: dict[str, Any] = {"best_step": output["best_step"]} if output.get("best_step") is not None else {}
     if output.get("warnings"):
         more["warnings"] = [*(record.notes or {}).get("warnings", []), *output["warnings"]]
     if output.get("exports"):
-        more["exports"] = [await redirect_item(services.store, e, expires_s=expires_s) for e in output["exports"]]
-    return {"message": "Training completed", **facts, "loras": loras, "samples": samples, **more}
+        more["exports"] = [redirect_item(item) for item in output["exports"]]
+    return {"message": "Training completed", **facts, **files, **more}
+
+
+async def _signed(services: Presenting, output: dict[str, Any]) -> dict[str, Any]:
+    return await signed(services.store, output, expires_s=services.limits.url_expires_s)

@@ -52,8 +52,7 @@ async def download_by_key(services: Services, context: JobContext, payload: dict
     """Raises InvalidRequest, ObjectNotFound, StorageError."""
     key = readable_key(services, context.tenant, parse_payload(KeyChoice, payload).s3_key)
     info = await services.store.head(key)
-    item = await url_item(services.store, _stored(info), expires_s=services.limits.url_expires_s)
-    return Finished({**item, "s3_key": key})
+    return Finished({**url_item(_stored(info)), "s3_key": key})
 
 
 async def download_file(services: Services, context: JobContext, payload: dict[str, Any]) -> Finished:
@@ -66,7 +65,7 @@ async def download_file(services: Services, context: JobContext, payload: dict[s
     recorded = await recorded_sha256(services, context.tenant, key) if key.endswith(LORA_SUFFIX) else None
     if info.size_bytes > INLINE_BYTES_MAX:
         stored = {**_stored(info), "sha256": recorded or info.sha256, "content_type": content_type}
-        return Finished(await redirect_item(services.store, stored, expires_s=services.limits.url_expires_s))
+        return Finished(redirect_item(stored))
     data = await services.store.get(key, expected_sha256=recorded)
     return Finished(
         {

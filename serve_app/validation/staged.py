@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from serve_app.collaborators import Clock
 from serve_app.errors import InvalidRequest, UploadNotFound
+from serve_app.links import Link
 from serve_app.validation.archives import unpack
 from serve_app.validation.dataset_reply import dataset_reply
 from serve_app.validation.file_checks import (
@@ -77,7 +78,7 @@ class StagedUploads:
         self._at_work: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     async def create(self, tenant: str, payload: dict[str, Any]) -> dict[str, Any]:
-        """A URL for each file, and the token to finalize with. Raises InvalidRequest, StorageError.
+        """A link for each file, and the token to finalize with. Raises InvalidRequest, StorageError.
 
         Uploads of this tenant that were never finalized are removed a day after they were created.
         """
@@ -96,7 +97,7 @@ class StagedUploads:
             "training_name": request.training_name,
             "dataset_folder": request.folder,
             "expires_at": (now + timedelta(seconds=self._url_expires_s)).isoformat(),
-            "files": [await self._place_for(keys, upload_id, file) for file in request.files],
+            "files": [_place_for(keys, upload_id, file) for file in request.files],
             "warnings": list(unknown_fields(request)),
         }
 
@@ -171,13 +172,6 @@ class StagedUploads:
         if file.sha256 is not None and info.sha256 != file.sha256:
             raise FileProblem("sha256", "the bytes that arrived have another sha256", "invalid_value")
         return path
-
-    async def _place_for(self, keys: Keys, upload_id: str, file: StagedFile) -> dict[str, Any]:
-        content_type = CONTENT_TYPES[extension_of(file.filename)]
-        url = await self._store.presign_put(
-            keys.staging_file(upload_id, file.filename), expires_s=self._url_expires_s, content_type=content_type
-        )
-        return {"filename": file.filename, "method": "PUT", "url": url, "headers": {"Content-Type": content_type}}
 
     async def _promised(self, keys: Keys, token: str) -> CreateUploadPayload:
         """Raises UploadNotFound."""
@@ -262,3 +256,9 @@ def _is_abandoned(upload_id: str, now: datetime) -> bool:
     if made is None:
         return False
     return datetime.strptime(made[1], "%Y%m%dT%H%M%S%fZ").replace(tzinfo=UTC) + STAGED_KEPT <= now
+
+
+def _place_for(keys: Keys, upload_id: str, file: StagedFile) -> dict[str, Any]:
+    content_type = CONTENT_TYPES[extension_of(file.filename)]
+    url = Link(keys.staging_file(upload_id, file.filename), "PUT", content_type=content_type)
+    return {"filename": file.filename, "method": "PUT", "url": url, "headers": {"Content-Type": content_type}}

@@ -229,5 +229,5 @@ class BreakerMachine(RuleBasedStateMachine):
             assert state is BreakerState.HALF_OPEN
 
 
-BreakerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+BreakerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 TestBreakerAgainstModel = BreakerMachine.TestCase

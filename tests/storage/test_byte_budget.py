@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.byte_budget import ByteBudget
@@ -119,7 +119,6 @@ STEPS = st.lists(
 
 
 @given(STEPS)
-@settings(deadline=None)
 def test_what_is_held_is_what_the_holders_hold_whatever_is_cancelled(steps: list[tuple[str, int]]) -> None:
     asyncio.run(_play(steps))
 

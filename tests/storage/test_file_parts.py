@@ -38,7 +38,7 @@ async def sent(part: FilePart) -> bytes:
     return b"".join([piece async for piece in part])
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(PLACES, st.integers(1, 2 * AT_ONCE_BYTES))
 def test_what_is_sent_and_what_is_read_is_the_part_and_has_its_md5(path: Path, place: list[int], step: int) -> None:
     first, end = place
@@ -77,7 +77,7 @@ async def test_what_is_wrong_with_the_file_is_told(path: Path) -> None:
     assert isinstance(part.problem, FileNotFoundError)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(PLACES, st.integers(1, 2 * PIECE_BYTES))
 def test_what_is_written_lies_in_its_place(tmp_path: Path, place: list[int], step: int) -> None:
     first, end = place

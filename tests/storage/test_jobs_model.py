@@ -293,7 +293,6 @@ class JobsMachine(RuleBasedStateMachine):
 JobsMachine.TestCase.settings = settings(
     max_examples=25,
     stateful_step_count=40,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 TestAnyOrderOfCalls = JobsMachine.TestCase

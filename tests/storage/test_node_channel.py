@@ -65,7 +65,7 @@ SIZES = st.sampled_from(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(sizes=st.lists(SIZES, min_size=1, max_size=4), as_view=st.booleans(), shares=st.booleans())
 def test_bytes_of_any_size_come_back_whole_one_call_after_another(
     sizes: list[int], as_view: bool, shares: bool

@@ -71,7 +71,7 @@ def stored(draw: st.DrawFn) -> JobRecord:
     return JobRecord.model_validate({**record.model_dump(), **fields})
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(record=stored())
 def test_a_row_is_the_record_that_a_transaction_reads(records: Records, lookups: RowLookups, record: JobRecord) -> None:
     with records.write("test") as tx:

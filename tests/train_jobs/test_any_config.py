@@ -21,21 +21,21 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(text=st.text() | st.binary())
 def test_any_text_is_read_or_refused_and_nothing_else(text: str | bytes) -> None:
     with pytest.raises(ConfigInvalid):
         parse_train_yaml(text)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(value=st.dictionaries(st.text(max_size=10), VALUES, max_size=4), parse=st.sampled_from(["train", "generate"]))
 def test_any_mapping_is_read_or_refused_and_nothing_else(value: dict[str, Any], parse: str) -> None:
     with pytest.raises(ConfigInvalid):
         (parse_train_yaml if parse == "train" else parse_generate_yaml)(value)
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), value=VALUES)
 def test_any_value_under_a_known_key_is_read_or_refused_and_nothing_else(data: st.DataObject, value: Any) -> None:
     name = data.draw(st.sampled_from(["network", "train", "model", "datasets", "sample", "save"]))
@@ -60,7 +60,7 @@ def test_any_value_under_a_known_key_is_read_or_refused_and_nothing_else(data: s
     assert problems or TrainSpec.model_validate_json(parsed.spec.model_dump_json()) == parsed.spec
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), value=VALUES)
 def test_any_value_in_a_generate_file_is_read_or_refused_and_nothing_else(data: st.DataObject, value: Any) -> None:
     document = yaml.safe_load(GENERATE)

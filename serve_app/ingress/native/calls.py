@@ -6,6 +6,7 @@ import hashlib
 import re
 
 from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 
 from serve_app.errors import RouteNotFound
 from serve_app.ingress.auth import Principal
@@ -49,6 +50,15 @@ async def context_of(request: Request, policy: Policy | None = None) -> JobConte
         idempotency_key=None if key is None else key_name(key),
         policy=policy or Policy(),
     )
+
+
+async def only_known_parameters(request: Request) -> None:
+    """Raises RequestValidationError for a query's parameter that the route does not have: a misspelt filter or limit
+    would change what is answered, and nobody would be told."""
+    known = {field.alias for field in request.scope["route"].dependant.query_params}
+    unknown = dict.fromkeys(name for name in request.query_params if name not in known)
+    if unknown:
+        raise RequestValidationError([{"type": "extra_forbidden", "loc": ("query", name)} for name in unknown])
 
 
 async def record_of(services: Services, request: Request, job_id: str, kind: JobKind) -> JobRecord:

@@ -14,6 +14,7 @@ from serve_app.ingress.native.datasets import dataset_view
 from serve_app.ingress.native.once import Renew
 from serve_app.ingress.native.views import DatasetStored, UploadPlace, UploadStarted
 from serve_app.job_types.context import Services
+from serve_app.links import signed
 from storage.datasets import latest_manifest
 
 
@@ -29,7 +30,8 @@ def uploads_router(services: Services, route_class: type[APIRoute]) -> APIRouter
         A zip may hold pictures, captions `x.txt` and masks, as `x_mask.png` or as `masks/x.png`. What else is in it is
         left out and named in the warnings of the finished upload.
         """
-        started = await services.validation.create_upload(tenant_of(request), asked.payload())
+        made = await services.validation.create_upload(tenant_of(request), asked.payload())
+        started = await signed(services.store, made, expires_s=services.limits.url_expires_s)
         return UploadStarted(
             id=started["upload_id"],
             expires_at=datetime.fromisoformat(started["expires_at"]),

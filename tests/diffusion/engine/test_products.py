@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -76,7 +76,6 @@ def loaded(path: Path, family: StableDiffusion1) -> Adapter:
 sides = st.integers(1, 5)
 
 
-@settings(deadline=None)
 @given(slots=st.integers(1, 3), rows=st.integers(1, 3), w1=st.tuples(sides, sides), w2=st.tuples(sides, sides))
 def test_a_layer_adds_each_slots_product_to_its_rows(
     slots: int, rows: int, w1: tuple[int, int], w2: tuple[int, int]

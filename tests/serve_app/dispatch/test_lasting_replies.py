@@ -15,6 +15,7 @@ from serve_app.dispatch.lasting_replies import LastingReplies
 from serve_app.dispatch.replies import ReplyTable
 from serve_app.dispatch.reply import EndedReply, Fingerprint, Opening, Reply, Sent, Settled
 from serve_app.errors import IdempotencyKeyReused, RunpodJobNotKept
+from serve_app.links import Link
 from serve_app.policy import Policy
 from storage.async_jobs import AsyncJobs
 from storage.errors import RecordsUnavailable
@@ -65,6 +66,17 @@ async def test_what_ended_is_told_by_the_next_one_for_as_long(world: JobsWorld) 
     assert second.table.get("matt2", "done") is None
     world.clock.advance(1801)
     assert (await fresh(world)).table.get("matt", "done") is None
+
+
+async def test_a_url_is_not_kept_and_the_next_one_can_make_it_all_the_same(world: JobsWorld) -> None:
+    link = Link("raylora/matt/processes/p/lora/a.safetensors", filename="a.safetensors")
+    output = {"files": [{"url": link, "size": 3}], "url": link}
+    first = await fresh(world)
+    await opened(first, "done")
+    await settled(first, "done", output)
+    reply = (await fresh(world)).table.get("matt", "done")
+    assert reply is not None
+    assert reply.output == output
 
 
 async def test_what_is_under_way_ends_in_the_next_one_or_is_lost_with_its_process(world: JobsWorld) -> None:

@@ -87,6 +87,20 @@ async def test_a_parameter_of_the_query_is_told_with_its_bounds(server: LocalSer
     ]
 
 
+@pytest.mark.parametrize("path", ["/v1/trainings", "/v1/generations", "/v1/loras"])
+async def test_a_parameter_that_a_route_does_not_have_is_told_and_not_ignored(server: LocalServer, path: str) -> None:
+    async with server.client() as http:
+        reply = await http.get(f"{path}?limt=5&limit=5&limt=6&{'x' * 500}=1")
+    assert reply.status_code == 400
+    [misspelt, foreign] = reply.json()["validation_errors"]
+    assert misspelt == {
+        "path": "limt",
+        "message": "is not a field known here; did you mean 'limit'?",
+        "code": "unknown_key",
+    }
+    assert len(foreign["path"]) < 500
+
+
 def _patterns(schema: Any) -> Iterator[str]:
     if isinstance(schema, dict):
         if isinstance(schema.get("pattern"), str):

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import httpx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.dispatch.rates import Claim, Grant, Rate, RateLedger
@@ -209,7 +209,6 @@ class Demand:
 
 @pytest.mark.parametrize("limit", [1, 2, 100, 400, 1000])
 @given(calls=calls_of(8))
-@settings(deadline=None)
 def test_whatever_is_asked_of_any_replica_no_window_lets_more_through_than_its_limit(
     limit: int, calls: tuple[int, list[tuple[float, int, int]]]
 ) -> None:
@@ -228,7 +227,6 @@ def test_whatever_is_asked_of_any_replica_no_window_lets_more_through_than_its_l
 
 @pytest.mark.parametrize("limit", [1, 2, 100, 400, 1000])
 @given(calls=calls_of(8))
-@settings(deadline=None)
 def test_who_stays_a_twentieth_below_the_limit_is_never_refused_whichever_replicas_are_asked(
     limit: int, calls: tuple[int, list[tuple[float, int, int]]]
 ) -> None:

@@ -167,7 +167,7 @@ def test_a_zip_whose_directory_lies_elsewhere_than_it_says_is_refused(tmp_path: 
     assert (unpacked.files, problem.path, problem.code) == ([], "files[0]", "invalid_value")
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(edits=st.lists(st.tuples(st.integers(0, len(small_zip()) - 1), st.integers(0, 255)), max_size=6), cut=st.data())
 def test_a_damaged_zip_is_files_or_a_problem(tmp_path: Path, edits: list[tuple[int, int]], cut: st.DataObject) -> None:
     data = bytearray(small_zip())
