@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
@@ -24,6 +25,8 @@ THUMBNAIL_SIDE_PX, THUMBNAIL_QUALITY = 256, 80
 EXIF_TEXT_BYTES_MAX = 60_000
 """JPEG keeps EXIF in one segment of at most 65,533 bytes."""
 _UNICODE = b"UNICODE\0"
+DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+"""What `read_image` raises for files that are damaged, or no pictures; any of them means the same."""
 RANGELESS_MODES = frozenset({"I", "F"})
 """Pillow's for whole numbers of 32 bits and for fractions: a file does not say which of them is white."""
 
@@ -64,7 +67,7 @@ def read_image(source: Path | IO[bytes], formats: tuple[str, ...] | None = None)
     """As cameras mean it to be seen, in 8 bits a channel; of an animation the first picture. ``formats`` are Pillow's
     names of those that are read, all by default.
 
-    Raises what Pillow raises for damaged files, and ValueError where the range of the numbers is unknown.
+    Raises DECODE_ERRORS; ValueError also where the range of the numbers is unknown.
     """
     with Image.open(source, formats=formats) as image:
         return _in_8_bits(ImageOps.exif_transpose(image))

@@ -15,6 +15,7 @@ BREAKER_STATE = "raylora_storage_breaker_state"
 CLEANUP_FAILURES = "raylora_cleanup_failures_total"
 TRACKING_FAILURES = "raylora_training_tracking_failures_total"
 LOG_FAILURES = "raylora_training_log_failures_total"
+UNVERIFIED_WEIGHTS = "raylora_unverified_weights_total"
 WEBHOOK_FAILURES = "raylora_webhook_failures_total"
 SWEPT_OBJECTS = "raylora_storage_swept_objects_total"
 SWEPT_BYTES = "raylora_storage_swept_bytes_total"
@@ -42,6 +43,11 @@ METRICS: dict[str, Metric] = {
     CLEANUP_FAILURES: Metric("counter", "Things that should be gone and could not be removed.", ("resource",)),
     TRACKING_FAILURES: Metric("counter", "Trainings whose numbers W&B did not get, by why.", ("reason",)),
     LOG_FAILURES: Metric("counter", "Loss histories of trainings that could not be stored, by why.", ("reason",)),
+    UNVERIFIED_WEIGHTS: Metric(
+        "counter",
+        "Adapters asked for of which no SHA-256 was recorded, by their place.",
+        ("kind",),
+    ),
     WEBHOOK_FAILURES: Metric("counter", "Attempts at a webhook that failed, by why.", ("reason",)),
     SWEPT_OBJECTS: Metric("counter", "Things removed by the sweeper.", ("kind",)),
     SWEPT_BYTES: Metric("counter", "Bytes removed by the sweeper.", ("kind",)),

@@ -11,7 +11,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
-from storage.counters import CLEANUP_FAILURES, METRICS, Tally
+from storage.counters import CLEANUP_FAILURES, METRICS, UNVERIFIED_WEIGHTS, Tally
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,15 @@ class RayCounters(Tally):
 def of_this_process() -> RayCounters:
     """For code that is handed no counters."""
     return RayCounters()
+
+
+def note_unverified_weights(kind: str, owner: str) -> None:
+    """Weights are asked for of which no digest is known. `kind` of place, and `owner` as `keys.owner_of` says.
+
+    Logged and counted.
+    """
+    logger.info("no SHA-256 was recorded of an adapter of %s", owner)
+    of_this_process().add(UNVERIFIED_WEIGHTS, kind=kind)
 
 
 def note_cleanup_failure(resource: str, reason: str) -> None:

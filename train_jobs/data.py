@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from diffusion.images import read_image
+from diffusion.images import DECODE_ERRORS, read_image
 from train_jobs.captions import CaptionRules, with_trigger
 from train_jobs.errors import DatasetEmpty, ImageUnreadable
 from train_jobs.folder_files import masks_beside, picture_files
 from train_jobs.spec import DatasetSpec
 
 ROUNDING = 1e-9
-DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)

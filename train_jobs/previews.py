@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,21 @@ from diffusion.adapter import TrainableLora
 from diffusion.engine import Engine, GenerateRequest, LoraRef, size_of
 from diffusion.engine.memory import UntoldMemory
 from diffusion.families import Family
-from diffusion.images import CONTENT_TYPES, EXTENSIONS, ImageFormat, encode_image, read_image, thumbnail_uri
+from diffusion.images import (
+    CONTENT_TYPES,
+    DECODE_ERRORS,
+    EXTENSIONS,
+    ImageFormat,
+    encode_image,
+    read_image,
+    thumbnail_uri,
+)
 from diffusion.lora import save_lora
+from storage.errors import ObjectNotFound
 from train_jobs.artifacts import StoredSample
 from train_jobs.spec import PreviewSpec, SampleSpec
+
+logger = logging.getLogger(__name__)
 
 FORMATS: dict[str, ImageFormat] = {"jpg": "jpeg", "png": "png", "webp": "webp"}
 StoreSample = Callable[[int, int, str, bytes, str], str]
@@ -66,12 +78,19 @@ class Previews:
         return step >= self._spec.start_step and step % self._spec.every_steps == 0
 
     def remember(self, stored: Sequence[StoredSample], read: Callable[[str], bytes]) -> None:
-        """Take over what earlier attempts made and stored, in the order of steps; `read` gets a picture by its key."""
+        """Take over what earlier attempts made and stored, in the order of steps; `read` gets a picture by its key.
+
+        Where the newest is damaged or gone there is no thumbnail until the next are made. Raises StorageError.
+        """
         own = [sample for sample in stored if sample.index < len(self._spec.previews)]
         self.made = [self._entry(sample) for sample in own]
         if own:
             newest = min(own, key=lambda sample: (-sample.step, sample.index))
-            self.thumbnail = thumbnail_uri(read_image(io.BytesIO(read(newest.key))))
+            try:
+                self.thumbnail = thumbnail_uri(read_image(io.BytesIO(read(newest.key))))
+            except (*DECODE_ERRORS, ObjectNotFound) as error:
+                reason = type(error).__name__
+                logger.warning("the preview of step %d makes no thumbnail: it cannot be read (%s)", newest.step, reason)
 
     def are_made(self, step: int) -> bool:
         """Whether every picture of a step is stored."""

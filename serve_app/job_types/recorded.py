@@ -8,19 +8,26 @@ from __future__ import annotations
 from serve_app.job_types.context import Services
 from storage.errors import JobNotFound, ObjectNotFound
 from storage.imported_loras import ImportedLoraNotFound, read_imported
-from storage.keys import place_of
+from storage.keys import Place, owner_of, place_of
+from storage.ray_counters import note_unverified_weights
 from train_jobs.checkpoint_state import STATE, digests_in
 
 
 async def recorded_sha256(services: Services, tenant: str, key: str) -> str | None:
     """In hex, of an adapter that `tenant` may read; None where nothing was recorded: of the older layout, of
-    checkpoints from before they had digests, and of what a deleted record listed.
+    checkpoints from before they had digests, and of what a deleted record listed. That is logged and counted.
 
     Raises CheckpointInvalid, JobError, StorageError.
     """
     place = place_of(services.prefix, key)
-    if place is None:
-        return None
+    recorded = None if place is None else await _recorded(services, tenant, place, key)
+    if recorded is None:
+        kind = "older layout" if place is None else place.kind
+        note_unverified_weights(kind, owner_of(services.prefix, key))
+    return recorded
+
+
+async def _recorded(services: Services, tenant: str, place: Place, key: str) -> str | None:
     if place.kind == "loras":
         return await _of_imported(services, tenant, place.name, key)
     if place.kind != "processes":

@@ -100,6 +100,22 @@ def test_an_adapter_carries_its_newest_preview_also_when_it_was_made_by_an_earli
     assert (shown.format, shown.size, shown.tobytes()) == ("JPEG", (16, 16), expected.tobytes())
 
 
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_training_goes_on_where_the_newest_preview_of_an_earlier_attempt_is_damaged(
+    train: Train, spec: TrainSpec, store: InMemoryStore, tmp_path: Path, damage: str
+) -> None:
+    spec = longer(spec, previews_every=5)
+    key = train(spec, Told(stop_at=5))["output"]["samples"][-2]["key"]
+    if damage == "cut":
+        asyncio.run(store.put(key, get(store, key)[:60]))
+    else:
+        asyncio.run(store.delete(key))
+    output = train(spec)["output"]
+    assert output["loras"]
+    shown = thumbnail_of(get(store, output["loras"][0]["key"]), tmp_path)
+    assert shown.size == (16, 16)
+
+
 def test_a_thumbnail_is_small_whatever_the_picture() -> None:
     uri = thumbnail_uri(Image.effect_noise((1024, 512), 80).convert("RGBA"))
     image = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))

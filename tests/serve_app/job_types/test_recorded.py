@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from serve_app.testing import LocalServer, train_config, upload_payload
+from storage.counters import UNVERIFIED_WEIGHTS
 from storage.imported_loras import ImportedLora, LoraImport, commit_imported
+from storage.ray_counters import of_this_process
 from tests.serve_app.job_types.asking import done, refused, trained
 
 WEIGHTS = b"weights" * 1000
@@ -38,6 +40,10 @@ async def of_an_import(server: LocalServer, folder: Any) -> str:
     (folder / "a").write_bytes(WEIGHTS)
     await commit_imported(server.store, keys, asked, lora, folder / "a")
     return key
+
+
+def unverified() -> dict[str, float]:
+    return of_this_process().counts().get(UNVERIFIED_WEIGHTS, {})
 
 
 PLACES = pytest.mark.parametrize("place", [of_a_training, of_a_checkpoint, of_an_import])
@@ -96,14 +102,18 @@ async def test_weights_that_were_changed_are_in_no_bundle(server: LocalServer) -
 @pytest.mark.parametrize(
     "name", ["processes/train_0123456789ab/lora/a", "loras/lora_0123456789ab/a", "processes/x/checkpoints/5/a"]
 )
-async def test_what_nothing_was_recorded_of_is_held_to_what_the_store_says(server: LocalServer, name: str) -> None:
-    key = f"raylora/matt/{name}.safetensors"
+async def test_what_nothing_was_recorded_of_is_counted_and_held_to_what_the_store_says(
+    server: LocalServer, name: str
+) -> None:
+    key, kind = f"raylora/matt/{name}.safetensors", name.partition("/")[0]
+    before = unverified().get(kind, 0)
     stored = await server.store.put(key, WEIGHTS)
 
     output = await done(server, {"prompt": "a cat", "wait": False, "loras": [{"path": key}]})
 
     [lora] = (await server.jobs.get(output["process_id"])).request["loras"]
     assert lora["sha256"] == stored.sha256
+    assert unverified()[kind] == before + 1
 
 
 async def test_a_checkpoint_whose_state_is_damaged_is_not_drawn_with(server: LocalServer) -> None:
