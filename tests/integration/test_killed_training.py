@@ -1,4 +1,4 @@
-"""A training whose worker, or whose driver, is killed with -9 in its midst, beside the same one unbroken."""
+"""A training whose worker, and then whose driver, is killed with -9 in its midst, beside the same one unbroken."""
 
 from __future__ import annotations
 
@@ -76,7 +76,11 @@ def adapter(client: ApiClient, process: dict[str, Any], path: Path) -> dict[str,
     return load_file(path)
 
 
-def test_a_training_whose_worker_or_driver_is_killed_ends_with_the_adapter_of_an_unbroken_one(
+def resumed_at(client: ApiClient, process_id: str) -> int:
+    return int(client.process(process_id)["metrics"].get("resumed_from_step") or 0)
+
+
+def test_a_training_whose_worker_and_then_driver_is_killed_ends_with_the_adapter_of_an_unbroken_one(
     running: Running, client: ApiClient, tmp_path: Path
 ) -> None:
     upload_folder(client, PICTURES, "zib", on_upload=lambda _: None)
@@ -85,16 +89,21 @@ def test_a_training_whose_worker_or_driver_is_killed_ends_with_the_adapter_of_an
         return client.follow(process_id, lambda _: None)
 
     expected = adapter(client, follow(begin(client, "unbroken")), tmp_path / "unbroken.safetensors")
-    for name, victim_of in (("worker", worker_of), ("driver", driver_of)):
-        process_id = begin(client, name)
-        wait_for(lambda training=process_id: (client.process(training)["step"] or 0) > SAVE_EVERY)  # type: ignore[misc]
+    process_id = begin(client, "killed")
+    resumed = 0
+    for victim_of in (worker_of, driver_of):
+        # Past a checkpoint that this attempt made itself.
+        wait_for(lambda step=resumed + SAVE_EVERY: (client.process(process_id)["step"] or 0) > step)  # type: ignore[misc]
         victim = victim_of(running, process_id)
         assert victim is not None
         assert victim.pid != os.getpid()
         victim.kill()
-        process = follow(process_id)
-        found = adapter(client, process, tmp_path / f"{name}.safetensors")
-        assert process["metrics"]["resumed_from_step"] >= SAVE_EVERY
-        assert process["step"] == STEPS
-        assert found.keys() == expected.keys()
-        assert max(float((found[key] - tensor).abs().max()) for key, tensor in expected.items()) < 1e-6
+        wait_for(lambda before=resumed: resumed_at(client, process_id) > before)  # type: ignore[misc]
+        resumed = resumed_at(client, process_id)
+
+    process = follow(process_id)
+    found = adapter(client, process, tmp_path / "killed.safetensors")
+    assert process["metrics"]["resumed_from_step"] == resumed >= 2 * SAVE_EVERY
+    assert process["step"] == STEPS
+    assert found.keys() == expected.keys()
+    assert max(float((found[key] - tensor).abs().max()) for key, tensor in expected.items()) < 1e-6
