@@ -6,7 +6,7 @@ with the place where it belongs; so nothing that a client sent, and an output re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,11 +60,12 @@ async def _url(store: ObjectStore, link: Link, expires_s: int) -> str:
 
 def taken_out(output: dict[str, Any]) -> tuple[dict[str, Any], tuple[PlacedLink, ...]]:
     """The output as plain JSON, null in the place of each link, and the links. Copied only where it holds any."""
-    placed = tuple(_links_in(output, ()))
+    placed: list[PlacedLink] = []
+    _find_links(output, [], placed)
     if not placed:
         return output, ()
     plain: dict[str, Any] = _plain(output)
-    return plain, placed
+    return plain, tuple(placed)
 
 
 def put_back(plain: dict[str, Any], placed: Sequence[PlacedLink]) -> None:
@@ -73,15 +74,15 @@ def put_back(plain: dict[str, Any], placed: Sequence[PlacedLink]) -> None:
         _put(plain, one.path, one.link)
 
 
-def _links_in(value: Any, path: tuple[str | int, ...]) -> Iterator[PlacedLink]:
-    if isinstance(value, Link):
-        yield PlacedLink(path, value)
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _links_in(inner, (*path, name))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _links_in(inner, (*path, index))
+def _find_links(within: dict[str, Any] | list[Any], path: list[str | int], found: list[PlacedLink]) -> None:
+    """Walks the containers alone: a listing has tens of thousands of values, on the event loop."""
+    for step, inner in within.items() if isinstance(within, dict) else enumerate(within):
+        if isinstance(inner, Link):
+            found.append(PlacedLink((*path, step), inner))
+        elif isinstance(inner, (dict, list)):
+            path.append(step)
+            _find_links(inner, path, found)
+            path.pop()
 
 
 def _plain(value: Any) -> Any:

@@ -62,11 +62,11 @@ class LastingReplies:
         body = noted.body or ""
         try:
             saved = _SAVED.validate_json(body)
-        except ValidationError:
+            if saved.reply.output is not None:
+                put_back(saved.reply.output, saved.links)
+        except (ValidationError, LookupError, TypeError):
             logger.warning("A reply that another version noted is not understood")
             return
-        if saved.reply.output is not None:
-            put_back(saved.reply.output, saved.links)
         self.table.put_back(saved, size_bytes=len(body))
 
     async def ready(self) -> None:
