@@ -17,8 +17,10 @@ from diffusion.errors import Cancelled
 from diffusion.families import Family
 from diffusion.images import thumbnail_uri
 from diffusion.lora import read_lora
+from storage.errors import ObjectNotFound
 from storage.testing import InMemoryStore
 from tests.train_jobs.training_runs import JOB, KEYS, Told, get, keys
+from train_jobs.artifacts import Artifacts
 from train_jobs.previews import Previews, store_nowhere
 from train_jobs.spec import SampleSpec, TrainSpec
 from train_jobs.spec_json import spec_from_json
@@ -102,18 +104,26 @@ def test_an_adapter_carries_its_newest_preview_also_when_it_was_made_by_an_earli
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_training_goes_on_where_the_newest_preview_of_an_earlier_attempt_is_damaged(
-    train: Train, spec: TrainSpec, store: InMemoryStore, tmp_path: Path, damage: str
+    train: Train, spec: TrainSpec, store: InMemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     spec = longer(spec, previews_every=5)
     key = train(spec, Told(stop_at=5))["output"]["samples"][-2]["key"]
+    read: list[str] = []
+
+    def gone(_: Artifacts, key: str) -> bytes:
+        """Deleted after it was listed."""
+        read.append(key)
+        raise ObjectNotFound(key)
+
     if damage == "cut":
         asyncio.run(store.put(key, get(store, key)[:60]))
     else:
-        asyncio.run(store.delete(key))
+        monkeypatch.setattr(Artifacts, "read_sample", gone)
     output = train(spec)["output"]
     assert output["loras"]
     shown = thumbnail_of(get(store, output["loras"][0]["key"]), tmp_path)
     assert shown.size == (16, 16)
+    assert read == ([key] if damage == "gone" else [])
 
 
 def test_a_thumbnail_is_small_whatever_the_picture() -> None:
